@@ -1,0 +1,1 @@
+"""One module a subcommand of `python -m geoclip`: parser() and run(options)."""
