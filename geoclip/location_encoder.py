@@ -1,0 +1,136 @@
+"""The location encoder: (lat, lon) → Equal Earth → random Fourier features at several σ → MLPs → sum.
+
+Paper, section 3.2, figure 2 (right).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from geoclip import earth
+
+
+@dataclass(frozen=True)
+class LocationEncoderConfig:
+    """Shape of the location encoder; the defaults are the paper's (9,447,936 trainable parameters).
+
+    sigmas: one level per σ of the random Fourier features, in cycles per unit of the projected plane, which
+        is 2 wide; () means no Fourier features, one MLP on the projected coordinates.
+    frequencies: f, directions drawn per level; each gives a cosine and a sine.
+    width, hidden_layers, dim: of each level's MLP; dim is d, the embedding.
+    projection: what the frequencies (or the MLP) see: "equal_earth" (x, y), "degrees" (lat, lon) / 180, or
+        "sphere" (x, y, z).
+    """
+
+    sigmas: tuple[float, ...] = (2.0**0, 2.0**4, 2.0**8)
+    frequencies: int = 256
+    width: int = 1024
+    hidden_layers: int = 3
+    dim: int = 512
+    projection: Literal["equal_earth", "degrees", "sphere"] = "equal_earth"
+
+
+class FourierLevel(nn.Module):
+    """One level: frequencies b ~ N(0, σ²), never trained, [cos 2πvbᵀ, sin 2πvbᵀ], then an MLP.
+
+    σ = None leaves the Fourier features out.
+    """
+
+    def __init__(self, inputs: int, sigma: float | None, config: LocationEncoderConfig, generator):
+        super().__init__()
+        frequencies = None
+        if sigma is not None:
+            frequencies = torch.randn(config.frequencies, inputs, generator=generator) * sigma
+            inputs = 2 * config.frequencies
+        self.register_buffer("frequencies", frequencies)
+        widths = [inputs] + [config.width] * config.hidden_layers
+        layers: list[nn.Module] = []
+        for before, after in zip(widths[:-1], widths[1:], strict=True):
+            layers += [nn.Linear(before, after), nn.ReLU()]
+        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], config.dim))
+
+    def features(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n 2f"]:
+        """Fourier features, in single precision whatever the autocast: bfloat16 phases destroy the embedding."""
+        if self.frequencies is None:
+            return xy
+        with torch.autocast(xy.device.type, enabled=False):
+            phase = (2 * math.pi * xy) @ self.frequencies.T
+            return torch.cat([phase.cos(), phase.sin()], -1)
+
+    def forward(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
+        features = self.features(xy)
+        if not torch.is_autocast_enabled(xy.device.type):
+            features = features.to(self.mlp[0].weight.dtype)
+        return self.mlp(features)
+
+
+class LocationEncoder(nn.Module):
+    """Embeds (lat, lon) degrees: the sum of one embedding per level of Fourier features.
+
+    `generator` draws the frequencies and the initial weights, so that a seed fixes the encoder.
+    """
+
+    def __init__(
+        self,
+        config: LocationEncoderConfig | None = None,
+        generator: torch.Generator | None = None,
+    ):
+        super().__init__()
+        self.config = config = config or LocationEncoderConfig()
+        inputs = 3 if config.projection == "sphere" else 2
+        self.levels = nn.ModuleList(
+            FourierLevel(inputs, sigma, config, generator) for sigma in (config.sigmas or [None])
+        )
+        initialise(self, generator)
+
+    def project(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
+        """The coordinates that the frequencies see, single precision, within ±1."""
+        with torch.autocast(latlon.device.type, enabled=False):
+            latlon = latlon.float()
+            if self.config.projection == "equal_earth":
+                return earth.equal_earth(latlon)
+            if self.config.projection == "sphere":
+                return earth.unit_sphere(latlon)
+            return latlon / 180
+
+    def by_level(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "s n d"]:
+        """The embedding of each σ alone; their sum is the embedding."""
+        xy = self.project(latlon)
+        return torch.stack([level(xy) for level in self.levels])
+
+    def forward(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "n d"]:
+        """Embeddings (not normalised) of (lat, lon) degrees."""
+        xy = self.project(latlon)
+        return sum(level(xy) for level in self.levels)
+
+    @classmethod
+    def pretrained(cls) -> "LocationEncoder":
+        """The authors' released location encoder, in evaluation mode; fetched at first use, hash-checked.
+
+        Raises OSError that says what is missing where the weights are neither kept nor reachable.
+        """
+        from geoclip import weights
+
+        encoder = cls()
+        encoder.load_state_dict(weights.location_encoder_state())
+        return encoder.eval()
+
+
+def initialise(module: nn.Module, generator: torch.Generator | None) -> None:
+    """PyTorch's default initialisation of linear and convolution layers, drawn from `generator`.
+
+    Does nothing without a generator: the layers then keep what the global state gave them.
+    """
+    if generator is None:
+        return
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            fan_in = layer.weight[0].numel()
+            bound = 1 / math.sqrt(fan_in)
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            if layer.bias is not None:
+                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
