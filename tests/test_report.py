@@ -1,0 +1,202 @@
+"""report.py: what is saved can be traced and compared, and the comparison can fail."""
+
+import dataclasses
+import io
+import json
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from geoclip import paths, report
+
+matplotlib.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    for name in ("RESULTS", "EXPECTED", "FIGURES"):
+        monkeypatch.setattr(paths, name, tmp_path / name.lower())
+    monkeypatch.delenv(report.ACCEPT_VARIABLE, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def table():
+    return pd.DataFrame(
+        {"model": ["full", "no queue"], "split": ["random", "random"], "acc_25km": [51.5, 48.25], "seconds": [3.0, 4.0]}
+    )
+
+
+def accepted(table, name="03_training"):
+    paths.EXPECTED.mkdir(exist_ok=True)
+    table.to_csv(paths.EXPECTED / f"{name}.csv", index=False)
+
+
+def figure(text="12.3 km", shift=0.0):
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=(4, 3))
+    axes = drawn.add_subplot()
+    axes.plot([0, 1, 2], [0, 1 + shift, 0.5])
+    axes.set_title(text)
+    return drawn
+
+
+def test_figure_is_written_twice_the_same_and_carries_no_date():
+    first = report.save_figure(figure(), "02_similarity").read_bytes()
+    pdf = (paths.FIGURES / "02_similarity.pdf").read_bytes()
+    for path in paths.FIGURES.iterdir():
+        path.unlink()
+    assert report.save_figure(figure(), "02_similarity").read_bytes() == first
+    assert (paths.FIGURES / "02_similarity.pdf").read_bytes() == pdf
+    assert b"CreationDate" not in pdf
+
+
+def test_figure_that_looks_the_same_is_left_and_one_changed_digit_is_not():
+    path = report.save_figure(figure(), "02_similarity")
+    before = path.stat().st_mtime_ns, (paths.FIGURES / "02_similarity.pdf").stat().st_mtime_ns
+    report.save_figure(figure(shift=1e-6), "02_similarity")
+    assert (path.stat().st_mtime_ns, (paths.FIGURES / "02_similarity.pdf").stat().st_mtime_ns) == before
+    old = path.read_bytes()
+    report.save_figure(figure("12.8 km"), "02_similarity")
+    assert path.read_bytes() != old
+
+
+def test_looks_same_by_the_brute_force_of_its_definition():
+    generator = np.random.default_rng(0)
+    base = generator.integers(0, 200, (50, 70, 3), dtype=np.uint8)
+    for height in (4, 12, 60):
+        other = base.copy()
+        other[34:44, 3:13] += height % 256
+        a, b = base.astype(float).mean(2), other.astype(float).mean(2)
+        worst = max(
+            np.abs(a - b)[i : i + 16, j : j + 16].sum() / 256 for i in range(0, 50, 16) for j in range(0, 70, 16)
+        )
+        assert report.looks_same(encoded(base), encoded(other)) == (worst <= report.SAME_LEVELS)
+    assert not report.looks_same(encoded(base), encoded(base[:-1]))
+
+
+def encoded(pixels):
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, format="png")
+    return stream.getvalue()
+
+
+def test_results_have_their_provenance_beside_them(table):
+    @dataclasses.dataclass(frozen=True)
+    class Config:
+        sigma: float = 256.0
+
+    origin = report.provenance(Config(), data_hash="abc")
+    path = report.save_results(table, "03_training", origin)
+    pd.testing.assert_frame_equal(pd.read_csv(path), table, check_dtype=False)
+    saved = json.loads(path.with_suffix(".json").read_text())
+    assert saved["config"] == {"sigma": 256.0}
+    assert saved["data_hash"] == "abc"
+    assert saved["versions"]["torch"]
+    assert sorted(file.name for file in paths.RESULTS.iterdir()) == ["03_training.csv", "03_training.json"]
+
+
+def test_names_without_a_number_and_empty_tables_are_refused(table):
+    with pytest.raises(ValueError, match="NN_name"):
+        report.save_results(table, "training", {})
+    with pytest.raises(ValueError, match="no row"):
+        report.save_results(table.iloc[:0], "03_training", {})
+
+
+def test_agreement_is_one_line(table, capsys):
+    accepted(table)
+    report.hold_to_expected(table, "03_training", keys=["model", "split"])
+    assert capsys.readouterr().out == "03_training: 2 rows, as expected\n"
+
+
+def test_agreement_survives_the_rounding_of_the_file(capsys):
+    table = pd.DataFrame({"model": ["a", "b"], "median_km": [1234.56789, np.nan]})
+    accepted(pd.read_csv(report.save_results(table, "03_training", {})))
+    report.hold_to_expected(table, "03_training", keys=["model"])
+
+
+def test_a_difference_names_row_column_and_both_values(table):
+    accepted(table)
+    table.loc[1, "acc_25km"] = 50.25
+    report.hold_to_expected(table, "03_training", keys=["model"], tolerance={"acc_*": 2.0})
+    with pytest.raises(AssertionError, match=r"model=no queue, column acc_25km: found 50.25, expected 48.25 \(± 1.9"):
+        report.hold_to_expected(table, "03_training", keys=["model"], tolerance={"acc_*": 1.9})
+
+
+def test_a_column_may_be_left_uncompared_but_only_by_name(table):
+    accepted(table)
+    table["seconds"] = [30.0, 40.0]
+    report.hold_to_expected(table, "03_training", keys=["model"], tolerance={"seconds": None})
+    with pytest.raises(AssertionError, match="column seconds"):
+        report.hold_to_expected(table, "03_training", keys=["model"], tolerance={"acc_*": 5.0})
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_number_that_became_nan_or_infinite_is_a_difference(table, value):
+    accepted(table)
+    table.loc[0, "acc_25km"] = value
+    with pytest.raises(AssertionError, match="model=full, column acc_25km"):
+        report.hold_to_expected(table, "03_training", keys=["model"], tolerance={"acc_*": 5.0})
+
+
+def test_missing_and_new_rows_and_columns_are_differences(table):
+    accepted(table)
+    with pytest.raises(AssertionError, match="row model=no queue is expected and missing"):
+        report.hold_to_expected(table.iloc[:1], "03_training", keys=["model"])
+    with pytest.raises(AssertionError, match="row model=other is new"):
+        report.hold_to_expected(table.assign(model=["full", "other"]), "03_training", keys=["model"])
+    with pytest.raises(AssertionError, match="column 'n' is new"):
+        report.hold_to_expected(table.assign(n=3), "03_training", keys=["model"])
+    with pytest.raises(AssertionError, match="column 'seconds' is expected and missing"):
+        report.hold_to_expected(table.drop(columns="seconds"), "03_training", keys=["model"])
+
+
+def test_only_rows_marked_optional_may_be_absent(table):
+    accepted(table)
+    report.hold_to_expected(table.iloc[:1], "03_training", keys=["model"], optional={"model": "no queue"})
+    with pytest.raises(AssertionError, match="model=full"):
+        report.hold_to_expected(table.iloc[1:], "03_training", keys=["model"], optional={"model": "no queue"})
+    table.loc[1, "acc_25km"] = 0.0
+    with pytest.raises(AssertionError, match="model=no queue, column acc_25km"):
+        report.hold_to_expected(table, "03_training", keys=["model"], optional=True)
+    with pytest.raises(AssertionError, match="no row is in both"):
+        report.hold_to_expected(table.assign(model=["x", "y"]), "03_training", keys=["model"], optional=True)
+
+
+def test_keys_must_tell_rows_apart(table):
+    with pytest.raises(ValueError, match="split=random"):
+        report.hold_to_expected(table, "03_training", keys=["split"])
+    with pytest.raises(ValueError, match="no column 'seed'"):
+        report.hold_to_expected(table, "03_training", keys=["seed"])
+
+
+def test_without_an_expected_table_the_error_says_how_to_accept_one(table):
+    with pytest.raises(FileNotFoundError, match="make accept NB=03"):
+        report.hold_to_expected(table, "03_training", keys=["model"])
+
+
+def test_another_profile_is_not_compared(table, capsys):
+    report.hold_to_expected(table, "03_training", keys=["model"], profile="paper")
+    assert "not compared" in capsys.readouterr().out
+
+
+def test_accepting_prints_the_line_of_an_agreement_and_keeps_optional_rows(table, tmp_path, monkeypatch, capsys):
+    accepted(table)
+    monkeypatch.setenv(report.ACCEPT_VARIABLE, str(tmp_path / "put_up"))
+    new = table.iloc[:1].assign(acc_25km=60.0)
+    report.hold_to_expected(new, "03_training", keys=["model"], optional={"model": "no queue"})
+    put_up = pd.read_csv(tmp_path / "put_up" / "03_training.csv")
+    assert list(put_up.acc_25km) == [60.0, 48.25]
+    assert capsys.readouterr().out == "03_training: 1 rows, as expected\n"
+    assert pd.read_csv(paths.EXPECTED / "03_training.csv").equals(table)
+
+
+def test_show_rounds_for_reading(table, capsys):
+    report.show(table.assign(median_km=[12.345, 1234.5], n=[3, 4]))
+    printed = capsys.readouterr().out
+    assert "51.5" in printed and "48.2" in printed
+    assert "12.3" in printed and "1234" in printed and "1234.5" not in printed
