@@ -1,0 +1,120 @@
+"""Evaluation: accuracy at five distances, geoscore, ceilings, floors, intervals, leakage.
+
+An error is a great-circle distance in km (earth.haversine_km), one per image, NaN or inf for a miss: an image
+that could not be read or answered stays in the denominator.
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from geoclip import earth
+
+# Street, city, region, country, continent (paper, section 4.1).
+THRESHOLDS_KM = (1, 25, 200, 750, 2500)
+ACCURACY_COLUMNS = [f"acc_{km}km" for km in THRESHOLDS_KM]
+GEOSCORE_SCALE_KM = 1492.7
+
+
+def summarize(error_km: Float[Tensor, "n"]) -> dict[str, float]:
+    """Percent within each threshold (≤), median and mean km of the answered, mean geoscore, n.
+
+    A miss counts as beyond every threshold, scores 0 and enters no mean. Raises ValueError for no errors.
+    """
+    error_km = torch.as_tensor(error_km).double()
+    if error_km.numel() == 0:
+        raise ValueError("there are no errors to summarise: the set is empty")
+    answered = error_km[error_km.isfinite()]
+    geoscore = 5000 * torch.exp(-answered / GEOSCORE_SCALE_KM)
+    row = {name: 100 * float((error_km <= km).double().mean()) for name, km in named_thresholds()}
+    # numpy's median averages the two middle errors; torch's takes the lower
+    row["median_km"] = float(np.median(answered)) if len(answered) else float("nan")
+    row["mean_km"] = float(answered.mean()) if len(answered) else float("nan")
+    return row | {"geoscore": float(geoscore.sum() / len(error_km)), "n": len(error_km)}
+
+
+def named_thresholds():
+    """(column name, km) of each threshold."""
+    return zip(ACCURACY_COLUMNS, THRESHOLDS_KM, strict=True)
+
+
+def ceiling(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"]) -> Float[Tensor, "n"]:
+    """Error in km of the gallery's nearest place: what a perfect matcher would leave."""
+    return earth.haversine_km(truth, places[nearest(truth, places)])
+
+
+def nearest(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"]) -> Tensor:
+    """Index into `places` of the place nearest to each of `truth`, on the sphere."""
+    from scipy.spatial import KDTree  # chord length orders as great-circle distance does
+
+    _, index = KDTree(earth.unit_sphere(places.double())).query(earth.unit_sphere(truth.double()))
+    return torch.from_numpy(index)
+
+
+def random_floor(
+    truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"], generator: torch.Generator
+) -> Float[Tensor, "n"]:
+    """Error in km of a gallery place drawn at random for each image."""
+    return earth.haversine_km(truth, places[torch.randint(len(places), (len(truth),), generator=generator)])
+
+
+def constant_floor(
+    truth: Float[Tensor, "n 2"], candidates: Float[Tensor, "m 2"], within_km: float = 25
+) -> Float[Tensor, "n"]:
+    """Error in km of the best constant answer: the candidate with most other candidates within `within_km`.
+
+    The constant is chosen among training places by training places, never by the truth.
+    """
+    from scipy.spatial import KDTree
+
+    points = earth.unit_sphere(candidates.double()).numpy()
+    chord = 2 * np.sin(within_km / earth.EARTH_RADIUS_KM / 2)
+    counts = KDTree(points).query_ball_point(points, chord, return_length=True)
+    return earth.haversine_km(truth, candidates[int(np.argmax(counts))])
+
+
+def pixel_floor(
+    images: Float[Tensor, "n 3 h w"],
+    truth: Float[Tensor, "n 2"],
+    known_images: Float[Tensor, "m 3 h w"],
+    known: Float[Tensor, "m 2"],
+    block: int = 512,
+) -> Float[Tensor, "n"]:
+    """Error in km of the nearest training image in pixels: what needs no learning."""
+    known_flat = known_images.flatten(1)
+    norms = known_flat.square().sum(1)
+    index = [
+        (norms - 2 * part.flatten(1) @ known_flat.T).argmin(1) for part in images.split(block)
+    ]  # |a − b|² less |a|², which does not change the order
+    return earth.haversine_km(truth, known[torch.cat(index)])
+
+
+def leaked(
+    truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"], within_m: float = 1.0
+) -> Bool[Tensor, "n"]:
+    """True where the gallery holds the very place, to `within_m` metres: a leak from training into test."""
+    return ceiling(truth.double(), places.double()) * 1000 <= within_m
+
+
+def bootstrap_interval(
+    error_km: Float[Tensor, "n"],
+    clusters=None,
+    draws: int = 1000,
+    generator: np.random.Generator | None = None,
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile interval of each accuracy, by bootstrap over `clusters` (photographers) or images.
+
+    clusters: a label per image; images of one photographer are drawn together, since they are not independent.
+    """
+    generator = generator or np.random.default_rng(0)
+    error_km = np.asarray(error_km, float)
+    hits = np.stack([error_km <= km for km in THRESHOLDS_KM], 1).astype(float)
+    labels = np.arange(len(hits)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    groups = labels.max() + 1
+    total = np.stack([np.bincount(labels, hits[:, i], groups) for i in range(hits.shape[1])], 1)
+    size = np.bincount(labels, minlength=groups)
+    weights = generator.multinomial(groups, np.full(groups, 1 / groups), draws)
+    scores = 100 * (weights @ total) / (weights @ size)[:, None]
+    low, high = np.percentile(scores, [2.5, 97.5], axis=0)
+    return {name: (low[i], high[i]) for i, name in enumerate(ACCURACY_COLUMNS)}

@@ -1,0 +1,48 @@
+"""The dynamic queue of GPS points that serve as extra negatives (paper, section 3.3)."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from geoclip import earth
+
+
+class GPSQueue(nn.Module):
+    """First in, first out, of the last `capacity` (lat, lon) seen in training; kept in checkpoints.
+
+    initial: (capacity, 2) places in degrees that it starts with; none are needed for capacity 0.
+    Coordinates are kept raw: they are encoded again at every step, with gradient.
+    """
+
+    def __init__(self, capacity: int, initial: Float[Tensor, "q 2"] | None = None):
+        super().__init__()
+        if capacity < 0:
+            raise ValueError(f"the queue's capacity must be ≥ 0, got {capacity}")
+        if capacity and (initial is None or initial.shape != (capacity, 2)):
+            found = None if initial is None else tuple(initial.shape)
+            raise ValueError(f"the queue needs ({capacity}, 2) places to start with, got {found}")
+        places = torch.empty(0, 2) if capacity == 0 else earth.check_latlon(initial, "queue").float()
+        self.register_buffer("places", places.clone())
+        self.register_buffer("oldest", torch.tensor(0))
+        self.capacity = capacity
+
+    def contents(self) -> Float[Tensor, "q 2"]:
+        """The places in the queue, oldest first."""
+        return self.places.roll(-int(self.oldest), dims=0)
+
+    @torch.no_grad()
+    def push(self, latlon: Float[Tensor, "b 2"]) -> None:
+        """Put a batch in, over the oldest places; batches need not divide the capacity.
+
+        Raises ValueError for a batch larger than the queue: part of it would never be a negative.
+        """
+        if self.capacity == 0:
+            return
+        if len(latlon) > self.capacity:
+            raise ValueError(
+                f"a batch of {len(latlon)} does not fit a queue of {self.capacity}: enlarge the queue, or turn "
+                f"it off with queue 0"
+            )
+        rows = (self.oldest + torch.arange(len(latlon), device=self.places.device)) % self.capacity
+        self.places[rows] = latlon.to(self.places)
+        self.oldest.copy_((self.oldest + len(latlon)) % self.capacity)
