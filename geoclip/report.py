@@ -148,9 +148,14 @@ def hold_to_expected(
     print(_agreement(name, len(found)))
 
 
+def readable(table: pd.DataFrame) -> pd.DataFrame:
+    """`table` as text, rounded for reading: percents and short distances to 0.1, else four digits; gaps are empty."""
+    return pd.DataFrame({column: _readable(table[column], str(column)) for column in table.columns})
+
+
 def show(table: pd.DataFrame) -> None:
-    """Display `table` in a notebook as HTML (text elsewhere), rounded for reading: percents to 0.1, km to 0.1 or 1."""
-    rounded = pd.DataFrame({column: _readable(table[column], str(column)) for column in table.columns})
+    """Display `table` in a notebook as HTML (as text elsewhere), rounded by `readable`."""
+    rounded = readable(table)
     text = rounded.to_string(index=False)
     if "ipykernel" not in sys.modules:
         print(text)
