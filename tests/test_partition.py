@@ -185,6 +185,29 @@ def test_rows_of_a_shuffled_file_come_back_in_the_order_of_their_labels(tmp_path
     assert cells.label(np.array([[38.0, -6.0]])).item() == 2
 
 
+@pytest.mark.parametrize(
+    "token, shown",
+    [
+        ("47e63", "4.7E+064"),
+        ("478e4", "4780000"),
+        ("80e94", "8E+095"),
+        ("47e9", "47000000000"),
+        ("0467", "467"),
+    ],
+)
+def test_tokens_that_a_spreadsheet_took_for_numbers_are_read_by_their_mean_place(tmp_path, token, shown):
+    centre = s2geometry.S2CellId.FromToken(token).ToLatLng()
+    mean = {"latitude_mean": centre.lat().degrees(), "longitude_mean": centre.lng().degrees()}
+    row = {"class_label": 0, "hex_id": shown, "imgs_per_cell": 60, **mean}
+    path = tmp_path / "cells.csv"
+    pd.DataFrame([row]).to_csv(path, index=False)
+    assert Partition.read(path).tokens == [token]
+    if len(shown) > len(token):  # a short number is a cell itself; a long one is not, where no reading fits
+        pd.DataFrame([row | {"latitude_mean": -mean["latitude_mean"]}]).to_csv(path, index=False)
+        with pytest.raises(ValueError, match=r"cell 0: hex_id .* is not an S2 cell token"):
+            Partition.read(path)
+
+
 def test_too_few_places_and_no_dense_cell():
     places = np.random.default_rng(0).uniform([-80, -180], [80, 180], (100, 2))
     with pytest.raises(ValueError, match="30 coordinates are fewer than img_min 50"):

@@ -6,6 +6,7 @@ coordinate to its leaf goes through the S2 library, point by point (about 3 µs 
 """
 
 import dataclasses
+import decimal
 from pathlib import Path
 
 import numpy as np
@@ -62,6 +63,49 @@ def id_ranges(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return ids - half, ids + half
 
 
+def intact_token(token: str, mean_leaf: int, source: str) -> str:
+    """The S2 token that `token` is, or was before a spreadsheet took it for a number.
+
+    Hexadecimal such as 47e63 or 478e4 comes back from a spreadsheet as 4.7E+064 or 4780000, and 0467 as 467
+    (public copies of the published partitions have such rows). The reading whose cell holds the leaf of the
+    images' mean place is the right one. Raises ValueError where `token` is no cell and no reading fits.
+    """
+
+    def holds_mean(text: str) -> bool:
+        cell = s2geometry.S2CellId.FromToken(text)
+        return cell.is_valid() and cell.range_min().id() <= mean_leaf <= cell.range_max().id()
+
+    # A token as the library writes it has no zeros at its end; those of a number do.
+    canonical = s2geometry.S2CellId.FromToken(token).ToToken() == token.lower()
+    if canonical and holds_mean(token):
+        return token.lower()
+    for reading in spreadsheet_readings(token):
+        if holds_mean(reading):
+            return reading
+    if not canonical:
+        raise ValueError(f"{source}: hex_id {token!r} is not an S2 cell token")
+    return token.lower()
+
+
+def spreadsheet_readings(token: str) -> list[str]:
+    """Tokens (at most 16 digits, none 0 at the end) that a spreadsheet would show as the number `token`."""
+    try:
+        number = decimal.Decimal(token)
+        whole = number == int(number) > 0
+    except (decimal.InvalidOperation, ValueError, OverflowError):
+        return []
+    if not whole:
+        return []
+    _, digits, power = number.normalize().as_tuple()
+    digits = "".join(map(str, digits))
+    readings = [digits + "0" * power] if power < 16 else []
+    for zeros in range(power):
+        for width in (1, 2, 3):
+            readings.append(f"{digits}{'0' * zeros}e{power - zeros:0{width}d}")
+    readings = ["0" * lost + reading for lost in range(4) for reading in readings]
+    return [text for text in dict.fromkeys(readings) if len(text) <= 16 and not text.endswith("0")]
+
+
 class Partition:
     """Cells that do not overlap, numbered as in their file, each with the mean place of its images.
 
@@ -75,13 +119,12 @@ class Partition:
         self.latlon = earth.check_latlon(
             torch.as_tensor(np.asarray(latlon, dtype=np.float64)), source
         ).numpy()
-        cells = [s2geometry.S2CellId.FromToken(token) for token in self.tokens]
-        for row, (token, cell) in enumerate(zip(self.tokens, cells, strict=True)):
-            if not cell.is_valid():
-                raise ValueError(f"{source}, cell {row}: hex_id {token!r} is not an S2 cell token")
-        self.ids = np.array([cell.id() for cell in cells], dtype=np.uint64)
-        if len(self.ids) == 0:
+        if not self.tokens:
             raise ValueError(f"{source} holds no cell")
+        means = leaf_ids(self.latlon)
+        for row, (token, mean) in enumerate(zip(self.tokens, means, strict=True)):
+            self.tokens[row] = intact_token(token, int(mean), f"{source}, cell {row}")
+        self.ids = np.array([s2geometry.S2CellId.FromToken(t).id() for t in self.tokens], dtype=np.uint64)
         self._order = np.argsort(self.ids, kind="stable")
         self._first, self._last = (bound[self._order] for bound in id_ranges(self.ids))
         self._refuse_overlap(source)
