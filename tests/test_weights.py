@@ -40,7 +40,9 @@ def test_location_encoder_loads_into_ours_with_nothing_missing():
     assert len(state) == 27
     encoder = LocationEncoder()
     encoder.load_state_dict(state, strict=True)
-    assert sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad) == 9_447_936
+    assert (
+        sum(parameter.numel() for parameter in encoder.parameters() if parameter.requires_grad) == 9_447_936
+    )
 
 
 def test_frequencies_have_the_spread_of_their_levels():
@@ -115,7 +117,9 @@ def test_a_pickle_in_the_place_of_weights_is_not_executed(own_cache, monkeypatch
 
     path = weights.authors_package() / weights.TEMPERATURE
     torch.save(Trap(), path)
-    monkeypatch.setitem(weights.MEMBERS, weights.TEMPERATURE, weights.hashlib.sha256(path.read_bytes()).hexdigest())
+    monkeypatch.setitem(
+        weights.MEMBERS, weights.TEMPERATURE, weights.hashlib.sha256(path.read_bytes()).hexdigest()
+    )
     with pytest.raises(Exception, match="weights_only"):
         weights.log_temperature()
     assert not ran.exists()
@@ -141,7 +145,9 @@ def test_another_wheel_of_that_name_is_not_accepted_from_the_index(tmp_path, mon
     links.mkdir()
     with zipfile.ZipFile(links / weights.WHEEL, "w") as archive:
         archive.writestr("geoclip/__init__.py", "raise SystemExit('executed')")
-        archive.writestr("geoclip-1.3.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: geoclip\nVersion: 1.3.0\n")
+        archive.writestr(
+            "geoclip-1.3.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: geoclip\nVersion: 1.3.0\n"
+        )
         archive.writestr("geoclip-1.3.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
     monkeypatch.setattr(weights, "AUTHORS", tmp_path / "authors")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
