@@ -1,0 +1,382 @@
+"""Maps in one style: Equal Earth for the world, equal-area around a place; outlines from data/natural_earth.
+
+Nothing is ever downloaded: cartopy's own `coastlines()` would be, so the outlines are read from the repository.
+Colours are safe for the colour-blind and their lightness is in order, so that a map can be read in grey.
+"""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+
+import cartopy.crs as ccrs
+import matplotlib.pyplot as plt
+import numpy as np
+import shapely
+from cartopy.mpl.geoaxes import GeoAxes
+from matplotlib.collections import LineCollection
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
+
+from geoclip import paths
+
+STYLE = {
+    "figure.dpi": 110,
+    "figure.constrained_layout.use": True,
+    "font.size": 8,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.prop_cycle": plt.cycler(
+        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"],
+        linestyle=["-", "--", "-.", ":", "-", "--", "-."],
+    ),
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "image.cmap": "cividis",
+    "pdf.fonttype": 42,
+    "savefig.facecolor": "white",
+}
+LAND, SEA, LINE = "#e6e6e6", "#ffffff", "#9a9a9a"
+# White lines with a dark rim are seen on both ends of the colour scale.
+OVER_HEAT = {
+    "facecolor": "none",
+    "edgecolor": "white",
+    "linewidth": 0.4,
+    "zorder": 3,
+    "path_effects": [withStroke(linewidth=1.0, foreground="black", alpha=0.4)],
+}
+TRUTH = "#D55E00"
+# Okabe and Ito's colours, from light to dark.
+CATEGORIES = ("#F0E442", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2", "#000000")
+ERROR_BOUNDS_KM = (200.0, 750.0, 2500.0)
+ERROR_COLOURS = ("#5ec962", "#21918c", "#3b528b", "#440154")
+PLATE = ccrs.PlateCarree()
+KM = 1000.0  # the projections' metres
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The pixels of a map: `latlon` (n, 2), degrees, of those that lie on the Earth; `inside` (rows, columns)."""
+
+    latlon: np.ndarray
+    inside: np.ndarray
+    extent: tuple[float, float, float, float]
+
+    def image(self, values: np.ndarray) -> np.ma.MaskedArray:
+        """`values` (n,) of the pixels as a picture (rows, columns), masked beyond the Earth's edge."""
+        values = np.asarray(values)
+        if values.shape != (len(self.latlon),):
+            raise ValueError(f"{len(self.latlon)} values are needed, one a pixel of the map; got shape {values.shape}")
+        picture = np.ma.masked_all(self.inside.shape, dtype=values.dtype)
+        picture[self.inside] = values
+        return picture
+
+
+def figure(width_in: float = 7.0, height_in: float = 3.6, data: str | None = None) -> Figure:
+    """A new figure in this package's style (which stays set for the axes drawn on it).
+
+    `data`: what is shown, printed small below the picture, such as `blue_marble.LABEL`.
+    """
+    plt.rcParams.update(STYLE)
+    made = plt.figure(figsize=(width_in, height_in))
+    if data:
+        made.supxlabel(data, fontsize=6.5, color="#555555", x=0.01, ha="left")
+    return made
+
+
+def earth_axes(
+    figure: Figure, position: tuple[int, int, int] = (1, 1, 1), title: str = "", filled: bool = True
+) -> GeoAxes:
+    """The whole Earth in Equal Earth, with the countries' outlines; `position`: rows, columns, index.
+
+    `filled`: land in grey under what is drawn (else only the outlines, over what is drawn: for heat maps).
+    """
+    axes = figure.add_subplot(*position, projection=ccrs.EqualEarth())
+    axes.set_global()
+    look = {"facecolor": LAND, "edgecolor": LINE, "linewidth": 0.25, "zorder": 0} if filled else OVER_HEAT
+    axes.add_geometries(_outlines("countries_110m"), PLATE, **look)
+    return _framed(axes, title)
+
+
+def region_axes(
+    figure: Figure,
+    centre: Sequence[float],
+    span_km: float,
+    position: tuple[int, int, int] = (1, 1, 1),
+    title: str = "",
+    filled: bool = True,
+) -> GeoAxes:
+    """A square of `span_km` × `span_km` around `centre` (lat, lon), in Lambert's azimuthal equal-area projection.
+
+    Raises ValueError where the square would reach further than a quarter of the Earth from its centre.
+    """
+    lat, lon = (float(degrees) for degrees in centre)
+    if not 0 < span_km <= 12_000:
+        raise ValueError(f"a region may span up to 12,000 km, not {span_km:g}; use earth_axes")
+    axes = figure.add_subplot(*position, projection=ccrs.LambertAzimuthalEqualArea(lon, lat))
+    half = span_km * KM / 2
+    axes.set_xlim(-half, half)
+    axes.set_ylim(-half, half)
+    look = {"facecolor": LAND, "edgecolor": LINE, "linewidth": 0.4, "zorder": 0} if filled else OVER_HEAT
+    axes.add_geometries(_near("land_50m", lat, lon, span_km), PLATE, **look)
+    axes.add_geometries(_near("borders_50m", lat, lon, span_km), PLATE, **(look | {"facecolor": "none"}))
+    return _framed(axes, title)
+
+
+def grid(axes: GeoAxes, columns: int = 360) -> Grid:
+    """The centres of the map's pixels, `columns` from left to right, for a heat map drawn without resampling."""
+    left, right = axes.get_xlim()
+    bottom, top = axes.get_ylim()
+    rows = max(1, round(columns * (top - bottom) / (right - left)))
+    x = left + (np.arange(columns) + 0.5) * (right - left) / columns
+    y = top - (np.arange(rows) + 0.5) * (top - bottom) / rows
+    xs, ys = np.meshgrid(x, y)
+    lonlat = PLATE.transform_points(axes.projection, xs, ys)[..., :2]
+    inside = np.isfinite(lonlat).all(-1)
+    # Beyond the edge of the Earth the inverse still answers, with a place that projects somewhere else.
+    back = axes.projection.transform_points(PLATE, lonlat[..., 0], lonlat[..., 1])
+    inside &= np.hypot(back[..., 0] - xs, back[..., 1] - ys) < 10 * KM
+    latlon = lonlat[inside][:, ::-1]
+    latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
+    return Grid(latlon=np.clip(latlon, [-90, -180], [90, 180]), inside=inside, extent=(left, right, bottom, top))
+
+
+def density(axes: GeoAxes, latlon, cells: int = 120, label: str = "places") -> None:
+    """How many places lie in each hexagon of equal area, on a log scale; `cells` hexagons from west to east."""
+    latlon = _array(latlon)
+    (left, right), (bottom, top) = axes.projection.x_limits, axes.projection.y_limits
+    rows = round(cells * (top - bottom) / (right - left) / np.sqrt(3))
+    drawn = axes.hexbin(
+        latlon[:, 1],
+        latlon[:, 0],
+        transform=PLATE,
+        gridsize=(cells, rows),
+        extent=(left, right, bottom, top),
+        bins="log",
+        mincnt=1,
+        cmap="cividis_r",
+        linewidths=0.1,
+        zorder=2,
+    )
+    axes.set_global()
+    width_km = (right - left) / cells / KM
+    _bar(axes, drawn, f"{label} per hexagon {width_km:.0f} km wide")
+
+
+def errors(axes: GeoAxes, truth, predicted, limit: int = 400) -> None:
+    """A great-circle arc from each true place (dot) to the predicted one, its colour the error's class in km.
+
+    Draws the first `limit` pairs and says so; the legend counts all of them, one without a prediction (NaN) as
+    furthest. Raises ValueError where the two are not of one length.
+    """
+    from geoclip import earth
+
+    truth, predicted = _array(truth), _array(predicted)
+    if truth.shape != predicted.shape:
+        raise ValueError(f"{len(truth)} true places and {len(predicted)} predicted ones cannot be paired")
+    error_km = earth.haversine_km(_tensor(truth), _tensor(predicted)).numpy()
+    classes = np.digitize(error_km, ERROR_BOUNDS_KM, right=True)
+    for kind in range(len(ERROR_COLOURS)):
+        chosen = np.flatnonzero((classes[:limit] == kind) & np.isfinite(error_km[:limit]))
+        lines = [piece for i in chosen for piece in _on_map(axes, great_circle(truth[i], predicted[i]))]
+        axes.add_collection(LineCollection(lines, colors=ERROR_COLOURS[kind], linewidths=0.6, alpha=0.7, zorder=2))
+        axes.scatter(
+            truth[chosen, 1], truth[chosen, 0], s=4, color=ERROR_COLOURS[kind], transform=PLATE, zorder=3, linewidths=0
+        )
+    names = ["≤ 200 km", "≤ 750 km", "≤ 2,500 km", "further"]
+    counts = np.bincount(classes, minlength=len(names)) / max(1, len(classes)) * 100
+    handles = [
+        Line2D([], [], color=colour, marker="o", markersize=3, label=f"{name}: {share:.0f} %")
+        for colour, name, share in zip(ERROR_COLOURS, names, counts, strict=True)
+    ]
+    shown = min(limit, len(truth))
+    _legend(axes, handles, f"{shown} of {len(truth)} drawn" if shown < len(truth) else None)
+
+
+def similarity(
+    axes: GeoAxes,
+    pixels: Grid,
+    values,
+    top_k=None,
+    truth=None,
+    label: str = "cosine similarity",
+    limits: tuple[float, float] | None = None,
+    bar: bool = True,
+) -> None:
+    """Heat map of `values` (n,), one a pixel of `grid(axes)`, with the best places numbered and the truth ringed.
+
+    `top_k` (k, 2) in order, `truth` (2,): (lat, lon) degrees. `limits`: the colours' range, else that of values.
+    """
+    picture = pixels.image(_array(values))
+    low, high = limits or (picture.min(), picture.max())
+    drawn = axes.imshow(
+        picture,
+        extent=pixels.extent,
+        origin="upper",
+        transform=axes.projection,
+        cmap="cividis",
+        vmin=low,
+        vmax=high,
+        interpolation="nearest",
+        zorder=1,
+    )
+    drawn.set_rasterized(True)
+    _keep(axes, pixels)
+    handles = []
+    if truth is not None:
+        handles.append(_ring(axes, truth))
+    if top_k is not None:
+        handles.append(_numbered(axes, top_k))
+    if handles:
+        _legend(axes, handles)
+    if bar:
+        _bar(axes, drawn, label)
+
+
+def categories(axes: GeoAxes, pixels: Grid, labels, names: Sequence[str]) -> None:
+    """Categorical map: `labels` (n,) index `names`, -1 = nothing; a legend where there are at most 8 names.
+
+    With more than 8 (countries, climates) the colours repeat and only their borders carry meaning.
+    """
+    labels = _array(labels).astype(int)
+    if labels.size and not -1 <= labels.min() <= labels.max() < len(names):
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, but there are {len(names)} names")
+    picture = np.ma.masked_less(pixels.image(labels), 0)
+    colours = ListedColormap(CATEGORIES[: len(names)])
+    axes.imshow(
+        picture % colours.N,
+        extent=pixels.extent,
+        origin="upper",
+        transform=axes.projection,
+        cmap=colours,
+        norm=BoundaryNorm(np.arange(colours.N + 1) - 0.5, colours.N),
+        interpolation="nearest",
+        zorder=1,
+    ).set_rasterized(True)
+    _keep(axes, pixels)
+    if len(names) <= len(CATEGORIES):
+        present = np.unique(labels[labels >= 0])
+        _legend(axes, [Patch(color=CATEGORIES[i], label=names[i]) for i in present])
+
+
+def points(axes: GeoAxes, latlon, label: str, colour: str = "#0072B2", size: float = 6.0) -> None:
+    """Places as dots; the legend is drawn by the caller's `axes.legend`."""
+    latlon = _array(latlon)
+    axes.scatter(
+        latlon[:, 1], latlon[:, 0], s=size, color=colour, label=label, transform=PLATE, zorder=4, linewidths=0
+    )
+
+
+def great_circle(start, end, step_deg: float = 1.0) -> np.ndarray:
+    """Points (lat, lon) along the shortest way from `start` to `end`, both included, at most `step_deg` apart."""
+    a, b = (_vector(place) for place in (start, end))
+    angle = np.arctan2(np.linalg.norm(np.cross(a, b)), a @ b)
+    count = max(2, int(np.ceil(np.rad2deg(angle) / step_deg)) + 1)
+    # Perpendicular to a in the plane of the circle; between antipodes any circle is a shortest way.
+    side = b - (a @ b) * a
+    if np.linalg.norm(side) < 1e-12:
+        side = np.cross(a, [0.0, 0.0, 1.0] if abs(a[2]) < 0.9 else [1.0, 0.0, 0.0])
+    side /= np.linalg.norm(side)
+    t = np.linspace(0, angle, count)[:, None]
+    x, y, z = (np.cos(t) * a + np.sin(t) * side).T
+    return np.stack([np.rad2deg(np.arcsin(np.clip(z, -1, 1))), np.rad2deg(np.arctan2(y, x))], axis=1)
+
+
+@functools.cache
+def _outlines(name: str) -> list:
+    path = paths.NATURAL_EARTH / f"{name}.geojson"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; `git checkout data/natural_earth` brings it back")
+    features = json.loads(path.read_text(encoding="utf-8"))["features"]
+    return [shapely.from_geojson(json.dumps(feature["geometry"])) for feature in features]
+
+
+def _near(name: str, lat: float, lon: float, span_km: float) -> list:
+    """The part of the outlines that a region shows: projecting all of them would take seconds."""
+    [shape] = _outlines(name)
+    reach = span_km / 111.0  # degrees; 0.75 of it would do, and the margin costs nothing
+    bottom, top = max(-90.0, lat - reach), min(90.0, lat + reach)
+    widest = max(abs(bottom), abs(top))
+    wide = 180.0 if widest > 80 else min(180.0, reach / np.cos(np.deg2rad(widest)))
+    windows = [shapely.box(lon - wide + turn, bottom, lon + wide + turn, top) for turn in (-360, 0, 360)]
+    window = shapely.intersection(shapely.union_all(windows), shapely.box(-180, -90, 180, 90))
+    return [shapely.intersection(part, window) for part in shapely.get_parts(shape) if part.intersects(window)]
+
+
+def _framed(axes: GeoAxes, title: str) -> GeoAxes:
+    axes.spines["geo"].set(edgecolor=LINE, linewidth=0.6)
+    axes.set_facecolor(SEA)
+    axes.set_title(title)
+    return axes
+
+
+def _keep(axes: GeoAxes, pixels: Grid) -> None:
+    """imshow stretches the view to its picture; the map keeps its own."""
+    axes.set_xlim(pixels.extent[:2])
+    axes.set_ylim(pixels.extent[2:])
+
+
+def _on_map(axes: GeoAxes, way: np.ndarray) -> list[np.ndarray]:
+    """A way (lat, lon) as projected lines, cut where it leaves one edge of the map and enters at the other."""
+    xy = axes.projection.transform_points(PLATE, way[:, 1], way[:, 0])[:, :2]
+    wide = axes.projection.x_limits[1] - axes.projection.x_limits[0]
+    cuts = np.flatnonzero(np.abs(np.diff(xy[:, 0])) > wide / 4) + 1
+    return [piece for piece in np.split(xy, cuts) if len(piece) > 1]
+
+
+def _ring(axes: GeoAxes, truth) -> Line2D:
+    lat, lon = _array(truth).reshape(2)
+    for colour, width in (("white", 3.2), (TRUTH, 1.6)):
+        axes.plot(lon, lat, "o", ms=12, mfc="none", mec=colour, mew=width, transform=PLATE, zorder=4.5)
+    return Line2D([], [], marker="o", ls="", ms=8, mfc="none", mec=TRUTH, mew=1.6, label="truth")
+
+
+def _numbered(axes: GeoAxes, top_k) -> Line2D:
+    top_k = _array(top_k).reshape(-1, 2)
+    places = axes.projection.transform_points(PLATE, top_k[:, 1], top_k[:, 0])
+    for rank, (x, y, _) in reversed(list(enumerate(places, start=1))):
+        axes.plot(x, y, "o", ms=7, mfc="white", mec="black", mew=0.7, zorder=5 - rank / 100)
+        axes.annotate(str(rank), (x, y), ha="center", va="center_baseline", fontsize=5.5, zorder=5.005 - rank / 100)
+    label = f"best {len(top_k)}" if len(top_k) > 1 else "best"
+    return Line2D([], [], marker="o", ls="", ms=6, mfc="white", mec="black", mew=0.7, label=label)
+
+
+def _legend(axes: GeoAxes, handles: list, title: str | None = None) -> None:
+    axes.legend(
+        handles=handles,
+        title=title,
+        title_fontsize=6.5,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        ncols=len(handles) if len(handles) <= 5 else 4,
+        handletextpad=0.3,
+        columnspacing=1.2,
+    )
+
+
+def _bar(axes: GeoAxes, drawn, label: str) -> None:
+    bar = axes.figure.colorbar(drawn, ax=axes, shrink=0.7, aspect=22, pad=0.02)
+    bar.set_label(label, fontsize=7)
+    bar.ax.tick_params(labelsize=6.5)
+    bar.outline.set_linewidth(0.4)
+
+
+def _array(values) -> np.ndarray:
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)
+
+
+def _tensor(latlon: np.ndarray):
+    import torch
+
+    return torch.from_numpy(latlon)
+
+
+def _vector(place) -> np.ndarray:
+    lat, lon = np.deg2rad(_array(place))
+    return np.array([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])
