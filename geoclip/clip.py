@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+TOWER = "ViT-L-14-quickgelu"  # open_clip's name; without QuickGELU the same weights give other features
 REPOSITORY = "openai/clip-vit-large-patch14"
 REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
 FILE = "model.safetensors"
@@ -43,21 +44,23 @@ def released_file() -> Path:
     Raises FileNotFoundError, saying what still works, where it is neither kept nor reachable, and ValueError
     where its SHA-256 is not the pinned one.
     """
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError
+    import huggingface_hub as hub
 
     options = {"repo_id": REPOSITORY, "filename": FILE, "revision": REVISION}
     try:
-        path = Path(hf_hub_download(**options, local_files_only=True))
-    except (OSError, HfHubHTTPError):
+        path = Path(hub.hf_hub_download(**options, local_files_only=True))
+    except OSError:
         try:
-            path = Path(hf_hub_download(**options))
-        except (OSError, HfHubHTTPError) as error:
+            # asked once, for the download itself would try for half a minute on a machine without a network
+            hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
+            path = Path(hub.hf_hub_download(**options))
+        except Exception as error:  # each HTTP library raises its own
             raise FileNotFoundError(
-                f"CLIP ViT-L/14 ({REPOSITORY}, {FILE}, 1.7 GB) is not kept in {constants.HF_HUB_CACHE} and could not "
-                f"be downloaded. With a network it is fetched at first use; without one, copy the file over and give "
-                f"its path as clip_weights. Without it the location encoder, the gallery, probes, maps and models "
-                f"with the small tower still work"
+                f"CLIP ViT-L/14 ({REPOSITORY}, {FILE}, 1.7 GB) is not kept in {hub.constants.HF_HUB_CACHE} and "
+                f"could not be downloaded ({(str(error) or type(error).__name__).splitlines()[0]}). With a network "
+                f"it is fetched at first use; without one, copy the file over and give its path as clip_weights. "
+                f"Without it the location encoder, the gallery, probes, maps and models with the small tower "
+                f"still work"
             ) from error
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()

@@ -4,6 +4,8 @@ Paper, section 3.1: CLIP ViT-L/14, frozen, and a trainable head. The embedded pr
 convolutional tower from scratch instead, since CLIP's weights are not at hand everywhere.
 """
 
+import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +58,8 @@ class ConvTower(nn.Module):
 class ImageEncoder(nn.Module):
     """Embeds images: tower (n, 3, h, w) → (n, c), head (n, c) → (n, d), not normalised.
 
-    preprocess: PIL image → (3, h, w) for the tower (CLIP: bicubic to 224, centre crop, CLIP's statistics);
-        None for "conv", whose data sets render tensors.
+    preprocess: PIL image → (3, h, w) for the tower (CLIP: bicubic to 224, centre crop, CLIP's statistics; "conv":
+        bicubic to 32, centre crop, RGB in [-1, 1], as its tiles are rendered).
     feature_dim: c, 768 for ViT-L/14.
     """
 
@@ -68,11 +70,11 @@ class ImageEncoder(nn.Module):
     ):
         super().__init__()
         self.config = config = config or ImageEncoderConfig()
-        self.preprocess: Callable | None = None
+        self.preprocess: Callable
         if config.tower == CONV_TOWER:
             if config.frozen and config.weights is None:
                 raise ValueError('the "conv" tower has no released weights: train it with frozen=False')
-            self.tower = ConvTower()
+            self.tower, self.preprocess = ConvTower(), tile_transform()
             self.feature_dim = ConvTower.feature_dim
         else:
             self.tower, self.preprocess = load_clip(config.tower, config.weights)
@@ -114,31 +116,68 @@ def clip_feature_dim(tower: str) -> int:
     return config["embed_dim"]
 
 
+def tile_transform(pixels: int = 32) -> Callable:
+    """PIL image → (3, p, p) in [-1, 1]: what a photo becomes for the tower of the rendered tiles."""
+    from torchvision import transforms
+
+    return transforms.Compose([
+        transforms.Resize(pixels, transforms.InterpolationMode.BICUBIC),
+        transforms.CenterCrop(pixels),
+        transforms.ToTensor(),
+        transforms.Normalize([0.5] * 3, [0.5] * 3),
+    ])
+
+
 def load_clip(tower: str, weights: str | None) -> tuple[nn.Module, Callable]:
     """An open_clip model in evaluation mode and its preprocessing (PIL image → tensor).
 
-    weights: a tag such as "openai" (downloaded at first use with progress, then kept), a local file, or None.
-    Raises ValueError for an unknown tower and OSError, saying what still works, where weights cannot be had.
+    weights: "openai" (for the paper's tower the pinned file of geoclip.clip, downloaded at first use with
+    progress, then kept), another of open_clip's tags, a local file in Hugging Face's or open_clip's naming, or
+    None for random weights. Raises ValueError for an unknown tower or a file that does not fit it, and
+    OSError, saying what still works, where weights cannot be had.
     """
     import open_clip
 
+    from geoclip import clip
+
     clip_feature_dim(tower)
-    local = weights is not None and ("/" in weights or Path(weights).suffix)
-    if local and not Path(weights).is_file():
-        raise FileNotFoundError(f"no CLIP weights at {weights}: give a .safetensors or .pt file of {tower}")
+    state, tag = None, weights
+    if weights == "openai" and tower == clip.TOWER:
+        state, tag = clip.read(clip.released_file()), None
+    elif weights is not None and ("/" in weights or Path(weights).suffix):
+        state, tag = clip.read(weights), None
     try:
-        model, _, preprocess = open_clip.create_model_and_transforms(
-            tower, pretrained=weights, pretrained_image=False, weights_only=True
-        )
-    except OSError as error:
-        raise missing_clip(tower, weights) from error
+        with quiet_root():
+            model, _, preprocess = open_clip.create_model_and_transforms(
+                tower, pretrained=tag, pretrained_image=False, weights_only=True
+            )
+    except (OSError, RuntimeError) as error:  # open_clip wraps a failed download in a RuntimeError
+        if tag is None:
+            raise
+        raise missing_clip(tower, weights, error) from error
+    if state is not None:
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise ValueError(f"the weights {weights} do not fit CLIP {tower}: {error}") from error
     return model.eval(), preprocess
 
 
-def missing_clip(tower: str, weights: str | None) -> OSError:
-    """The error for CLIP weights that are neither kept nor reachable."""
+@contextlib.contextmanager
+def quiet_root():
+    """Without open_clip's warning that a model was built with random weights, which is meant here."""
+    root, level = logging.getLogger(), logging.getLogger().level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
+def missing_clip(tower: str, weights: str | None, error: Exception) -> OSError:
+    """The error for weights of another CLIP that are neither kept nor reachable."""
     return OSError(
-        f"the {weights!r} weights of CLIP {tower} are not kept here and could not be downloaded. With a network "
-        f"they are fetched at first use; without one, copy them over and give their path as clip_weights. "
-        f"Without them the location encoder, gallery, probes, maps and the embedded profile still work."
+        f"the {weights!r} weights of CLIP {tower} are not kept here and could not be downloaded "
+        f"({str(error).splitlines()[0]}). With a network they are fetched at first use; without one, copy them "
+        f"over and give their path as weights. Without them the location encoder, gallery, probes, maps and the embedded profile still work."
     )

@@ -4,6 +4,7 @@ Paper, section 3 and figure 2.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from geoclip import gallery as galleries
+from geoclip import photos
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
@@ -47,6 +49,22 @@ class GeoCLIP(nn.Module):
         """A model of this shape, not trained; `generator` draws all that is not loaded."""
         return cls(ImageEncoder(image, generator), LocationEncoder(location, generator), gallery)
 
+    @classmethod
+    def pretrained(cls, clip_weights: Path | str | None = None) -> "GeoCLIP":
+        """The authors' released model with its 100 K gallery, in evaluation mode.
+
+        Head, location encoder and temperature are fetched at first use (40 MB), CLIP ViT-L/14 too (1.7 GB)
+        unless `clip_weights` names a local file of it. Raises OSError that says what is missing, where it
+        would be put and what still works, and ValueError for a file that is not the released one.
+        """
+        from geoclip import weights
+
+        config = ImageEncoderConfig(weights=str(clip_weights) if clip_weights else "openai")
+        model = cls(ImageEncoder(config), LocationEncoder.pretrained(), Gallery.official())
+        model.image_encoder.head.load_state_dict(weights.head_state())
+        model.log_scale.data.fill_(weights.log_temperature())
+        return model.eval()
+
     def encode_images(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of preprocessed images."""
         return functional.normalize(self.image_encoder(images), dim=-1)
@@ -58,6 +76,21 @@ class GeoCLIP(nn.Module):
     def encode_places(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of (lat, lon) degrees."""
         return functional.normalize(self.location_encoder(latlon), dim=-1)
+
+    def encode_text(self, text: str | Sequence[str]) -> Float[Tensor, "n d"]:
+        """Unit-norm embeddings of texts, through CLIP's text tower and the images' head.
+
+        Raises ValueError where the tower has no text.
+        """
+        import open_clip
+
+        tower = self.image_encoder.tower
+        if not hasattr(tower, "encode_text"):
+            raise ValueError(f"the tower {self.image_encoder.config.tower!r} knows no text: only CLIP's do")
+        tokens = open_clip.get_tokenizer(self.image_encoder.config.tower)(
+            [text] if isinstance(text, str) else list(text)
+        )
+        return self.encode_features(tower.encode_text(tokens.to(self.log_scale.device)))
 
     def forward(self, images: Float[Tensor, "n 3 h w"], latlon: Float[Tensor, "m 2"]) -> Float[Tensor, "n m"]:
         """Logits: cosine × e^s of every image with every place."""
@@ -80,6 +113,7 @@ class GeoCLIP(nn.Module):
             raise ValueError("the model has no gallery: give it one with use_gallery(Gallery(latlon))")
         if self._places is None:
             self._places = self.gallery.embed(self.location_encoder, keep=keep)
+        self._places = self._places.to(self.log_scale.device)
         return self._places
 
     @torch.inference_mode()
@@ -96,6 +130,66 @@ class GeoCLIP(nn.Module):
         logits = self.log_scale.exp() * query @ places.T
         probability, index = logits.softmax(-1).topk(k, dim=-1)
         return self.gallery.latlon[index.cpu()], probability
+
+    def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "v 3 h w"]:
+        """What the tower sees of a photo: the centre, or the four corners and the centre, each also mirrored.
+
+        The photo is whatever photos.open_photo takes. For ten crops its short side is resized to 256 where
+        one crop has 224 pixels. Raises photos.PhotoError.
+        """
+        from torchvision.transforms import functional as transforms
+
+        image = photos.open_photo(photo)
+        centre = self.image_encoder.preprocess(image)
+        if not ten_crop:
+            return centre[None]
+        side = centre.shape[-1]
+        image = transforms.resize(image, side * 256 // 224, transforms.InterpolationMode.BICUBIC)
+        return torch.stack([self.image_encoder.preprocess(crop) for crop in transforms.ten_crop(image, side)])
+
+    @torch.inference_mode()
+    def locate_views(
+        self, views: Float[Tensor, "n v 3 h w"], k: int = 1
+    ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
+        """As locate, from v views of each photo: the mean of their logits, then the softmax."""
+        views = views.to(self.log_scale.device)
+        # logits are linear in the query, so the mean of the queries gives the mean of the logits
+        query = self.encode_images(views.flatten(0, 1)).unflatten(0, views.shape[:2]).mean(1)
+        latlon, probability = self.locate(query, k)
+        return latlon, probability.cpu()
+
+    def predict(
+        self, photo, top_k: int = 5, ten_crop: bool = False, batch_size: int = 16
+    ) -> tuple[Float[Tensor, "*n k 2"], Float[Tensor, "*n k"]]:
+        """Where photos were taken: the top_k places (lat, lon) and their probabilities, best first.
+
+        photo: one path, PIL image or array → (k, 2) and (k,); a list of them, or a folder of photos in order
+        of their paths → (n, k, 2) and (n, k). The gallery's embedding is computed once and kept on disk.
+        Raises photos.PhotoError for the first photo that cannot be used, ValueError for top_k > the gallery.
+        """
+        several = isinstance(photo, list | tuple)
+        if isinstance(photo, str | Path) and Path(photo).is_dir():
+            several, photo = True, photos.find_photos([photo])
+        todo = list(photo) if several else [photo]
+        if not todo:
+            raise ValueError("there are no photos to predict: the list is empty")
+        galleries.check_k(top_k, len(self.places(keep=True)))
+        answers, step = [], max(1, batch_size // 10) if ten_crop else batch_size
+        for start in range(0, len(todo), step):
+            views = torch.stack([self.views(one, ten_crop) for one in todo[start : start + step]])
+            answers.append(self.locate_views(views, top_k))
+        latlon, probability = (torch.cat(parts) for parts in zip(*answers, strict=True))
+        return (latlon, probability) if several else (latlon[0], probability[0])
+
+    @torch.inference_mode()
+    def predict_text(
+        self, text: str | Sequence[str], top_k: int = 5
+    ) -> tuple[Float[Tensor, "*n k 2"], Float[Tensor, "*n k"]]:
+        """The top_k places that a text fits best, (k, 2) and (k,); a list of texts gives (n, k, 2) and (n, k)."""
+        self.places(keep=True)
+        latlon, probability = self.locate(self.encode_text(text), top_k)
+        probability = probability.cpu()
+        return (latlon[0], probability[0]) if isinstance(text, str) else (latlon, probability)
 
 
 def load_checkpoint(path: Path | str) -> GeoCLIP:
