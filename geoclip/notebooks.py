@@ -69,6 +69,7 @@ def run(path: Path, parameters: Mapping[str, object] | None = None, out: Path | 
                 progress_bar=False,
                 start_timeout=KERNEL_TIMEOUT_S,
                 execution_timeout=CELL_TIMEOUT_S,
+                extra_arguments=["--log-level=CRITICAL"],  # the kernel's notices on transport are not the notebook's
             )
         except Exception:
             shutil.copyfile(temporary, failed)

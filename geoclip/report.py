@@ -82,17 +82,24 @@ def looks_same(one: bytes, other: bytes) -> bool:
 
 
 def save_results(table: pd.DataFrame, name: str, provenance: Mapping) -> Path:
-    """Write `table` to data/results/NAME.csv (six significant digits) and `provenance` to NAME.json beside it.
+    """`save_table` to data/results/NAME.csv; ValueError where `name` does not start with a notebook's number."""
+    return save_table(table, paths.RESULTS / f"{_checked(name)}.csv", provenance)
 
-    Raises ValueError where `name` does not start with a notebook's number or the table has no row.
+
+def save_table(table: pd.DataFrame, path: Path | str, provenance: Mapping) -> Path:
+    """Write `table` to `path`, a CSV with six significant digits, and `provenance` beside it as .json.
+
+    Raises ValueError where the table has no row or `path` does not end in .csv.
     """
-    path = paths.RESULTS / f"{_checked(name)}.csv"
+    path = Path(path)
+    if path.suffix != ".csv":
+        raise ValueError(f"{path} does not end in .csv; its provenance would have no name of its own")
     if table.empty:
-        raise ValueError(f"the table {name} has no row; nothing was saved")
+        raise ValueError(f"the table for {path.name} has no row; nothing was saved")
     with paths.atomic(path) as temporary:
-        temporary.write_text(_as_csv(table))
+        temporary.write_text(_as_csv(table), encoding="utf-8")
     with paths.atomic(path.with_suffix(".json")) as temporary:
-        temporary.write_text(json.dumps(dict(provenance), indent=2, default=str) + "\n")
+        temporary.write_text(json.dumps(dict(provenance), indent=2, default=str) + "\n", encoding="utf-8")
     return path
 
 
@@ -275,7 +282,7 @@ def _put_up(found, path: Path, target: Path, keys: list[str], optional) -> None:
         if old:
             kept = pd.concat([found, pd.DataFrame(old)[list(found.columns)]], ignore_index=True)
     with paths.atomic(target) as temporary:
-        temporary.write_text(_as_csv(kept))
+        temporary.write_text(_as_csv(kept), encoding="utf-8")
 
 
 def _readable(column: pd.Series, name: str) -> pd.Series:

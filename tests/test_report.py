@@ -105,6 +105,9 @@ def test_names_without_a_number_and_empty_tables_are_refused(table):
         report.save_results(table, "training", {})
     with pytest.raises(ValueError, match="no row"):
         report.save_results(table.iloc[:0], "03_training", {})
+    with pytest.raises(ValueError, match=r"does not end in \.csv"):
+        report.save_table(table, paths.RESULTS / "mine.json", {})
+    assert not paths.RESULTS.exists()
 
 
 def test_agreement_is_one_line(table, capsys):
