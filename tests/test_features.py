@@ -1,0 +1,415 @@
+"""Features: what is embedded is right and whole, whatever ends a run; a training set reads it without loss."""
+
+import contextlib
+import errno
+import http.server
+import io
+import json
+import os
+import random
+import subprocess
+import sys
+import tarfile
+import textwrap
+import threading
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from geoclip import features, sources
+from geoclip.__main__ import main
+from geoclip.features import FeatureData, embed
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.sources import Views, open_source
+
+CONV = ImageEncoderConfig("conv", None, frozen=False, hidden=8, dim=4)
+PHOTOS = 24
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return ImageEncoder(CONV, torch.Generator().manual_seed(1))
+
+
+def picture(number: int) -> Image.Image:
+    """A smooth picture that differs from all others, 96 × 64."""
+    x, y = np.meshgrid(np.linspace(0, 1, 96), np.linspace(0, 1, 64))
+    waves = [np.sin(number + 7 * x + k * y) for k in range(3)]
+    return Image.fromarray(((np.stack(waves, -1) + 1) * 127).astype(np.uint8))
+
+
+def jpeg(number: int) -> bytes:
+    file = io.BytesIO()
+    picture(number).save(file, "JPEG", quality=92)
+    return file.getvalue()
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """A CSV of 24 photos, of which one is truncated, one is text, one is empty and one is missing."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number in range(PHOTOS):
+        (folder / f"{number}.jpg").write_bytes(jpeg(number))
+    (folder / "3.jpg").write_bytes(jpeg(3)[:700])
+    (folder / "7.jpg").write_text("not a photo")
+    (folder / "11.jpg").write_bytes(b"")
+    (folder / "15.jpg").unlink()
+    table = pd.DataFrame({"IMG_FILE": [f"{n}.jpg" for n in range(PHOTOS)]})
+    table["LAT"], table["LON"] = np.linspace(-50, 60, PHOTOS), np.linspace(-170, 175, PHOTOS)
+    table.to_csv(folder / "photos.csv", index=False)
+    return folder / "photos.csv"
+
+
+def tar_of(path, samples):
+    with tarfile.open(path, "w") as tar:
+        for name, content in samples:
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def shard(path, numbers, about=None):
+    samples = []
+    for number in numbers:
+        place = {"LAT": number, "LON": -number, "IMG_ID": f"photo{number}"} | (about or {})
+        samples += [(f"{number:05d}.jpg", jpeg(number)), (f"{number:05d}.json", json.dumps(place).encode())]
+    tar_of(path, samples)
+
+
+def whole(folder) -> dict[str, bytes]:
+    """Everything in a folder of features that must be the same however it was made."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.glob("shard-*/*"))}
+
+
+def keys(data, epoch=0):
+    return [(epoch, index) for index in range(len(data))]
+
+
+def test_photos_become_features_and_the_others_are_listed(photos, tmp_path, encoder):
+    out = tmp_path / "out"
+    report = embed(open_source(str(photos), photos_a_part=10), encoder, out, Views(number=3), arithmetic="fp32")
+    assert (report.embedded, report.unreadable, report.failed) == (20, 4, ())
+    data = FeatureData(out, CONV)
+    assert data.ids() == [f"{n}.jpg" for n in range(PHOTOS) if n not in (3, 7, 11, 15)]
+    assert data.latlon[0].tolist() == pytest.approx([-50, -170])
+    assert (len(data), data.views, data.dim) == (20, 3, 256)
+    listed = pd.read_csv(out / "unreadable.csv")
+    assert listed["id"].tolist() == ["3.jpg", "7.jpg", "11.jpg", "15.jpg"]
+    reasons = listed["reason"].tolist()
+    assert "truncated" in reasons[0] and "not an image" in reasons[1]
+    assert reasons[2:] == ["empty (0 bytes)", "no such file"]
+
+    # view 0 is what the tower says of the photo as prediction prepares it: short side 32, centre cut out
+    image = Image.open(photos.parent / "5.jpg").resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        expected = encoder.features(pixels)[0]
+    row = data.ids().index("5.jpg")
+    assert torch.allclose(data.tensor()[row, 0].float(), expected, atol=2e-3)
+    assert not torch.allclose(data.tensor()[row, 1].float(), expected, atol=2e-3)  # another crop
+
+
+def test_number_of_workers_and_ranks_does_not_change_the_features(photos, tmp_path, encoder):
+    source = open_source(str(photos), photos_a_part=5)
+    embed(source, encoder, tmp_path / "one", Views(number=2))
+    embed(source, encoder, tmp_path / "workers", Views(number=2), workers=2)
+    for rank in (1, 0, 2):  # in any order, one after the other or together
+        embed(source, encoder, tmp_path / "ranks", Views(number=2), rank=rank, world=3)
+    assert len(whole(tmp_path / "one")) == 5 * 5
+    assert whole(tmp_path / "one") == whole(tmp_path / "workers") == whole(tmp_path / "ranks")
+    listed = [(tmp_path / name / "unreadable.csv").read_text() for name in ("one", "workers", "ranks")]
+    assert listed[0].count("\n") == 5 and len(set(listed)) == 1
+
+
+def test_tars_local_and_over_http(tmp_path, encoder):
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    for number in range(3):
+        shard(folder / f"{number:03d}.tar", range(number * 4, number * 4 + 4))
+    pattern = str(folder / "{000..002}.tar")
+    report = embed(open_source(pattern), encoder, tmp_path / "local")
+    assert (report.embedded, report.unreadable) == (12, 0)
+    data = FeatureData(tmp_path / "local")
+    assert data.ids() == [f"photo{n}" for n in range(12)]
+    assert data.latlon.tolist() == [[n, -n] for n in range(12)]
+    with serving(folder) as address:
+        report = embed(open_source(f"{address}/{{000..003}}.tar"), encoder, tmp_path / "http")
+    assert report.embedded == 12 and [part for part, _ in report.failed] == [3]  # 003.tar is a 404
+    with pytest.raises(ValueError, match=r"incomplete: 1 of 4 shards are missing, the first is 3"):
+        FeatureData(tmp_path / "http")
+    one, other = whole(tmp_path / "local"), whole(tmp_path / "http")
+    assert [other[name] for name in one if name.endswith("npy")] == [one[n] for n in one if n.endswith("npy")]
+
+
+@contextlib.contextmanager
+def serving(folder):
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *request):
+            super().__init__(*request, directory=str(folder))
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+
+
+@pytest.mark.parametrize("cut", [100, 512 + 700, -1024 - 512])
+def test_a_tar_that_was_cut_short_makes_no_shard(tmp_path, encoder, cut):
+    shard(tmp_path / "0.tar", range(4))
+    tar_bytes = (tmp_path / "0.tar").read_bytes().rstrip(b"\0")
+    tar_bytes += b"\0" * (-len(tar_bytes) % 512) + b"\0" * 1024
+    (tmp_path / "0.tar").write_bytes(tar_bytes[:cut])
+    report = embed(open_source(str(tmp_path / "0.tar")), encoder, tmp_path / "out")
+    assert [part for part, _ in report.failed] == [0] and "0.tar" in report.failed[0][1]
+    assert not list((tmp_path / "out").glob("shard-*"))
+
+
+def test_samples_without_a_place_are_listed(tmp_path, encoder):
+    bad = [(b"{}", "no coordinates"), (b'{"LAT": 95, "LON": 3}', "95"), (b'{"LAT": "x", "LON": 3}', "no coordinates")]
+    samples = [("0.jpg", jpeg(0)), ("0.json", b'{"latitude": 1.5, "longitude": 180}')]
+    for number, (about, _) in enumerate(bad, 1):
+        samples += [(f"{number}.jpg", jpeg(number)), (f"{number}.json", about)]
+    tar_of(tmp_path / "0.tar", [*samples, ("9.json", b'{"LAT": 1, "LON": 1}')])
+    report = embed(open_source(str(tmp_path / "0.tar")), encoder, tmp_path / "out")
+    assert (report.embedded, report.unreadable) == (1, 4)
+    assert FeatureData(tmp_path / "out").latlon.tolist() == [[1.5, -180.0]]
+    reasons = pd.read_csv(tmp_path / "out" / "unreadable.csv")["reason"].tolist()
+    assert all(part in reason for (_, part), reason in zip(bad, reasons, strict=False)), reasons
+    assert "no photo" in reasons[3]
+
+
+KILLED = """
+    import json, os, signal, sys, time
+    import torch
+    import torchvision.transforms.functional  # imported once here, and not in every process to be killed
+    from geoclip import features, sources
+    from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+
+    csv = sys.argv[1]
+    torch.set_num_threads(1)
+    source = sources.open_source(csv, photos_a_part=4)
+    for line in sys.stdin:  # a folder, and how many seconds the next process may live
+        out, seconds = json.loads(line)
+        began = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            encoder = ImageEncoder(ImageEncoderConfig("conv", None, False, 8, 4), torch.Generator().manual_seed(1))
+            features.embed(source, encoder, out, sources.Views(number=2), arithmetic="fp32")
+            os._exit(0)
+        done = False
+        while time.monotonic() < began + seconds and not done:
+            done = os.waitpid(child, os.WNOHANG)[0] == child
+            time.sleep(0.0005)
+        if not done:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        print(json.dumps([done, time.monotonic() - began]), flush=True)
+"""
+
+
+def test_sigkill_at_random_moments_loses_and_repeats_nothing(photos, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(KILLED), photos],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+
+    def embedding(folder, seconds):
+        process.stdin.write(json.dumps([str(folder), seconds]) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    embedding(tmp_path / "warm", 60)
+    ended, takes = embedding(tmp_path / "unbroken", 60)
+    unbroken, out = whole(tmp_path / "unbroken"), tmp_path / "killed"
+    assert ended and len(unbroken) == 6 * 5
+
+    draw, counts = random.Random(0), [0]
+    while len(counts) <= 20:
+        # moments anywhere in a run: starting, decoding, writing a shard, between two, gathering the unreadable
+        embedding(out, draw.uniform(0.2, 1.1) * takes if len(counts) % 5 else 0.4 * takes)
+        there = whole(out)
+        assert there.items() <= unbroken.items()  # what is there is already what it will be
+        counts.append(len(there))
+        if len(there) == len(unbroken):  # done although killed so often: once more from the start
+            out = tmp_path / f"killed{len(counts)}"
+    assert len({count for count in counts if 0 < count < 30}) >= 3, counts  # some died half-way
+
+    ended, _ = embedding(out, 60)
+    process.stdin.close()
+    process.wait(10)
+    assert ended and whole(out) == unbroken
+    assert (out / "unreadable.csv").read_text() == (tmp_path / "unbroken" / "unreadable.csv").read_text()
+    assert not list(out.glob(".shard-*"))
+
+
+def test_full_disk_stops_with_a_clear_error_and_keeps_what_was_whole(photos, tmp_path, encoder, monkeypatch):
+    source, out = open_source(str(photos), photos_a_part=4), tmp_path / "out"
+    written = features._write_array
+    budget = iter(range(5))
+
+    def full(path, array):
+        if next(budget, None) is None:
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written(path, array)
+
+    monkeypatch.setattr(features, "_write_array", full)
+    with pytest.raises(OSError, match=r"disk is full: shard 2 was not written .*; 2 whole shards stay") as error:
+        embed(source, encoder, out)
+    assert error.value.errno == errno.ENOSPC
+    assert sorted(path.name for path in out.glob("*shard*")) == ["shard-000000", "shard-000001"]
+    monkeypatch.undo()
+    report = embed(source, encoder, out)
+    assert report.found == 6 and report.embedded == 14
+    embed(source, encoder, tmp_path / "unbroken")
+    assert whole(out) == whole(tmp_path / "unbroken")
+
+
+def test_really_full_disk(photos, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    # a disk of 300 KB of its own, where the kernel lets users have one; features take 37 KB a shard
+    script = f"mount -t tmpfs -o size=300k none {small} && exec {sys.executable} -m geoclip embed {photos} " + (
+        f"--out {small}/out --tower conv --weights null --views 24 --shard-size 3 --workers 0"
+    )
+    allowed = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
+    if not allowed:
+        pytest.skip("users may not mount here (unshare -rm)")
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "the disk is full: shard" in done.stderr and "whole shards stay" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_features_made_otherwise_are_refused(photos, tmp_path, encoder):
+    source, out = open_source(str(photos)), tmp_path / "out"
+    embed(source, encoder, out, Views(number=2))
+    FeatureData(out, CONV)
+    with pytest.raises(ValueError, match=r"features of tower conv, but the model has ViT-B-32"):
+        FeatureData(out, ImageEncoderConfig("ViT-B-32"))
+    with pytest.raises(ValueError, match=r"features of weights None, but the model has other\.pt"):
+        FeatureData(out, ImageEncoderConfig("conv", "other.pt", frozen=False))
+    about = json.loads((out / "features.json").read_text())
+    about["preprocessing"]["mean"] = [0.485, 0.456, 0.406]  # ImageNet's, as the released data loader has it
+    (out / "features.json").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match="features of preprocessing"):
+        FeatureData(out, CONV)
+    with pytest.raises(ValueError, match="made otherwise: preprocessing"):  # the shard itself says so too
+        FeatureData(out)
+    with pytest.raises(ValueError, match=r"holds other features \(preprocessing"):
+        embed(source, encoder, out, Views(number=2))
+
+
+def test_another_tower_or_source_does_not_join_a_folder(photos, tmp_path, encoder):
+    out = tmp_path / "out"
+    embed(open_source(str(photos)), encoder, out)
+    other = ImageEncoder(CONV, torch.Generator().manual_seed(2))
+    with pytest.raises(ValueError, match=r"holds other features.*tower_hash"):
+        embed(open_source(str(photos)), other, out)
+    with pytest.raises(ValueError, match=r"holds other features.*data"):
+        embed(open_source(str(photos), photos_a_part=2), encoder, out)
+    with pytest.raises(ValueError, match=r"holds other features.*views"):
+        embed(open_source(str(photos)), encoder, out, Views(number=3))
+
+
+def test_wrong_folder_of_images_is_an_error(photos, tmp_path, encoder):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ValueError, match=r"not one of the first 24 photos can be read \(0\.jpg: no such file\)"):
+        embed(open_source(str(photos), images=empty), encoder, tmp_path / "out")
+    with pytest.raises(ValueError, match="no source"):
+        open_source("photos.zip")
+    with pytest.raises(FileNotFoundError, match=r"1\.tar: no such tar; 2 of 2"):
+        open_source(str(tmp_path / "{1..2}.tar"))
+
+
+def test_embed_does_not_change_the_encoder(photos, tmp_path, encoder):
+    before = features.tower_hash(encoder.tower)
+    embed(open_source(str(photos)), encoder, tmp_path / "out", arithmetic="bf16")
+    assert features.tower_hash(encoder.tower) == before
+    embed(open_source(str(photos)), encoder, tmp_path / "single", arithmetic="fp32")
+    one, other = FeatureData(tmp_path / "out").tensor().float(), FeatureData(tmp_path / "single").tensor().float()
+    assert torch.cosine_similarity(one, other, dim=-1).min() > 0.999
+    assert not torch.equal(one, other)
+
+
+def test_training_set_gives_each_image_once_an_epoch_with_a_random_view(photos, tmp_path, encoder):
+    embed(open_source(str(photos), photos_a_part=7), encoder, tmp_path, Views(number=6))
+    data = FeatureData(tmp_path, CONV, seed=5)
+    all_views = data.tensor().float()
+    seen = []
+    for epoch in range(40):
+        order = np.random.default_rng(epoch).permutation(len(data))
+        for part in np.split(order, [3, 11]):  # over the shards in any order
+            batch = data.__getitems__([(epoch, int(index)) for index in part])
+            assert batch["index"].tolist() == part.tolist()
+            assert torch.equal(batch["latlon"], data.latlon[part])
+            match = (batch["feature"] == all_views[part]).all(-1)
+            assert match.sum(1).eq(1).all()  # one of this image's own views
+            seen.append(match.int().argmax(1))
+    counts = torch.bincount(torch.cat(seen), minlength=6) / (40 * len(data))
+    assert counts.min() > 0.11 and counts.max() < 0.23  # uniform is 0.167; σ is 0.013
+    again = data.__getitems__(keys(data, epoch=3))["feature"]
+    assert torch.equal(again, FeatureData(tmp_path, CONV, seed=5).__getitems__(keys(data, epoch=3))["feature"])
+    assert not torch.equal(again, FeatureData(tmp_path, CONV, seed=6).__getitems__(keys(data, epoch=3))["feature"])
+    several = FeatureData(tmp_path, CONV, views_a_step=4).__getitems__([(0, 2)])["feature"][0]
+    assert len(several.unique(dim=0)) == 4
+    with pytest.raises(ValueError, match="6 views of each image, not 7"):
+        FeatureData(tmp_path, CONV, views_a_step=7)
+
+
+def test_smaller_fractions_lie_within_larger_ones(photos, tmp_path, encoder):
+    embed(open_source(str(photos)), encoder, tmp_path)
+    sets = [set(FeatureData(tmp_path, fraction=part).ids()) for part in (0.1, 0.5, 1.0)]
+    assert [len(names) for names in sets] == [2, 10, 20]
+    assert sets[0] < sets[1] < sets[2]
+
+
+def test_random_crops_stay_inside_and_cover_the_stated_area():
+    draw, views = np.random.default_rng(0), Views(number=2)
+    for size in ((640, 480), (100, 3000), (4000, 90)):
+        for _ in range(300):
+            left, top, right, bottom = sources.random_box(size, views, draw)
+            assert 0 <= left < right <= size[0] + 1e-9 and 0 <= top < bottom <= size[1] + 1e-9
+            if size == (640, 480):
+                area, ratio = (right - left) * (bottom - top) / (640 * 480), (right - left) / (bottom - top)
+                assert 0.6 - 1e-9 <= area <= 1 + 1e-9 and 3 / 4 - 1e-9 <= ratio <= 4 / 3 + 1e-9
+
+
+def test_draft_decoding_changes_less_than_a_level(tmp_path):
+    x, y = np.meshgrid(np.linspace(0, 40, 2400), np.linspace(0, 25, 1600))
+    large = Image.fromarray(((np.stack([np.sin(x), np.sin(y), np.sin(x + y)], -1) + 1) * 127).astype(np.uint8))
+    large.save(tmp_path / "large.jpg", quality=95)
+    drafted = sources.decode(tmp_path / "large.jpg", "large.jpg", 448)
+    assert drafted.size == (1200, 800)  # half: a quarter would be 600 × 400, below 448
+    one = sources.photo_views(drafted, Views(), None).float()
+    other = sources.photo_views(Image.open(tmp_path / "large.jpg"), Views(), None).float()
+    assert (one - other).abs().mean() < 1
+
+
+def test_command_goes_on_where_it_stopped(photos, tmp_path, capfd):
+    options = ["--tower", "conv", "--weights", "null", "--views", "2", "--shard-size", "6", "--workers", "0"]
+    assert main(["embed", str(photos), "--out", str(tmp_path / "one"), *options]) == 1  # 4 unreadable
+    assert "20 images embedded" in capfd.readouterr().out
+    assert main(["embed", str(photos), "--out", str(tmp_path / "one"), *options]) == 0
+    assert "0 images embedded" in (out := capfd.readouterr().out) and "20 were there" in out
+
+
+def test_torchrun_and_slurm_are_recognised(monkeypatch):
+    assert features.rank_and_world() == (0, 1, 0)
+    with monkeypatch.context() as torchrun:
+        for name, value in {
+            "TORCHELASTIC_RUN_ID": "1", "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "GROUP_RANK": "1",
+            "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1",
+        }.items():  # fmt: skip
+            torchrun.setenv(name, value)
+        assert features.rank_and_world() == (3, 8, 1)
