@@ -156,10 +156,14 @@ def load_clip(tower: str, weights: str | None) -> tuple[nn.Module, Callable]:
             raise
         raise missing_clip(tower, weights, error) from error
     if state is not None:
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise ValueError(f"the weights {weights} do not fit CLIP {tower}: {error}") from error
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        unlike = [name for name in shapes if name not in state or state[name].shape != shapes[name]]
+        if unlike:
+            raise ValueError(
+                f"{weights} does not fit CLIP {tower}: {len(unlike)} of {len(shapes)} tensors are missing or of "
+                f"another shape, such as {unlike[0]}"
+            )
+        model.load_state_dict(state)
     return model.eval(), preprocess
 
 
