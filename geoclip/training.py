@@ -6,6 +6,7 @@ goes on exactly as the unbroken one. Other models (geoclip.baselines) share the 
 
 import dataclasses
 import hashlib
+import importlib
 import json
 import logging
 import time
@@ -40,7 +41,7 @@ from geoclip.model import GeoCLIP
 class TrainConfig:
     """One training run; the defaults are the paper's where it, or its re-implementations, say (README).
 
-    model: what is trained.
+    model: what is trained; the baselines have fields of their own (geoclip.baselines.geocells, .context).
     data: "blue_marble", the embedded tiles, or a folder of features made by `python -m geoclip embed`, or a
         CSV with IMG_FILE, LAT, LON and its folder of `images`.
     fraction: part of the training set that is used; smaller parts are contained in larger ones.
@@ -52,7 +53,7 @@ class TrainConfig:
     precision: "auto" is bf16-mixed on a GPU, else single; the Fourier phase is single in all.
     """
 
-    model: Literal["geoclip"] = "geoclip"
+    model: Literal["geoclip", "geocells", "context"] = "geoclip"
     data: str = "blue_marble"
     images: str | None = None
     fraction: float = 1.0
@@ -87,13 +88,27 @@ class TrainConfig:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
-def config_parser(exit_on_error: bool = False):
-    """A jsonargparse parser whose options are TrainConfig's fields, and --config for a YAML file of them."""
+def baseline(model: str):
+    """The module of a model of geoclip.baselines: its Config, training_set and build."""
+    return importlib.import_module(f"geoclip.baselines.{model}")
+
+
+def config_class(model: str) -> type[TrainConfig]:
+    """The configuration's class of a model; ValueError for a model that is not there."""
+    if model == "geoclip":
+        return TrainConfig
+    if model not in ("geocells", "context"):
+        raise ValueError(f"model {model!r} is none of geoclip, geocells, context")
+    return baseline(model).Config
+
+
+def config_parser(model: str = "geoclip", exit_on_error: bool = False):
+    """A jsonargparse parser whose options are the configuration's fields, and --config for a YAML of them."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="python -m geoclip train", exit_on_error=exit_on_error)
     parser.add_argument("--config", action="config", help="YAML file with the names below")
-    parser.add_class_arguments(TrainConfig, as_group=False)
+    parser.add_class_arguments(config_class(model), as_group=False)
     return parser
 
 
@@ -101,10 +116,10 @@ def as_config(values: dict[str, Any] | Path | str) -> TrainConfig:
     """A TrainConfig from a dict of its fields or a YAML file; ValueError names an unknown or wrong field."""
     from jsonargparse import ArgumentError
 
-    parser = config_parser()
     source = "configuration"
     if not isinstance(values, dict):
         source, values = str(values), yaml.safe_load(Path(values).read_text())
+    parser = config_parser((values or {}).get("model", "geoclip"))
     try:
         parsed = parser.parse_object(values or {})
     except ArgumentError as error:
@@ -115,8 +130,8 @@ def as_config(values: dict[str, Any] | Path | str) -> TrainConfig:
 def from_namespace(parser, parsed) -> TrainConfig:
     """The TrainConfig that config_parser() parsed."""
     built = parser.instantiate_classes(parsed)
-    names = [f.name for f in dataclasses.fields(TrainConfig)]
-    return TrainConfig(**{name: built[name] for name in names})
+    kind = config_class(built["model"])
+    return kind(**{field.name: built[field.name] for field in dataclasses.fields(kind)})
 
 
 def seeded(*keys: int | str) -> torch.Generator:
@@ -165,6 +180,10 @@ class TileTraining(Dataset):
     def __len__(self) -> int:
         return len(self.latlon)
 
+    def at(self, latlon: Tensor) -> "TileTraining":
+        """The same at other places."""
+        return TileTraining(latlon, self.config)
+
     def disturbed(self, epoch: int) -> Tensor:
         """(n, v, 9) draws of this epoch."""
         if self.drawn is None or self.drawn[0] != epoch:
@@ -189,10 +208,17 @@ def training_set(config: TrainConfig) -> Dataset:
     A fraction keeps the first places of one fixed random order, so that the parts are nested.
     Raises ValueError for an empty set and FileNotFoundError for data that are not there.
     """
+    if config.model != "geoclip":
+        return baseline(config.model).training_set(config)
     if config.data == "blue_marble":
-        latlon = blue_marble.splits(config.splits)["train"]  # in random order
-        return TileTraining(latlon[: max(1, round(config.fraction * len(latlon)))], config)
+        return TileTraining(training_places(config), config)
     raise FileNotFoundError(f'data {config.data!r} is neither "blue_marble" nor a file or folder')
+
+
+def training_places(config: TrainConfig) -> Tensor:
+    """The embedded data's training (lat, lon), of which a fraction keeps the first."""
+    latlon = blue_marble.splits(config.splits)["train"]  # in random order
+    return latlon[: max(1, round(config.fraction * len(latlon)))]
 
 
 def whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -220,6 +246,10 @@ class TrainingModule(lightning.LightningModule):
     def locate(self, images: Tensor) -> Tensor:
         """The best place (n, 2) of preprocessed images (n, 3, h, w), in (lat, lon) degrees."""
         raise NotImplementedError
+
+    def test_tiles(self, split: str) -> tuple[Tensor, Tensor]:
+        """The images that `locate` is asked about in a split of the embedded data, and their places."""
+        return blue_marble.test_tiles(split, self.config.tiles, self.config.splits)
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
         values = self.loss(batch, seeded(self.config.seed, "step", self.global_step))
@@ -303,6 +333,8 @@ def first_queue(config: TrainConfig, places: Tensor | None) -> Tensor:
 
 def build(config: TrainConfig, data: Dataset | None = None) -> TrainingModule:
     """The untrained module of a configuration; `data` is its training set."""
+    if config.model != "geoclip":
+        return baseline(config.model).build(config, data)
     return GeoCLIPTraining(config, None if data is None else data.latlon)
 
 
@@ -338,15 +370,17 @@ class Run:
 
 def run_key(config: TrainConfig) -> str:
     """Hash of configuration, code and data: a run with the same key need not be repeated."""
-    parts = {"config": dataclasses.asdict(config), "code": code_hash(), "data": fingerprint(config)}
+    parts = {"config": dataclasses.asdict(config), "code": code_hash(config.model), "data": fingerprint(config)}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def code_hash() -> str:
-    """Hash of the modules that a training run goes through."""
+def code_hash(model: str) -> str:
+    """Hash of the modules that a training run of this model goes through."""
     package = Path(__file__).parent
     names = ["earth", "location_encoder", "image_encoder", "model", "gps_queue", "training"]
     files = [package / f"{name}.py" for name in names] + [package / "datasets" / "blue_marble.py"]
+    if model != "geoclip":
+        files += [package / "datasets" / "real_geography.py", *sorted((package / "baselines").glob("*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -471,7 +505,7 @@ class Loaders(lightning.LightningDataModule):
             return []
         places = blue_marble.splits(self.config.splits)["val"]
         keys = [(-1, index) for index in range(len(places))]  # epoch -1: one disturbance for all epochs
-        return self.loader(type(self.data)(places, self.config), keys, self.config.batch_size)
+        return self.loader(self.data.at(places), keys, self.config.batch_size)
 
     def loader(self, data: Dataset, keys, batch_size: int) -> DataLoader:
         return DataLoader(
@@ -501,6 +535,7 @@ class quiet(warnings.catch_warnings):
         warnings.filterwarnings("ignore", message=".*(does not have many workers|exists and is not empty).*")
         warnings.filterwarnings("ignore", message=".*(Checkpoint directory|Experiment logs directory).*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*is smaller than the logging.*")
+        warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         self.logger = logging.getLogger("lightning.pytorch")
         self.level = self.logger.level
         self.logger.setLevel(logging.ERROR)
@@ -525,6 +560,7 @@ def load(path: Path | str) -> TrainingModule:
     except Exception as error:
         raise ValueError(f"{path} is not a checkpoint of `python -m geoclip train`: {error}") from error
     module = build(config)
+    module.on_load_checkpoint(kept)  # classes that only the training data knew
     try:
         module.load_state_dict(kept["state_dict"])
     except RuntimeError as error:
@@ -543,7 +579,7 @@ def tile_errors(
     module: TrainingModule, split: Literal["val", "random", "blocked"], block: int = 256
 ) -> Tensor:
     """Error in km of each tile of a split, as every table of the embedded profile counts it."""
-    images, latlon = blue_marble.test_tiles(split, module.config.tiles, module.config.splits)
+    images, latlon = module.test_tiles(split)
     answers = torch.cat([module.locate(part) for part in images.split(block)])
     return earth.haversine_km(answers, latlon)
 

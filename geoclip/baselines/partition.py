@@ -151,16 +151,16 @@ class Partition:
 
     def label(self, latlon: np.ndarray | torch.Tensor) -> torch.Tensor:
         """Class (n,) int64 of the cell each of `latlon` (n, 2) lies in; −1 where it lies in none."""
-        return self._find(leaf_ids(np.asarray(latlon)))
+        return self.label_leaves(leaf_ids(np.asarray(latlon)))
 
     def parent(self, finer: "Partition") -> torch.Tensor:
         """Class (k,) int64 of the cell of this partition that holds each of `finer`'s cells.
 
         Raises ValueError where a finer cell lies in none: the two were not made from the same places.
         """
-        label = self._find(finer.ids)
+        label = self.label_leaves(finer.ids)
         first, last = id_ranges(finer.ids)
-        inside = (self._find(first) == label) & (self._find(last) == label) & (label >= 0)
+        inside = (self.label_leaves(first) == label) & (self.label_leaves(last) == label) & (label >= 0)
         if not inside.all():
             raise ValueError(
                 f"cell {finer.tokens[int(torch.nonzero(~inside)[0])]!r} of the finer partition lies in no cell of the "
@@ -168,7 +168,8 @@ class Partition:
             )
         return label
 
-    def _find(self, ids: np.ndarray) -> torch.Tensor:
+    def label_leaves(self, ids: np.ndarray) -> torch.Tensor:
+        """As `label`, of S2 leaf ids (or any cells' ids), uint64 (n,)."""
         at = np.searchsorted(self._first, ids, side="right") - 1
         inside = (at >= 0) & (ids <= self._last[np.maximum(at, 0)])
         return torch.from_numpy(np.where(inside, self._order[at], -1))

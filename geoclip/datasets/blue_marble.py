@@ -214,7 +214,11 @@ def test_tiles(
     places = splits(sizes or SplitConfig())
     if split not in places or split == "gallery":
         raise ValueError(f"no split {split!r}: there are train, val, random, blocked")
-    seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "big")
     latlon = places[split]
-    disturbed = disturbance(len(latlon), torch.Generator().manual_seed(seed))
-    return render(latlon, config, disturbed), latlon
+    return render(latlon, config, test_disturbance(split, len(latlon))), latlon
+
+
+def test_disturbance(split: str, n: int) -> Float[Tensor, "n 9"]:
+    """What is done to the n tiles of a split in every evaluation."""
+    seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "big")
+    return disturbance(n, torch.Generator().manual_seed(seed))

@@ -1,0 +1,245 @@
+"""Geo-localization as classification over cells of the Earth: coarse, middle and fine heads, scenes, maps.
+
+After PlaNet (cells), the ISNs (three partitions, hierarchical inference, scenes) and TransLocator (a second tower
+on the segmentation map). The answer is the mean place of a cell's training images. Options are named as in
+those projects.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from geoclip.baselines import labels, samples
+from geoclip.baselines.partition import Partition, PartitionConfig, leaf_ids, partition
+from geoclip.baselines.towers import Tower
+from geoclip.image_encoder import ImageEncoderConfig
+from geoclip.location_encoder import initialise
+from geoclip.training import TrainConfig, TrainingModule, seeded
+
+LEVELS = ("coarse", "middle", "fine")
+ALL_SCENES = 3
+
+
+@dataclass(frozen=True)
+class GeocellsConfig(TrainConfig):
+    """A classifier over geo-cells; `location`, `queue` and the noises of TrainConfig are GeoCLIP's and unused.
+
+    cells: published partition files, coarse, middle, fine; () divides the training coordinates by img_min and
+        img_max (one for each level; the published partitions').
+    level_weights: of the three losses.
+    s2_cells: the partition that answers; hierarchical: by the product of its cells' probabilities and those
+        of the coarser cells around them, else by its own alone.
+    scene: also learn the scene, with the weight scene_weight; scene_of_interest: train on images of one scene,
+        0 indoor, 1 natural, 2 urban, or 3 for all.
+    seg_channels: of the second tower's segmentation map, 3 (a picture) or 150 (a plane a class); 0 for no
+        second tower. seg_images: the folder of maps, of the images' names with .png, where data are photos.
+    """
+
+    model: Literal["geocells"] = "geocells"
+    image: ImageEncoderConfig = field(
+        default_factory=lambda: ImageEncoderConfig(
+            "timm/vit_large_patch16_224.augreg_in21k", "pretrained", False
+        )
+    )
+    cells: tuple[str, ...] = ()
+    img_min: int = 50
+    img_max: tuple[int, int, int] = (5000, 2000, 1000)
+    level_weights: tuple[float, float, float] = (0.5, 0.3, 0.2)
+    s2_cells: Literal["coarse", "middle", "fine"] = "fine"
+    hierarchical: bool = True
+    scene: bool = False
+    scene_weight: float = 1.0
+    scene_of_interest: int = ALL_SCENES
+    seg_channels: int = 0
+    seg_images: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.cells and len(self.cells) != len(LEVELS):
+            raise ValueError(f"cells takes three files, {', '.join(LEVELS)}; {len(self.cells)} were given")
+        if self.scene_of_interest not in range(ALL_SCENES + 1):
+            raise ValueError(
+                f"scene_of_interest is 0 (indoor), 1 (natural), 2 (urban) or 3 (all), not {self.scene_of_interest}"
+            )
+        if self.seg_channels not in (0, *samples.MAP_CHANNELS):
+            raise ValueError(f"seg_channels is 3, 150, or 0 for no second tower, not {self.seg_channels}")
+
+
+Config = GeocellsConfig
+
+
+class Geocells(nn.Module):
+    """Image, and segmentation map behind its channels, → logits over the cells of each level, and the scene.
+
+    Every part is drawn from a generator of its own, so that adding one changes none of the others.
+    """
+
+    def __init__(self, config: GeocellsConfig, partitions: dict[str, Partition]):
+        super().__init__()
+        self.config = config
+        self.tower = Tower(config.image, seeded(config.seed, "tower"))
+        dim = self.tower.dim
+        sizes = {level: len(cells) for level, cells in partitions.items()}
+        sizes |= {"scene": len(labels.SCENES)} if config.scene else {}
+        self.heads = nn.ModuleDict({name: nn.Linear(dim, size) for name, size in sizes.items()})
+        for name, head in self.heads.items():
+            initialise(head, seeded(config.seed, "head", name))
+        if config.seg_channels:
+            self.map_tower = Tower(config.image, seeded(config.seed, "map tower"), config.seg_channels)
+            self.attention = nn.Linear(2 * dim, 2)
+            initialise(self.attention, seeded(config.seed, "attention"))
+        for level, cells in partitions.items():
+            self.register_buffer(f"{level}_latlon", torch.from_numpy(cells.latlon).float())
+        for level, finer in itertools.pairwise(LEVELS):
+            self.register_buffer(f"{level}_of_{finer}", partitions[level].parent(partitions[finer]))
+
+    def fuse(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features (n, c) of images (n, 3 + s, h, w), and the two towers' attention weights (n, 2) or None."""
+        if images.shape[1] != 3 + self.config.seg_channels:
+            raise ValueError(
+                f"this model sees 3 channels of image and {self.config.seg_channels} of segmentation map, "
+                f"not {images.shape[1]} together"
+            )
+        seen = self.tower(images[:, :3])
+        if not self.config.seg_channels:
+            return seen, None
+        mapped = self.map_tower(images[:, 3:])
+        weights = self.attention(torch.cat([seen, mapped], 1)).softmax(1)
+        return weights[:, :1] * seen + weights[:, 1:] * mapped, weights
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        """Logits (n, cells) of each level, and "scene" (n, 3) where it is learned."""
+        features, _ = self.fuse(images)
+        return {name: head(features) for name, head in self.heads.items()}
+
+    def log_probability(self, logits: dict[str, Tensor]) -> Tensor:
+        """Log probability (n, cells) of the cells of `s2_cells`, with the coarser levels' where hierarchical.
+
+        The product over levels is not normalised again: only its order is used.
+        """
+        level = self.config.s2_cells
+        total = logits[level].log_softmax(-1)
+        if self.config.hierarchical:
+            ancestors = None
+            upwards = list(itertools.pairwise(LEVELS))[: LEVELS.index(level)][::-1]
+            for coarser, finer in upwards:
+                step = getattr(self, f"{coarser}_of_{finer}")
+                ancestors = step if ancestors is None else step[ancestors]
+                total = total + logits[coarser].log_softmax(-1)[:, ancestors]
+        return total
+
+    def locate(self, images: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
+        """The k likeliest cells' places (n, k, 2) in degrees, and their probabilities (n, k)."""
+        probability, index = self.log_probability(self(images)).softmax(-1).topk(k, dim=-1)
+        return getattr(self, f"{self.config.s2_cells}_latlon")[index], probability
+
+
+class GeocellsTraining(TrainingModule):
+    """Cross-entropy over the cells of three partitions, and over scenes."""
+
+    def __init__(self, config: GeocellsConfig, latlon: Tensor | None = None):
+        """latlon: training places (n, 2) that are divided into cells; None where a checkpoint brings the cells."""
+        super().__init__(config)
+        self.partitions: dict[str, Partition] = {}
+        if latlon is not None:
+            self.use(partitions(config, latlon))
+
+    def use(self, cells: dict[str, Partition]) -> None:
+        """Classify over these partitions."""
+        self.partitions = cells
+        self.model = Geocells(self.config, cells)
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Weighted cross-entropies; images in no cell of a level, or of unknown scene, do not count there."""
+        images = batch["image"].flatten(0, 1)
+        views = self.config.views
+        logits = self.model(images)
+        leaves = leaf_ids(batch["latlon"].double().cpu())
+        losses, values = [], {}
+        for level, weight in zip(LEVELS, self.config.level_weights, strict=True):
+            label = self.partitions[level].label_leaves(leaves).to(images.device).repeat_interleave(views)
+            values[level] = known_cross_entropy(logits[level], label)
+            losses.append(weight * values[level])
+        values["top1"] = (logits["fine"].argmax(-1) == label).float().mean()
+        if self.config.scene:
+            values["scene"] = known_cross_entropy(logits["scene"], batch["scene"].repeat_interleave(views))
+            losses.append(self.config.scene_weight * values["scene"])
+        return {"loss": torch.stack(losses).sum()} | {name: value.detach() for name, value in values.items()}
+
+    @torch.inference_mode()
+    def locate(self, images: Tensor) -> Tensor:
+        return self.model.locate(images)[0][:, 0].cpu()
+
+    def test_tiles(self, split: str) -> tuple[Tensor, Tensor]:
+        """Tiles of a split of the embedded data, with the land mask where the model has a second tower."""
+        return samples.test_tiles(split, self.config, self.config.seg_channels)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["partitions"] = {
+            level: {
+                "tokens": cells.tokens,
+                "images": torch.from_numpy(cells.images),
+                "latlon": cells.latlon.tolist(),
+            }
+            for level, cells in self.partitions.items()
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.partitions:  # training goes on; its data gave the same cells
+            return
+        kept = checkpoint["partitions"]
+        self.use(
+            {level: Partition(**kept[level], source=f"the checkpoint's {level} cells") for level in LEVELS}
+        )
+
+
+def known_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+    """Mean cross-entropy over the labels that are known; 0, with gradient 0, where none is."""
+    total = functional.cross_entropy(logits.float(), label, ignore_index=labels.UNKNOWN, reduction="sum")
+    return total / (label != labels.UNKNOWN).sum().clamp(min=1)
+
+
+def partitions(config: GeocellsConfig, latlon: Tensor) -> dict[str, Partition]:
+    """The three partitions: read from files, or made of training places (n, 2)."""
+    if config.cells:
+        return {level: Partition.read(path) for level, path in zip(LEVELS, config.cells, strict=True)}
+    return {
+        level: partition(latlon, PartitionConfig(config.img_min, img_max))
+        for level, img_max in zip(LEVELS, config.img_max, strict=True)
+    }
+
+
+def encode(context: pd.DataFrame) -> dict[str, Tensor]:
+    """Class numbers of the scene where it is among the columns."""
+    if "scene" not in context:
+        return {}
+    scene = torch.from_numpy(context["scene"].fillna(labels.UNKNOWN).to_numpy(dtype="int64"))
+    return {"scene": labels.check_labels(scene, len(labels.SCENES), "scene")}
+
+
+def training_set(config: GeocellsConfig) -> Dataset:
+    """Images with `scene` where it matters, of the scene of interest, with maps for the second tower."""
+    one_scene = config.scene_of_interest != ALL_SCENES
+    columns = ("scene",) if config.scene or one_scene else ()
+    found = samples.Samples.of(config, columns)
+    if one_scene:
+        found = found.rows((found.context["scene"] == config.scene_of_interest).to_numpy())
+        if len(found.latlon) == 0:
+            raise ValueError(f"no training image has scene {config.scene_of_interest}; 3 trains on all")
+    maps = None
+    if config.seg_channels:
+        maps = samples.Maps(config.seg_channels, Path(config.seg_images) if config.seg_images else None)
+    return found.dataset(config, columns, encode, maps)
+
+
+def build(config: GeocellsConfig, data: Dataset | None = None) -> GeocellsTraining:
+    """The untrained classifier; without data its cells are still to come from a checkpoint."""
+    return GeocellsTraining(config, None if data is None else data.latlon)
