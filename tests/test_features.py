@@ -233,7 +233,7 @@ def test_sigkill_at_random_moments_loses_and_repeats_nothing(photos, tmp_path):
     assert ended and len(unbroken) == 6 * 5
 
     draw, counts, halfway = random.Random(0), [], set()
-    while len(counts) < 20 or (len(halfway) < 3 and len(counts) < 80):
+    while len(counts) < 20 or (len(halfway) < 3 and len(counts) < 200):
         # moments anywhere in a run: starting, decoding, writing a shard, between two, gathering the unreadable
         embedding(out, draw.uniform(0.1, 1.1) * takes)
         there = whole(out)
