@@ -77,7 +77,7 @@ def from_unit_sphere(xyz: Float[Tensor, "*n 3"]) -> Float[Tensor, "*n 2"]:
     return torch.stack([torch.rad2deg(lat), wrap_lon(torch.rad2deg(torch.atan2(y, x)))], -1)
 
 
-def haversine_km(a: Float[Tensor, "*n 2"], b: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n"]:
+def haversine_km(a: Float[Tensor, "*#n 2"], b: Float[Tensor, "*#n 2"]) -> Float[Tensor, "*n"]:
     """Great-circle distance in km between (lat, lon) degrees, on a sphere of R = 6371.0088 km.
 
     Computed in double precision; `a` and `b` broadcast. Within 0.6 % of the WGS84 geodesic; the benchmarks'
