@@ -5,6 +5,7 @@ that could not be read or answered stays in the denominator.
 """
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -15,9 +16,11 @@ from geoclip import earth
 THRESHOLDS_KM = (1, 25, 200, 750, 2500)
 ACCURACY_COLUMNS = [f"acc_{km}km" for km in THRESHOLDS_KM]
 GEOSCORE_SCALE_KM = 1492.7
+# The random floor is a mean over so many draws, since few of a benchmark's images lie near a random place.
+FLOOR_DRAWS = 300_000
 
 
-def summarize(error_km: Float[Tensor, "n"]) -> dict[str, float]:
+def summarize(error_km: Float[Tensor, " n"]) -> dict[str, float]:
     """Percent within each threshold (≤), median and mean km of the answered, mean geoscore, n.
 
     A miss counts as beyond every threshold, scores 0 and enters no mean. Raises ValueError for no errors.
@@ -39,7 +42,7 @@ def named_thresholds():
     return zip(ACCURACY_COLUMNS, THRESHOLDS_KM, strict=True)
 
 
-def ceiling(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"]) -> Float[Tensor, "n"]:
+def ceiling(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"]) -> Float[Tensor, " n"]:
     """Error in km of the gallery's nearest place: what a perfect matcher would leave."""
     return earth.haversine_km(truth, places[nearest(truth, places)])
 
@@ -54,14 +57,14 @@ def nearest(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"]) -> Tensor
 
 def random_floor(
     truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"], generator: torch.Generator
-) -> Float[Tensor, "n"]:
+) -> Float[Tensor, " n"]:
     """Error in km of a gallery place drawn at random for each image."""
     return earth.haversine_km(truth, places[torch.randint(len(places), (len(truth),), generator=generator)])
 
 
 def constant_floor(
     truth: Float[Tensor, "n 2"], candidates: Float[Tensor, "m 2"], within_km: float = 25
-) -> Float[Tensor, "n"]:
+) -> Float[Tensor, " n"]:
     """Error in km of the best constant answer: the candidate with most other candidates within `within_km`.
 
     The constant is chosen among training places by training places, never by the truth.
@@ -71,7 +74,7 @@ def constant_floor(
     points = earth.unit_sphere(candidates.double()).numpy()
     chord = 2 * np.sin(within_km / earth.EARTH_RADIUS_KM / 2)
     counts = KDTree(points).query_ball_point(points, chord, return_length=True)
-    return earth.haversine_km(truth, candidates[int(np.argmax(counts))])
+    return earth.haversine_km(truth, candidates[int(np.argmax(counts))].expand_as(truth))
 
 
 def pixel_floor(
@@ -80,7 +83,7 @@ def pixel_floor(
     known_images: Float[Tensor, "m 3 h w"],
     known: Float[Tensor, "m 2"],
     block: int = 512,
-) -> Float[Tensor, "n"]:
+) -> Float[Tensor, " n"]:
     """Error in km of the nearest training image in pixels: what needs no learning."""
     known_flat = known_images.flatten(1)
     norms = known_flat.square().sum(1)
@@ -92,13 +95,13 @@ def pixel_floor(
 
 def leaked(
     truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"], within_m: float = 1.0
-) -> Bool[Tensor, "n"]:
+) -> Bool[Tensor, " n"]:
     """True where the gallery holds the very place, to `within_m` metres: a leak from training into test."""
     return ceiling(truth.double(), places.double()) * 1000 <= within_m
 
 
 def bootstrap_interval(
-    error_km: Float[Tensor, "n"],
+    error_km: Float[Tensor, " n"],
     clusters=None,
     draws: int = 1000,
     generator: np.random.Generator | None = None,
@@ -118,3 +121,61 @@ def bootstrap_interval(
     scores = 100 * (weights @ total) / (weights @ size)[:, None]
     low, high = np.percentile(scores, [2.5, 97.5], axis=0)
     return {name: (low[i], high[i]) for i, name in enumerate(ACCURACY_COLUMNS)}
+
+
+def benchmark(
+    truth: Float[Tensor, "n 2"],
+    places: Float[Tensor, "m 2"],
+    predicted: Float[Tensor, "p 2"] | None = None,
+    authors=None,
+    about: dict[str, object] | None = None,
+    seed: int = 0,
+    draws: int = 1000,
+) -> pd.DataFrame:
+    """One result as a tidy table, a row per `measure`, the columns of summarize() and what they rest on.
+
+    truth, predicted: (lat, lon) degrees, in `predicted` NaN for an image that could not be answered, which is a
+    miss; without `predicted` only what follows from coordinates. places: the gallery, in double precision
+    where leaks are to be found to a metre. authors: a photographer per image, or None. about: columns to put
+    first (data, model, split, …). seed: of the random floor and of the bootstrap.
+
+    Measures: "accuracy"; "low" and "high", its 95 % interval by bootstrap over photographers (else images);
+    "not leaked", the accuracy on test points that the gallery does not hold to 1 m; "ceiling", the gallery's
+    nearest place; "random floor", a random place of the gallery; "constant floor", its most crowded place.
+    Raises ValueError for an empty set, coordinates out of range and unequal lengths.
+    """
+    truth = earth.check_latlon(truth, "truth").double()
+    places = earth.check_latlon(places, "gallery").double()
+    leak = leaked(truth, places)
+    rows: dict[str, dict] = {}
+    readable = None
+    if predicted is not None:
+        if len(predicted) != len(truth):
+            raise ValueError(f"{len(predicted):,} answers for {len(truth):,} images")
+        answered = ~predicted.isnan().any(-1)
+        earth.check_latlon(predicted[answered], "answers")
+        readable = int(answered.sum())
+        error_km = earth.haversine_km(predicted, truth)
+        rows["accuracy"] = summarize(error_km)
+        interval = bootstrap_interval(error_km, authors, draws, np.random.default_rng(seed))
+        for side, name in enumerate(("low", "high")):
+            rows[name] = {column: ends[side] for column, ends in interval.items()} | {"n": len(truth)}
+        if not leak.all():
+            rows["not leaked"] = summarize(error_km[~leak])
+    rows["ceiling"] = summarize(ceiling(truth, places))
+    repeats = max(1, FLOOR_DRAWS // len(truth))
+    drawn = random_floor(truth.repeat(repeats, 1), places, torch.Generator().manual_seed(seed))
+    rows["random floor"] = summarize(drawn) | {"n": len(truth)}
+    rows["constant floor"] = summarize(constant_floor(truth, places))
+    rests_on = {
+        "n_expected": len(truth),
+        "n_readable": readable,
+        "n_leaked": int(leak.sum()),
+        "authors": None if authors is None else len(set(authors)),
+        "interval_over": "images" if authors is None else "photographers",
+        "gallery_n": len(places),
+        "gallery_unique": len(torch.unique(places, dim=0)),
+    }
+    return pd.DataFrame(
+        [{**(about or {}), "measure": measure, **row, **rests_on} for measure, row in rows.items()]
+    )

@@ -53,7 +53,7 @@ class FourierLevel(nn.Module):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], config.dim))
 
-    def features(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n 2f"]:
+    def features(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n f"]:
         """Fourier features, in single precision whatever the autocast: bfloat16 phases destroy the embedding."""
         if self.frequencies is None:
             return xy

@@ -176,8 +176,13 @@ def data_folder() -> Path:
 
 
 def find_csv(wanted: Card, data: Path | None = None) -> Path:
-    """The card's CSV in `data` (default: GEOCLIP_DATA) or its benchmarks/; FileNotFoundError says where to get it."""
+    """The card's CSV in `data` (default: GEOCLIP_DATA); FileNotFoundError says where to get it.
+
+    That of the street-view sets lies in their own folder, the others' at the top or in benchmarks/.
+    """
     data = data or data_folder()
+    if wanted.format.startswith("osv"):
+        return data / wanted.name / ("test.csv" if wanted.format == "osv-5m" else "test_mini.csv")
     if not wanted.csv:
         raise ValueError(f"{wanted.title} is a folder of its own layout, not one CSV")
     tried = [data / wanted.csv, data / "benchmarks" / wanted.csv]

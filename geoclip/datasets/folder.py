@@ -51,7 +51,7 @@ class Geotagged:
     @property
     def latlon(self) -> np.ndarray:
         """(n, 2) float64, (lat, lon) degrees."""
-        return self.table[["lat", "lon"]].to_numpy(np.float64)
+        return self.table[["lat", "lon"]].to_numpy(np.float64, copy=True)
 
     @property
     def authors(self) -> np.ndarray | None:
@@ -92,25 +92,27 @@ def read(
     if images is not None and not Path(images).is_dir():
         raise FileNotFoundError(f"{images}: no such folder of images")
     table = _read_text(csv)
-    columns = columns or _recognise(csv, table.columns)
+    columns = columns or _recognise(csv, table.columns, ("file", "lat", "lon"))
     lacking = [column for column in (*columns.values(), *keep) if column not in table.columns]
     if lacking:
         raise ValueError(f"{csv}: no column {', '.join(lacking)}; the header is {','.join(table.columns)}")
-    places = pd.DataFrame({"file": table[columns["file"]]})
-    places["lat"] = _degrees(csv, table, columns["lat"])
-    places["lon"] = _degrees(csv, table, columns["lon"])
+    places = _checked_places(csv, table, columns, trust_header)
+    places["file"] = table[columns["file"]]
     places["author"] = table[columns["author"]].replace("", None) if "author" in columns else None
-    places["line"] = table.index + 2  # the header is line 1
     for column in keep:
         places[column] = table[column]
     unnamed = places["file"].str.strip() == ""
     if unnamed.any():
         raise ValueError(f"{csv}, line {places['line'][unnamed].iloc[0]}: no file name in {columns['file']}")
-    _check_range(csv, places, columns)
-    if not trust_header:
-        _check_order(csv, places, columns)
-    places.loc[places["lon"] == 180, "lon"] = -180.0  # one meridian, one number
     return Geotagged(name or csv.stem, places.reset_index(drop=True), None if images is None else Path(images))
+
+
+def read_places(csv: Path | str, trust_header: bool = False) -> np.ndarray:
+    """(n, 2) places of any CSV with lat and lon (ALIASES), files or not; raises as read does."""
+    csv = Path(csv)
+    table = _read_text(csv)
+    places = _checked_places(csv, table, _recognise(csv, table.columns, ("lat", "lon")), trust_header)
+    return places[["lat", "lon"]].to_numpy(np.float64, copy=True)
 
 
 def near_land(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
@@ -143,19 +145,31 @@ def _read_text(csv: Path) -> pd.DataFrame:
     return table
 
 
-def _recognise(csv: Path, header: pd.Index) -> dict[str, str]:
+def _recognise(csv: Path, header: pd.Index, needed: Sequence[str]) -> dict[str, str]:
+    """What each meaning is called in this header; ValueError where one of `needed` is not there."""
     lower = {name.lower(): name for name in reversed(header)}
     found = {
         meaning: next((lower[alias] for alias in aliases if alias in lower), None)
         for meaning, aliases in ALIASES.items()
     }
-    for meaning in ("file", "lat", "lon"):
+    for meaning in needed:
         if found[meaning] is None:
             raise ValueError(
                 f"{csv}: no column for {meaning} (one of {', '.join(ALIASES[meaning])}); "
                 f"the header is {','.join(header)}"
             )
     return {meaning: name for meaning, name in found.items() if name is not None}
+
+
+def _checked_places(csv: Path, table: pd.DataFrame, columns: dict[str, str], trust_header: bool) -> pd.DataFrame:
+    """Columns lat, lon and line of the table, checked."""
+    places = pd.DataFrame({name: _degrees(csv, table, columns[name]) for name in ("lat", "lon")})
+    places["line"] = table.index + 2  # the header is line 1
+    _check_range(csv, places, columns)
+    if not trust_header:
+        _check_order(csv, places, columns)
+    places.loc[places["lon"] == 180, "lon"] = -180.0  # one meridian, one number
+    return places
 
 
 def _degrees(csv: Path, table: pd.DataFrame, column: str) -> pd.Series:
@@ -174,10 +188,10 @@ def _check_range(csv: Path, places: pd.DataFrame, columns: dict[str, str]) -> No
     lat, lon = places["lat"], places["lon"]
     steep = lat.abs() > 90
     if steep.any() and (lat.abs() <= 180).all() and (lon.abs() <= 90).all():
-        row = places[steep].iloc[0]
+        row = steep.idxmax()
         raise ValueError(
-            f"{csv}: the columns {columns['lat']} and {columns['lon']} are swapped: line {row['line']} has "
-            f"{columns['lat']} {row['lat']:g}, beyond ±90; exchange the two names in the header"
+            f"{csv}: the columns {columns['lat']} and {columns['lon']} are swapped: line {places.at[row, 'line']} "
+            f"has {columns['lat']} {lat[row]:g}, beyond ±90; exchange the two names in the header"
         )
     for column, value, limit in ((columns["lat"], lat, 90), (columns["lon"], lon, 180)):
         bad = value.abs() > limit
@@ -200,10 +214,10 @@ def _check_order(csv: Path, places: pd.DataFrame, columns: dict[str, str]) -> No
         return
     given, other = near_land(*distinct.T).mean(), near_land(*distinct.T[::-1]).mean()
     if given <= SWAPPED_GIVEN and other >= SWAPPED_OTHER:
-        row = places.iloc[0]
+        lat, lon, line = places[["lat", "lon", "line"]].iloc[0]
         raise ValueError(
             f"{csv}: the columns {columns['lat']} and {columns['lon']} look swapped: of {len(distinct):,} places "
-            f"{given:.0%} are on land as they stand and {other:.0%} the other way round (line {row['line']}: "
-            f"{row['lat']:g}, {row['lon']:g}); exchange the two names in the header, or say that the header "
+            f"{given:.0%} are on land as they stand and {other:.0%} the other way round (line {line:.0f}: "
+            f"{lat:g}, {lon:g}); exchange the two names in the header, or say that the header "
             f"is to be trusted"
         )

@@ -1,0 +1,65 @@
+"""Make a CSV of photos and places (IMG_FILE,LAT,LON) from a folder of geotagged photos."""
+
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+CHECKED_AT = 224  # px: decoding a JPEG that small shows whether it is whole, in a fraction of the time
+EPILOG = """
+Every photo below FOLDER whose EXIF says where it was taken becomes a row; names are relative to FOLDER. The
+others are listed in the CSV's neighbour *_unused.csv with the reason, and the exit status is then 1. The CSV
+trains and evaluates like any other: python -m geoclip evaluate --csv my.csv --images FOLDER
+"""
+
+
+def parser() -> ArgumentParser:
+    """The options."""
+    parser = ArgumentParser(prog="python -m geoclip dataset", description=__doc__, epilog=EPILOG)
+    parser.add_argument("folder", type=str, help="searched with all its folders")
+    parser.add_argument("--out", type=str, required=True, help="the CSV to write, such as my.csv")
+    return parser
+
+
+def run(options) -> int:
+    """Write the CSV and the list of what could not be used; 1 where that list is not empty."""
+    import pandas as pd
+    from tqdm import tqdm
+
+    from geoclip import paths, photos, sources
+
+    folder, out = Path(options.folder), Path(options.out)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: no such folder")
+    used, unused = [], []
+    for path in tqdm(photos.find_photos([folder]), unit="photo", disable=None):
+        name = path.relative_to(folder).as_posix()
+        try:
+            place = photos.exif_latlon(path)
+            if place is not None:
+                sources.decode(path, str(path), CHECKED_AT)  # a truncated photo is found out now, not in training
+        except photos.PhotoError as error:
+            # of an EXIF value that is wrong the error names the value too
+            what = error.name.removeprefix(str(path)).lstrip(": ")
+            unused.append((name, f"{what}: {error.reason}" if what else error.reason))
+            continue
+        if place is None:
+            unused.append((name, "no GPS position in its EXIF"))
+        else:
+            used.append((name, *place))
+    listed = out.with_name(f"{out.stem}_unused.csv")
+    listed.unlink(missing_ok=True)  # that of an earlier run
+    if unused:
+        with paths.atomic(listed) as temporary:
+            pd.DataFrame(unused, columns=["file", "reason"]).to_csv(temporary, index=False)
+        for name, reason in unused[:10]:
+            print(f"not used: {name}: {reason}")
+        if len(unused) > 10:
+            print(f"… and {len(unused) - 10:,} more")
+        print(f"{len(unused):,} of {len(used) + len(unused):,} photos could not be used; all are in {listed}")
+    if not used:
+        raise ValueError(f"{folder}: no photo there says where it was taken; {out} was not written")
+    with paths.atomic(out) as temporary:
+        table = pd.DataFrame(used, columns=["IMG_FILE", "LAT", "LON"])
+        table.to_csv(temporary, index=False, float_format="%.7f")  # 1 cm
+    print(f"{len(used):,} photos in {out}")
+    return 1 if unused else 0

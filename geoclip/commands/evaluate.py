@@ -1,0 +1,201 @@
+"""Score a model on a benchmark, on a CSV of your own photos, or on the embedded tiles."""
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+EPILOG = """
+Writes one tidy table (default data/results/evaluate/NAME.csv, with what it comes from in NAME.json): accuracy
+with its 95 % interval over photographers, accuracy without the test points that the gallery holds, the gallery's
+ceiling, random and constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with the photos that
+could not be read, which are misses, and which make the exit status 1. Benchmarks are read from the folder that
+GEOCLIP_DATA names; its layout, and where to get them, stand in geoclip/datasets/cards.py.
+"""
+
+
+def parser() -> ArgumentParser:
+    """The options."""
+    parser = ArgumentParser(prog="python -m geoclip evaluate", description=__doc__, epilog=EPILOG)
+    parser.add_argument("--benchmark", help="im2gps3k, yfcc26k, gws15k, … (a card of geoclip.datasets)")
+    parser.add_argument("--csv", help="or photos of your own: any CSV with their names, LAT and LON")
+    parser.add_argument("--data", choices=["blue_marble"], help="or the embedded tiles; needs --checkpoint")
+    parser.add_argument("--split", default="random", help="of blue_marble: random or blocked")
+    parser.add_argument("--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, the CSV's folder")
+    parser.add_argument("--trust-header", action="store_true", help="LAT and LON are right although they look swapped")
+    parser.add_argument("--checkpoint", help="a model of `train`; default: the authors' released weights with CLIP")
+    parser.add_argument("--clip-weights", help="a local file of CLIP's weights, where they cannot be downloaded")
+    parser.add_argument("--coordinates-only", action="store_true", help="ceiling, floors and leaks, without a model")
+    parser.add_argument(
+        "--gallery",
+        help="official (the authors' 100 K), own (the checkpoint's), a benchmark's name or a CSV with LAT and LON; "
+        "default: own where the checkpoint has one, else official",
+    )
+    parser.add_argument("--gallery-size", type=int, help="that many different places of it, drawn at random")
+    parser.add_argument("--ten-crop", action="store_true", help="mean of the logits over ten crops")
+    parser.add_argument("--seed", type=int, default=0, help="of the gallery's draw, random floor and bootstrap")
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--workers", type=int, help="processes that open photos; default: a core each on a GPU, else 0")
+    parser.add_argument("--out", help="the table to write, such as my.csv")
+    return parser
+
+
+def run(options) -> int:
+    """Answer, score, write; 1 where photos could not be read."""
+    import torch
+
+    from geoclip import answering, evaluation, paths, report
+    from geoclip.datasets import blue_marble
+
+    check(options)
+    photos = None if options.data else read_photos(options)
+    model = None if options.coordinates_only else answering.load(options.checkpoint, options.clip_weights)
+    places, gallery = read_gallery(options, model)
+
+    answers, predicted, authors = None, None, None
+    if photos is None:
+        images, truth = blue_marble.test_tiles(options.split, model.config.tiles, model.config.splits)
+        predicted = torch.cat([model.locate(part[:, None]).cpu() for part in images.split(options.batch_size)])
+        data, split = blue_marble.LABEL, options.split
+    else:
+        truth, authors, data, split = torch.from_numpy(photos.latlon), photos.authors, photos.name, "test"
+        if model is not None:
+            views = model.views(options.ten_crop)
+            answers = answering.answer(photos, views, model.locate, options.batch_size, workers(options))
+            predicted = answers.predicted
+    name = "coordinates only" if model is None else model.name
+    about = {"data": data, "split": split, "model": name, "crops": 10 if options.ten_crop else 1}
+    about |= {"seed": options.seed, "gallery": gallery}
+    table = evaluation.benchmark(truth, places, predicted, authors, about, options.seed)
+
+    out = Path(options.out) if options.out else paths.RESULTS / "evaluate" / f"{slug(about)}.csv"
+    with paths.atomic(out) as temporary:
+        table.to_csv(temporary, index=False, float_format="%.6g")
+    with paths.atomic(out.with_suffix(".json")) as temporary:
+        given = {key: value for key, value in vars(options).items() if value is not None}
+        temporary.write_text(json.dumps(report.provenance(given, data_hash(options)), indent=2, default=str) + "\n")
+    shown = table[["measure", *evaluation.ACCURACY_COLUMNS, "median_km", "mean_km", "geoscore", "n"]]
+    print(shown.round(2).to_string(index=False, na_rep=""))
+    print("\n".join(["", *summary(table), f"written: {out}"]))
+    if answers is None:
+        return 0
+    answers_csv, unreadable_csv = answering.save(answers, photos, out)
+    print(f"every answer: {answers_csv}")
+    if answers.unreadable.empty:
+        return 0
+    print(f"{len(answers.unreadable):,} photos could not be read and are misses: {unreadable_csv}")
+    return 1
+
+
+def check(options) -> None:
+    """ValueError for options that do not go together."""
+    if sum(choice is not None for choice in (options.benchmark, options.csv, options.data)) != 1:
+        raise ValueError("give one of --benchmark, --csv and --data")
+    if options.coordinates_only and options.checkpoint:
+        raise ValueError("--coordinates-only asks no model: leave --checkpoint out")
+    if options.data and (options.coordinates_only or not options.checkpoint):
+        raise ValueError("--data blue_marble is scored with a model of yours: give --checkpoint")
+    if options.data and options.ten_crop:
+        raise ValueError("tiles are rendered at the tower's size: ten crops cannot be cut out of them")
+    if options.data and options.split not in ("random", "blocked"):
+        raise ValueError(f"no test split {options.split!r}: there are random and blocked")
+
+
+def read_photos(options):
+    """The benchmark or the CSV, with its folder of images unless only coordinates are asked for."""
+    from geoclip.datasets import cards, folder, places365
+
+    if options.csv:
+        csv = Path(options.csv)
+        images = None if options.coordinates_only else options.images or csv.parent
+        read = places365.read if csv.name.endswith("_places365.csv") else folder.read
+        return read(csv, images, trust_header=options.trust_header)
+    photos = cards.load(options.benchmark, images=options.images, trust_header=options.trust_header)
+    if photos.images is None and not options.coordinates_only:
+        wanted = cards.card(options.benchmark)
+        raise FileNotFoundError(
+            f"{wanted.title}: its images are not in {cards.data_folder() / 'images' / wanted.name}: put them there or "
+            f"name their folder with --images (they come from: {wanted.source}), or ask for --coordinates-only"
+        )
+    return photos
+
+
+def read_gallery(options, model):
+    """((m, 2) places in double precision, what to call them); the model answers from them from now on."""
+    import torch
+
+    from geoclip import weights
+    from geoclip.datasets import cards, folder
+    from geoclip.gallery import Gallery
+
+    own = model.gallery if model is not None and options.checkpoint else None
+    wanted = options.gallery or ("own" if own is not None else "official")
+    if wanted == "own":
+        if own is None:
+            raise ValueError("--gallery own is the checkpoint's, and there is none: give official, or a CSV")
+        places, source = own.latlon.double(), own.source
+    elif wanted == "official":
+        places, source = torch.from_numpy(weights.official_gallery()), "authors' 100 K gallery"
+    elif wanted.endswith(".csv"):
+        places, source = torch.from_numpy(folder.read_places(wanted, options.trust_header)), Path(wanted).name
+    else:
+        photos = cards.load(wanted, trust_header=options.trust_header)
+        places, source = torch.from_numpy(photos.latlon), photos.name
+    if options.gallery_size is not None:
+        places = sample(places, options.gallery_size, options.seed)
+        source = f"{options.gallery_size:,} places of {source}, seed {options.seed}"
+    if model is not None and (model.gallery is not None or options.gallery):
+        model.use_gallery(own if wanted == "own" and options.gallery_size is None else Gallery(places, source))
+        model.module.places(keep=wanted == "official" and options.gallery_size is None)
+    return places, source
+
+
+def sample(places, size: int, seed: int):
+    """`size` different places, drawn without replacement; ValueError where there are fewer."""
+    import torch
+
+    unique = torch.unique(places, dim=0)
+    if not 1 <= size <= len(unique):
+        raise ValueError(f"--gallery-size {size:,}: the gallery has {len(unique):,} different places")
+    return unique[torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed))[:size]]
+
+
+def workers(options) -> int:
+    """Processes that open photos: on a CPU the tower needs the cores itself."""
+    import torch
+
+    if options.workers is not None:
+        return options.workers
+    return len(os.sched_getaffinity(0)) if torch.cuda.is_available() else 0
+
+
+def data_hash(options) -> str:
+    """Hash of the benchmark's or the user's CSV, or of the embedded data."""
+    from geoclip.datasets import blue_marble, cards
+
+    if options.data:
+        return blue_marble.data_hash()
+    csv = Path(options.csv) if options.csv else cards.find_csv(cards.card(options.benchmark))
+    return hashlib.sha256(csv.read_bytes()).hexdigest()
+
+
+def summary(table) -> list[str]:
+    """What the table rests on, in words."""
+    first = table.iloc[0]
+    lines = [f"{first.data}, {first.split}: {first.n_expected:,} expected"]
+    if first.n_readable is not None:
+        lines[0] += f", {first.n_readable:,} readable"
+    if first.authors is not None:
+        lines[0] += f", {first.authors:,} photographers"
+    lines.append(f"gallery: {first.gallery}, {first.gallery_n:,} places, {first.gallery_unique:,} of them different")
+    lines.append(f"{first.n_leaked:,} test points are in the gallery to within 1 m; interval over {first.interval_over}")
+    return lines
+
+
+def slug(about: dict) -> str:
+    """A file name that tells results apart."""
+    parts = [str(about[key]) for key in ("data", "split", "model", "gallery")] + [f"{about['crops']} crops"]
+    return "-".join(re.sub(r"[^a-z0-9]+", "_", part.split("(")[0].lower()).strip("_") for part in parts)
