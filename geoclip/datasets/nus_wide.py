@@ -1,0 +1,251 @@
+"""NUS-WIDE (Chua et al. 2009): Flickr photos with 81 concepts, and the geo-tagged part that the paper probes.
+
+The official layout, in one folder (GEOCLIP_DATA/nus-wide):
+
+    ConceptsList/Concepts81.txt                           one concept a line
+    Groundtruth/TrainTestLabels/Labels_<concept>_<Train|Test>.txt    0 or 1 a line, a line a photo
+    ImageList/<Train|Test>Imagelist.txt                   <folder>\\<number>_<Flickr id>.jpg, the same photos
+    NUS_WID_Tags/All_Tags.txt                             <Flickr id> tag tag …    (may be absent)
+    geotags.csv                                           id,latitude,longitude of the photos that have them
+
+The geotag file has no public mirror and no fixed name: any CSV with those three columns, the id being Flickr's. The
+paper's subset is the photos of either official part that are in it: 41,173 and 27,401.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from geoclip import paths
+from geoclip.datasets import folder
+
+PARTS = {"train": "Train", "test": "Test"}
+PUBLISHED = {"train": 41_173, "test": 27_401}  # GPS2Vec's paper
+LOST = 0.05  # share of the photos that may be without visual features
+ID_COLUMNS = ("id", "photo_id", "photoid", "image_id", "flickr_id")
+
+
+@dataclass(frozen=True, eq=False)
+class NusWide:
+    """The geo-tagged photos. table: part ("train", "test"), photo (Flickr id), file, lat, lon, tags (None where the
+    tag file is absent); concepts: q names; labels: (n, q) of {0, 1}, uint8, rows as in the table; notes: what was
+    left out and what differs from the published subset, in sentences.
+    """
+
+    table: pd.DataFrame
+    concepts: list[str]
+    labels: np.ndarray
+    notes: list[str]
+
+    @property
+    def latlon(self) -> np.ndarray:
+        """(n, 2) float64, (lat, lon) degrees."""
+        return self.table[["lat", "lon"]].to_numpy(float, copy=True)
+
+    def rows(self, part: str) -> np.ndarray:
+        """Which rows are of the part "train" or "test": (n,) bool."""
+        return (self.table["part"] == part).to_numpy()
+
+
+def find() -> Path:
+    """The user's NUS-WIDE folder; FileNotFoundError that says how to bring it where there is none."""
+    data = paths.geoclip_data()
+    for name in ("nus-wide", "nus_wide", "NUS-WIDE"):
+        if data is not None and (data / name).is_dir():
+            return data / name
+    raise FileNotFoundError(
+        "needs NUS-WIDE: ask the National University of Singapore for it, set GEOCLIP_DATA and put its files and "
+        "geotags.csv into GEOCLIP_DATA/nus-wide"
+    )
+
+
+def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
+    """The geo-tagged photos of NUS-WIDE under `root`; `geotags` defaults to root/geotags.csv.
+
+    Raises FileNotFoundError for an absent file; ValueError that names file, line and value for labels that are not 0
+    or 1, a label file with another number of lines than its image list, a geotag that is none, swapped columns,
+    one photo with two places, and a geotag file that names no photo of the lists.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root}: no such folder of NUS-WIDE")
+    concepts = _lines(_file(root, "ConceptsList/Concepts81.txt", "Concepts81.txt"))
+    if twice := sorted({name for name in concepts if concepts.count(name) > 1}):
+        raise ValueError(f"{root}: concept {twice[0]!r} is listed twice")
+    notes = [] if len(concepts) == 81 else [f"{len(concepts)} concepts are listed; NUS-WIDE has 81"]
+    places, note = _geotags(Path(geotags) if geotags else root / "geotags.csv")
+    notes += note
+    tags = _tags(root)
+    tables, labels = [], []
+    for part, name in PARTS.items():
+        file = _file(root, f"ImageList/{name}Imagelist.txt", f"ImageList/{name}ImageList.txt")
+        table = _photos(file)
+        label = np.stack([_labels(root, concept, name, file, len(table)) for concept in concepts], 1)
+        table = table.assign(part=part).join(places, on="photo")
+        kept = table["lat"].notna().to_numpy()
+        tables.append(table[kept])
+        labels.append(label[kept])
+        if kept.sum() != PUBLISHED[part]:
+            notes.append(f"{kept.sum():,} geo-tagged {part} photos; the published subset has {PUBLISHED[part]:,}")
+    table = pd.concat(tables, ignore_index=True)
+    for part in PARTS:
+        if not (table["part"] == part).any():
+            raise ValueError(f"{root}: no {part} photo is in the geotag file; are its ids Flickr's?")
+    if elsewhere := len(places) - table["photo"].nunique():
+        notes.append(f"{elsewhere:,} geotags are of photos that no image list names")
+    table["tags"] = None if tags is None else table["photo"].map(tags)
+    table = table[["part", "photo", "file", "lat", "lon", "tags"]]
+    return NusWide(table, concepts, np.concatenate(labels), notes)
+
+
+def write_csv(data: NusWide, path: Path | str) -> None:
+    """The photos as IMG_FILE,LAT,LON, for `python -m geoclip embed` to make the visual features of."""
+    table = data.table[["file", "lat", "lon"]].set_axis(["IMG_FILE", "LAT", "LON"], axis=1)
+    with paths.atomic(path) as temporary:
+        table.to_csv(temporary, index=False)
+
+
+def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
+    """The kept features (n, c) of the photos, in their order: view 0 (the whole photo) of a folder of features.
+
+    A photo without features (lost or unreadable) gets the mean of the others, which says nothing, and `data.notes`
+    counts them. Raises ValueError, naming the first, where more than LOST of the photos are without.
+    """
+    from geoclip.features import FeatureData
+
+    kept = FeatureData(features)
+    row_of = {name: row for row, name in enumerate(kept.ids())}
+    rows = data.table["file"].map(row_of)
+    absent = rows.isna().to_numpy()
+    if absent.mean() > LOST:
+        raise ValueError(
+            f"{features}: no features of {data.table['file'][absent.argmax()]} and {absent.sum() - 1:,} more of "
+            f"{len(absent):,} photos; embed the CSV of geoclip.datasets.nus_wide.write_csv"
+        )
+    whole = kept.tensor()[:, 0].float().numpy()
+    found = np.empty((len(rows), whole.shape[1]), np.float32)
+    found[~absent] = whole[rows[~absent].astype(int)]
+    found[absent] = found[~absent].mean(0)
+    if absent.any():
+        data.notes.append(f"{absent.sum():,} photos have no visual features and got the mean of the others")
+    return found
+
+
+def write_made(root: Path | str, n: int = 3000, concepts: int = 8, planted: bool = True, seed: int = 0) -> Path:
+    """A small made set in the very layout, to try the path without the real one. Returns `root`.
+
+    Each concept belongs to the photos within 1,500 km of its three centres (four in five of them) and to few others.
+    planted=False deals the geotags out at random, so that no place says anything about any concept. A tenth of the
+    photos has no geotag.
+    """
+    import torch
+
+    from geoclip import earth
+
+    root, rng = Path(root), np.random.default_rng(seed)
+    draw = torch.Generator().manual_seed(seed)
+    places = earth.sample_sphere(n, draw)
+    centres = earth.sample_sphere(3 * concepts, draw).reshape(concepts, 3, 2)
+    near = (earth.haversine_km(places[:, None, None], centres[None]) < 1500).any(-1).numpy()
+    label = (rng.random(near.shape) < np.where(near, 0.8, 0.03)).astype(int)
+    names = [f"concept{i:02d}" for i in range(concepts)]
+    ids = rng.choice(10**9, n, replace=False) + 10**9
+    files = [f"{names[i % concepts]}\\{i:04d}_{photo}.jpg" for i, photo in enumerate(ids)]
+    if not planted:
+        places = places[torch.randperm(n, generator=draw)]
+    for folder_name in ("ConceptsList", "Groundtruth/TrainTestLabels", "ImageList", "NUS_WID_Tags"):
+        (root / folder_name).mkdir(parents=True, exist_ok=True)
+    (root / "ConceptsList/Concepts81.txt").write_text("\n".join(names) + "\n")
+    cut = 3 * n // 5
+    for name, rows in (("Train", slice(0, cut)), ("Test", slice(cut, n))):
+        (root / f"ImageList/{name}Imagelist.txt").write_text("\n".join(files[rows]) + "\n")
+        for column, concept in enumerate(names):
+            path = root / f"Groundtruth/TrainTestLabels/Labels_{concept}_{name}.txt"
+            path.write_text("\n".join(map(str, label[rows, column])) + "\n")
+    lines = [f"{photo} " + " ".join(np.array(names)[row == 1]) for photo, row in zip(ids, label, strict=True)]
+    (root / "NUS_WID_Tags/All_Tags.txt").write_text("\n".join(lines) + "\n")
+    tagged = np.flatnonzero(rng.random(n) < 0.9)
+    lat, lon = places.numpy()[tagged].T
+    geotags = pd.DataFrame({"id": ids[tagged], "latitude": lat, "longitude": lon})
+    geotags.sample(frac=1, random_state=rng).to_csv(root / "geotags.csv", index=False)
+    return root
+
+
+def _file(root: Path, *names: str) -> Path:
+    """The first of `names` under `root`, in any case (public copies differ in it)."""
+    for name in names:
+        if (root / name).is_file():
+            return root / name
+    wanted = {name.lower() for name in names}
+    for name in names:
+        parent = (root / name).parent
+        for path in sorted(parent.iterdir()) if parent.is_dir() else []:
+            if path.relative_to(root).as_posix().lower() in wanted:
+                return path
+    raise FileNotFoundError(f"{root / names[0]}: no such file; it is part of NUS-WIDE's layout")
+
+
+def _lines(path: Path) -> list[str]:
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    while lines and not lines[-1]:
+        lines.pop()
+    if not lines:
+        raise ValueError(f"{path}: the file is empty")
+    return lines
+
+
+def _photos(path: Path) -> pd.DataFrame:
+    """file (with /) and photo (Flickr id) of an image list."""
+    files = pd.Series(_lines(path)).str.replace("\\", "/")
+    photo = files.str.extract(r"_(\d+)\.\w+$", expand=False)
+    if photo.isna().any():
+        row = int(photo.isna().idxmax())
+        raise ValueError(f"{path}, line {row + 1}: {files[row]!r} does not end in _<Flickr id>.jpg")
+    return pd.DataFrame({"file": files, "photo": photo})
+
+
+def _labels(root: Path, concept: str, name: str, image_list: Path, n: int) -> np.ndarray:
+    path = _file(root, f"Groundtruth/TrainTestLabels/Labels_{concept}_{name}.txt")
+    lines = _lines(path)
+    if len(lines) != n:
+        raise ValueError(f"{path}: {len(lines):,} lines, but {image_list.name} names {n:,} photos")
+    for row, value in enumerate(lines):
+        if value not in ("0", "1"):
+            raise ValueError(f"{path}, line {row + 1}: {value!r} is neither 0 nor 1")
+    return np.array(lines, dtype=np.uint8)
+
+
+def _tags(root: Path) -> dict[str, str] | None:
+    try:
+        path = _file(root, "NUS_WID_Tags/All_Tags.txt")
+    except FileNotFoundError:
+        return None
+    pairs = (line.split(maxsplit=1) for line in _lines(path) if line)
+    return {pair[0]: pair[1] if len(pair) > 1 else "" for pair in pairs}
+
+
+def _geotags(path: Path) -> tuple[pd.DataFrame, list[str]]:
+    """lat, lon by Flickr id, one row a photo, and notes on what was left out."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no geotag file; a CSV with the columns id, latitude, longitude is wanted")
+    header = [name.strip() for name in path.open(encoding="utf-8-sig").readline().split(",")]
+    columns = {"file": None, "lat": None, "lon": None}
+    known = {"file": ID_COLUMNS, "lat": folder.ALIASES["lat"], "lon": folder.ALIASES["lon"]}
+    for meaning, names in known.items():
+        columns[meaning] = next((name for name in header if name.lower() in names), None)
+        if columns[meaning] is None:
+            raise ValueError(f"{path}: no column {' or '.join(names)}; the header is {','.join(header)}")
+    table = folder.read(path, columns=columns).table.rename(columns={"file": "photo"})
+    notes = []
+    nowhere = (table["lat"] == 0) & (table["lon"] == 0)
+    if nowhere.any():
+        notes.append(f"{nowhere.sum():,} geotags of exactly (0, 0), which stands for none, are left out")
+        table = table[~nowhere]
+    table = table.drop_duplicates(["photo", "lat", "lon"])
+    twice = table["photo"].duplicated()
+    if twice.any():
+        row = table[twice].iloc[0]
+        raise ValueError(f"{path}, line {row['line']}: photo {row['photo']} has another place above")
+    return table.set_index("photo")[["lat", "lon"]], notes
