@@ -221,7 +221,7 @@ def encode(context: pd.DataFrame) -> dict[str, Tensor]:
     """Class numbers of the scene where it is among the columns."""
     if "scene" not in context:
         return {}
-    scene = torch.from_numpy(context["scene"].fillna(labels.UNKNOWN).to_numpy(dtype="int64"))
+    scene = torch.from_numpy(context["scene"].fillna(labels.UNKNOWN).to_numpy("int64", copy=True))
     return {"scene": labels.check_labels(scene, len(labels.SCENES), "scene")}
 
 

@@ -95,7 +95,7 @@ class Classes:
         for head, names in self.names.items():
             column = context[head]
             if head in FIXED:
-                numbers = pd.to_numeric(column).fillna(UNKNOWN).to_numpy()
+                numbers = pd.to_numeric(column).fillna(UNKNOWN).to_numpy(copy=True)
                 encoded[head] = check_labels(torch.from_numpy(numbers), len(names), head)
             else:
                 encoded[head] = torch.from_numpy(pd.Index(names).get_indexer(column).astype(np.int64))
