@@ -19,20 +19,21 @@ KERNEL_TIMEOUT_S = 180
 
 
 def environment() -> dict[str, str]:
-    """Environment variables under which a notebook gives the same outputs wherever it runs.
+    """Environment variables under which a notebook gives the same outputs wherever it runs; makes their folders.
 
-    Jupyter, IPython and matplotlib keep to data/cache and to the kernel of this Python, whatever the user's home
+    Jupyter, IPython and matplotlib keep to the cache and to the kernel of this Python, whatever the user's home
     holds (or if there is none); hashes are the same in each run.
     """
-    jupyter = paths.CACHE / "jupyter"
-    return {
-        "JUPYTER_CONFIG_DIR": str(jupyter / "config"),
-        "JUPYTER_DATA_DIR": str(jupyter / "data"),
-        "JUPYTER_RUNTIME_DIR": str(jupyter / "runtime"),
+    folders = {
+        "JUPYTER_CONFIG_DIR": paths.CACHE / "jupyter" / "config",
+        "JUPYTER_DATA_DIR": paths.CACHE / "jupyter" / "data",
+        "JUPYTER_RUNTIME_DIR": paths.CACHE / "jupyter" / "runtime",
+        "IPYTHONDIR": paths.CACHE / "ipython",
+        "MPLCONFIGDIR": paths.CACHE / "matplotlib",
+    }
+    return {name: str(paths.make_folder(folder)) for name, folder in folders.items()} | {
         "JUPYTER_PATH": "",
         "JUPYTER_PREFER_ENV_PATH": "1",
-        "IPYTHONDIR": str(paths.CACHE / "ipython"),
-        "MPLCONFIGDIR": str(paths.CACHE / "matplotlib"),
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYTHONHASHSEED": "0",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
@@ -56,8 +57,6 @@ def run(path: Path, parameters: Mapping[str, object] | None = None, out: Path | 
         raise ValueError(f"{path.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}")
     failed = out.with_suffix(".failed.ipynb")
     with paths.atomic(out) as temporary, _variables(environment()):
-        for folder in ("JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "MPLCONFIGDIR"):
-            paths.make_folder(Path(os.environ[folder]))
         try:
             papermill.execute_notebook(
                 path,

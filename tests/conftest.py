@@ -1,0 +1,25 @@
+"""What all tests share: shapes checked at run time, few threads, and the benchmark data that a user may bring."""
+
+import os
+from pathlib import Path
+
+import pytest
+from jaxtyping import install_import_hook
+
+# Before torch and numpy are imported: more threads than this only slow small tensors down.
+os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
+os.environ["MPLBACKEND"] = "agg"
+
+# Annotated shapes and types are checked here, and cost a user nothing. The hook must come before any import of geoclip.
+install_import_hook("geoclip", "typechecker.checked")
+
+
+@pytest.fixture(scope="session")
+def geoclip_data() -> Path:
+    """The folder that GEOCLIP_DATA names; a test that needs it is skipped, with the reason, where it is not set."""
+    from geoclip import paths
+
+    folder = paths.geoclip_data()
+    if folder is None:
+        pytest.skip("GEOCLIP_DATA is not set: no benchmark data to test on")
+    return folder
