@@ -343,6 +343,7 @@ class FeatureData(Dataset):
             order = np.random.default_rng(0).permutation(len(places))
             self.image = np.sort(order[: max(1, round(fraction * len(places)))])
         self.latlon = torch.from_numpy(places[self.image])
+        self._all: Tensor | None = None  # on a GPU that has room for them
 
     def require(self, encoder: ImageEncoderConfig) -> None:
         """ValueError unless these features are what the tower of `encoder` makes."""
@@ -381,21 +382,49 @@ class FeatureData(Dataset):
         index = np.fromiter((index for _, index in keys), np.int64, len(keys))
         image, k = self.image[index], self.views_a_step
         view = drawn_views(self.seed, keys[0][0], image, self.views, k)
-        features = np.empty((len(keys), k, self.dim), np.float16)
+        rows = torch.from_numpy(index)
+        if self._all is not None:
+            rows = rows.to(self._all.device, non_blocking=True)
+            feature = self._all[rows[:, None], torch.from_numpy(view).to(rows.device, non_blocking=True)]
+        else:
+            feature = torch.from_numpy(self._read(image, view))
+        return {"feature": feature.float(), "latlon": self.latlon[rows], "index": rows}
+
+    def keep_on(self, device: torch.device | str) -> None:
+        """Hold all features on a GPU from now on, where they take at most half of its free memory."""
+        device = torch.device(device)
+        if device.type != "cuda" or self.on_gpu:
+            return
+        needed = len(self) * self.views * self.dim * 2
+        if needed <= torch.cuda.mem_get_info(device)[0] / 2:
+            self._all = torch.empty(len(self), self.views, self.dim, dtype=torch.float16, device=device)
+            for part, start in enumerate(range(0, len(self), 1 << 16)):  # bounded memory on the way
+                rows = self.image[start : start + (1 << 16)]
+                self._all[start : start + len(rows)].copy_(torch.from_numpy(self._read(rows)), non_blocking=part > 0)
+            self.latlon = self.latlon.to(device)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether keep_on found room."""
+        return self._all is not None
+
+    def tensor(self) -> Float[Tensor, "n v c"]:
+        """All features at once, float16; for sets that fit in memory."""
+        return torch.from_numpy(self._read(self.image))
+
+    def _read(self, image: np.ndarray, view: np.ndarray | None = None) -> np.ndarray:
+        """(b, k, c) features of these images and views (b, k); all views without `view`."""
+        if view is None:
+            view = np.broadcast_to(np.arange(self.views), (len(image), self.views))
+        features = np.empty((*view.shape, self.dim), np.float16)
         shard = np.searchsorted(self.starts, image, side="right") - 1
         # in the order in which they lie on the disk: neighbours share a read
         order = np.argsort(image, kind="stable")
         edges = np.flatnonzero(np.diff(shard[order], prepend=-1, append=self.info.shards))
         for start, stop in itertools.pairwise(edges):
-            pick, part = order[start:stop], shard[order[start]]
+            pick, part = order[start:stop], int(shard[order[start]])
             features[pick] = self._map(part)[(image[pick] - self.starts[part])[:, None], view[pick]]
-        rows = torch.from_numpy(index)
-        return {"feature": torch.from_numpy(features).float(), "latlon": self.latlon[rows], "index": rows}
-
-    def tensor(self) -> Float[Tensor, "n v c"]:
-        """All features at once, float16; for sets that fit in memory."""
-        parts = [np.load(self._file(part, "features.npy")) for part in range(self.info.shards)]
-        return torch.from_numpy(np.concatenate(parts)[self.image])
+        return features
 
     def _file(self, part: int, name: str) -> Path:
         return shard_folder(self.folder, part) / name

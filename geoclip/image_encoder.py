@@ -25,7 +25,8 @@ class ImageEncoderConfig:
 
     tower: an open_clip model name, or "conv", the small tower for 32 px tiles. CLIP's OpenAI weights need the
         QuickGELU variant: "ViT-L-14" without it gives other features.
-    weights: an open_clip tag ("openai"), the path of a local CLIP file, or None for random weights.
+    weights: an open_clip tag ("openai"), the path of a local CLIP file, or None for random weights; for "conv"
+        the checkpoint of a training run whose tower is taken.
     frozen: the tower is not trained (the paper); "conv" without weights must be trained.
     hidden, dim: of the head; dim is d.
     """
@@ -67,30 +68,44 @@ class ImageEncoder(nn.Module):
         self,
         config: ImageEncoderConfig | None = None,
         generator: torch.Generator | None = None,
+        with_tower: bool = True,
     ):
+        """with_tower: False leaves the tower out until load_tower, for training on features."""
         super().__init__()
         self.config = config = config or ImageEncoderConfig()
         self.preprocess: Callable
-        if config.tower == CONV_TOWER:
-            if config.frozen and config.weights is None:
-                raise ValueError('the "conv" tower has no released weights: train it with frozen=False')
-            self.tower, self.preprocess = ConvTower(), tile_transform()
-            self.feature_dim = ConvTower.feature_dim
-        else:
-            self.tower, self.preprocess = load_clip(config.tower, config.weights)
-            self.feature_dim = clip_feature_dim(config.tower)
+        self.tower: nn.Module | None = None
+        conv = config.tower == CONV_TOWER
+        self.feature_dim = ConvTower.feature_dim if conv else clip_feature_dim(config.tower)
+        if with_tower:
+            self.load_tower()
         self.head = nn.Sequential(
             nn.Linear(self.feature_dim, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.dim)
         )
         initialise(self.head, generator)
-        if config.tower == CONV_TOWER:
+        if conv and with_tower and config.weights is None:
             initialise(self.tower, generator)
+
+    def load_tower(self) -> None:
+        """Make the tower and its preprocessing, with the weights that the configuration names.
+
+        Raises as load_clip and load_conv do, and ValueError for a frozen "conv" without weights.
+        """
+        config = self.config
+        if config.tower != CONV_TOWER:
+            self.tower, self.preprocess = load_clip(config.tower, config.weights)
+        elif config.weights is not None:
+            self.tower, self.preprocess = load_conv(config.weights), tile_transform()
+        elif config.frozen:
+            raise ValueError('the "conv" tower has no released weights: train it with frozen=False')
+        else:
+            self.tower, self.preprocess = ConvTower(), tile_transform()
         self.tower.requires_grad_(not config.frozen)
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         """As nn.Module.train, but a frozen tower stays in evaluation mode."""
         super().train(mode)
-        if self.config.frozen:
+        if self.config.frozen and self.tower is not None:
             self.tower.eval()
         return self
 
@@ -114,6 +129,23 @@ def clip_feature_dim(tower: str) -> int:
     if config is None:
         raise ValueError(f'no tower {tower!r}: give "conv" or one of open_clip.list_models()')
     return config["embed_dim"]
+
+
+def load_conv(checkpoint: str) -> ConvTower:
+    """The "conv" tower of a checkpoint of `python -m geoclip train`; nothing in the file is executed.
+
+    Raises FileNotFoundError, or ValueError for a file without such a tower.
+    """
+    if not Path(checkpoint).is_file():
+        raise FileNotFoundError(f"no checkpoint at {checkpoint}: train the tower first, or give its last.ckpt")
+    prefix = "model.image_encoder.tower."
+    tower = ConvTower()
+    try:
+        state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+        tower.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+    except Exception as error:
+        raise ValueError(f'{checkpoint} holds no "conv" tower of a training run') from error
+    return tower
 
 
 def tile_transform(pixels: int = 32) -> Callable:

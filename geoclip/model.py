@@ -45,9 +45,11 @@ class GeoCLIP(nn.Module):
         location: LocationEncoderConfig | None = None,
         generator: torch.Generator | None = None,
         gallery: Gallery | None = None,
+        with_tower: bool = True,
     ) -> "GeoCLIP":
         """A model of this shape, not trained; `generator` draws all that is not loaded."""
-        return cls(ImageEncoder(image, generator), LocationEncoder(location, generator), gallery)
+        images = ImageEncoder(image, generator, with_tower)
+        return cls(images, LocationEncoder(location, generator), gallery)
 
     @classmethod
     def pretrained(cls, clip_weights: Path | str | None = None) -> "GeoCLIP":

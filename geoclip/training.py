@@ -27,9 +27,10 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from geoclip import earth, paths
+from geoclip import earth, features, paths
 from geoclip.datasets import blue_marble
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
+from geoclip.features import FeatureData
 from geoclip.gallery import Gallery
 from geoclip.gps_queue import GPSQueue
 from geoclip.image_encoder import ImageEncoderConfig
@@ -42,8 +43,8 @@ class TrainConfig:
     """One training run; the defaults are the paper's where it, or its re-implementations, say (README).
 
     model: what is trained; the baselines have fields of their own (geoclip.baselines.geocells, .context).
-    data: "blue_marble", the embedded tiles, or a folder of features made by `python -m geoclip embed`, or a
-        CSV with IMG_FILE, LAT, LON and its folder of `images`.
+    data: "blue_marble", the embedded tiles, or a folder of features made by `python -m geoclip embed` from a
+        CSV of photos, tar shards or tiles.
     fraction: part of the training set that is used; smaller parts are contained in larger ones.
     queue, queue_start: length of the GPS queue, and whether it starts with "training" places or, as in the
         released code, within a degree of the "origin" (0, 0).
@@ -212,7 +213,14 @@ def training_set(config: TrainConfig) -> Dataset:
         return baseline(config.model).training_set(config)
     if config.data == "blue_marble":
         return TileTraining(training_places(config), config)
-    raise FileNotFoundError(f'data {config.data!r} is neither "blue_marble" nor a file or folder')
+    if on_features(config):
+        return FeatureData(config.data, config.image, config.views, config.fraction, config.seed)
+    raise FileNotFoundError(f'data {config.data!r} is neither "blue_marble" nor a folder of features')
+
+
+def on_features(config: TrainConfig) -> bool:
+    """Whether the data are features, which were embedded before, so that the tower is not needed."""
+    return (Path(config.data) / features.INFO).is_file()
 
 
 def training_places(config: TrainConfig) -> Tensor:
@@ -263,7 +271,10 @@ class TrainingModule(lightning.LightningModule):
     def configure_optimizers(self):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         optimizer = torch.optim.Adam(
-            trained, lr=self.config.learning_rate, weight_decay=self.config.weight_decay
+            trained,
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            fused=trained[0].is_cuda or None,  # one kernel instead of a dozen; Lightning has moved them by now
         )
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=self.config.decay)]
 
@@ -277,7 +288,10 @@ class GeoCLIPTraining(TrainingModule):
     def __init__(self, config: TrainConfig, places: Tensor | None = None):
         """places: training (lat, lon) that the queue starts with; None where a checkpoint fills it."""
         super().__init__(config)
-        self.model = GeoCLIP.build(config.image, config.location, seeded(config.seed, "weights"))
+        generator = seeded(config.seed, "weights")
+        self.model = GeoCLIP.build(
+            config.image, config.location, generator, with_tower=not on_features(config)
+        )
         self.queue = GPSQueue(config.queue, first_queue(config, places))
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
@@ -291,23 +305,30 @@ class GeoCLIPTraining(TrainingModule):
         mine = slice(self.global_rank * b, (self.global_rank + 1) * b)
         target = torch.arange(mine.start, mine.stop, device=latlon.device)
         queue = self.queue.contents()
-        scale = self.model.log_scale.exp()
         losses, hits = [], []
         for view in range(self.config.views):
             if "feature" in batch:
-                images = self.model.encode_features(batch["feature"][:, view])
+                seen = batch["feature"][:, view]
             else:
-                images = self.model.encode_images(batch["image"][:, view])
+                seen = self.model.image_encoder.features(batch["image"][:, view])
             places = torch.cat([
                 earth.add_noise_m(latlon, self.config.noise_m, generator),
                 earth.add_noise_m(queue, self.config.queue_noise_m, generator),
             ])
-            logits = scale * images @ self.model.encode_places(places).T
-            losses.append(functional.cross_entropy(logits.float(), target))
-            hits.append((logits.argmax(-1) == target).float().mean())
+            loss, hit = self.contrast(seen, places, target)
+            losses.append(loss)
+            hits.append(hit)
         if self.training:
             self.queue.push(latlon)
-        return {"loss": torch.stack(losses).mean(), "top1": torch.stack(hits).mean(), "scale": scale.detach()}
+        scale = self.model.log_scale.detach().exp()
+        return {"loss": torch.stack(losses).mean(), "top1": torch.stack(hits).mean(), "scale": scale}
+
+    def contrast(self, features: Tensor, places: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropy, and share of hits, of tower features (b, c) whose places are the rows `target` of (m, 2)."""
+        images = self.model.encode_features(features)
+        logits = self.model.log_scale.exp() * images @ self.model.encode_places(places).T
+        hit = (logits.argmax(-1) == target).float().mean()
+        return functional.cross_entropy(logits.float(), target), hit
 
     @torch.inference_mode()
     def locate(self, images: Tensor) -> Tensor:
@@ -388,7 +409,8 @@ def fingerprint(config: TrainConfig) -> str:
     """Hash of the training data."""
     if config.data == "blue_marble":
         return blue_marble.data_hash()
-    return hashlib.sha256(Path(config.data).read_bytes()).hexdigest()[:16]
+    described = Path(config.data) / features.INFO if on_features(config) else Path(config.data)
+    return hashlib.sha256(described.read_bytes()).hexdigest()[:16]
 
 
 def train(
@@ -496,6 +518,8 @@ class Loaders(lightning.LightningDataModule):
         self.config, self.data = config, data
 
     def train_dataloader(self) -> DataLoader:
+        if isinstance(self.data, FeatureData):
+            self.data.keep_on(self.trainer.strategy.root_device)
         rank, ranks = self.trainer.global_rank, self.trainer.world_size
         sampler = EpochSampler(len(self.data), self.config.batch_size, self.config.seed, rank, ranks)
         return self.loader(self.data, sampler, self.config.batch_size // ranks)
@@ -508,14 +532,16 @@ class Loaders(lightning.LightningDataModule):
         return self.loader(self.data.at(places), keys, self.config.batch_size)
 
     def loader(self, data: Dataset, keys, batch_size: int) -> DataLoader:
+        there = isinstance(data, FeatureData) and data.on_gpu  # and so needs neither workers nor pinned memory
+        workers = 0 if there else self.config.workers
         return DataLoader(
             data,
             batch_size,
             sampler=keys,
-            num_workers=self.config.workers,
-            persistent_workers=self.config.workers > 0,
+            num_workers=workers,
+            persistent_workers=workers > 0,
             collate_fn=whole_batch,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=torch.cuda.is_available() and not there,
         )
 
 
@@ -535,6 +561,7 @@ class quiet(warnings.catch_warnings):
         warnings.filterwarnings("ignore", message=".*(does not have many workers|exists and is not empty).*")
         warnings.filterwarnings("ignore", message=".*(Checkpoint directory|Experiment logs directory).*")
         warnings.filterwarnings("ignore", message=".*number of training batches.*is smaller than the logging.*")
+        warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # features have no validation set
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         self.logger = logging.getLogger("lightning.pytorch")
         self.level = self.logger.level
@@ -567,6 +594,8 @@ def load(path: Path | str) -> TrainingModule:
         raise ValueError(f"{path}: the weights do not fit the configuration in it: {error}") from error
     if config.data == "blue_marble" and isinstance(module, GeoCLIPTraining):
         module.model.use_gallery(tile_gallery(config.splits))
+    if isinstance(module, GeoCLIPTraining) and module.model.image_encoder.tower is None:
+        module.model.image_encoder.load_tower()
     return module.eval()
 
 

@@ -1,6 +1,7 @@
 """Features: what is embedded is right and whole, whatever ends a run; a training set reads it without loss."""
 
 import contextlib
+import dataclasses
 import errno
 import http.server
 import io
@@ -22,8 +23,11 @@ from PIL import Image
 from geoclip import features, sources
 from geoclip.__main__ import main
 from geoclip.features import FeatureData, embed
+from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.sources import Views, open_source
+from geoclip.training import TrainConfig, train
 
 CONV = ImageEncoderConfig("conv", None, frozen=False, hidden=8, dim=4)
 PHOTOS = 24
@@ -192,7 +196,9 @@ KILLED = """
     import torch
     import torchvision.transforms.functional  # imported once here, and not in every process to be killed
     from geoclip import features, sources
-    from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+    from geoclip.gallery import Gallery
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.location_encoder import LocationEncoderConfig
 
     csv = sys.argv[1]
     torch.set_num_threads(1)
@@ -369,6 +375,35 @@ def test_training_set_gives_each_image_once_an_epoch_with_a_random_view(photos, 
         FeatureData(tmp_path, CONV, views_a_step=7)
 
 
+def test_train_command_trains_on_features_without_the_tower(photos, tmp_path, encoder):
+    """What is trained on features answers like what is trained on the images they were made of."""
+    location = LocationEncoderConfig(sigmas=(1.0,), frequencies=8, width=16, hidden_layers=1, dim=4)
+    # a tower that a checkpoint keeps, as a run on tiles leaves it
+    kept = {"state_dict": {f"model.image_encoder.tower.{n}": t for n, t in encoder.tower.state_dict().items()}}
+    torch.save(kept, tmp_path / "tower.ckpt")
+    image = ImageEncoderConfig("conv", str(tmp_path / "tower.ckpt"), frozen=True, hidden=8, dim=4)
+    embed(open_source(str(photos)), ImageEncoder(image), tmp_path / "features", Views(number=2))
+    config = TrainConfig(
+        data=str(tmp_path / "features"), image=image, location=location, batch_size=4, queue=8, epochs=3,
+        learning_rate=0.01,
+    )  # fmt: skip
+    run = train(config, tmp_path / "run")
+    assert run.result["steps"] == 15 and run.result["samples"] == 20
+    state = torch.load(run.checkpoint, weights_only=True)["state_dict"]
+    assert not any("tower" in name for name in state)  # the tower neither loaded nor kept
+
+    model = run.load().model  # which loads it, to answer
+    model.use_gallery(Gallery(torch.tensor([[0.0, 0.0], [10.0, 20.0], [-30.0, 100.0]])))
+    data = FeatureData(tmp_path / "features")
+    images = [model.image_encoder.preprocess(Image.open(photos.parent / name)) for name in data.ids()]
+    with torch.no_grad():
+        by_image = model.encode_images(torch.stack(images))
+        by_feature = model.encode_features(data.tensor()[:, 0].float())
+    assert torch.cosine_similarity(by_image, by_feature).min() > 0.999
+    with pytest.raises(ValueError, match="features of tower conv"):
+        train(dataclasses.replace(config, image=ImageEncoderConfig("ViT-B-32", None)), tmp_path / "other")
+
+
 def test_smaller_fractions_lie_within_larger_ones(photos, tmp_path, encoder):
     embed(open_source(str(photos)), encoder, tmp_path)
     sets = [set(FeatureData(tmp_path, fraction=part).ids()) for part in (0.1, 0.5, 1.0)]
@@ -391,10 +426,11 @@ def test_draft_decoding_changes_less_than_a_level(tmp_path):
     x, y = np.meshgrid(np.linspace(0, 40, 2400), np.linspace(0, 25, 1600))
     large = Image.fromarray(((np.stack([np.sin(x), np.sin(y), np.sin(x + y)], -1) + 1) * 127).astype(np.uint8))
     large.save(tmp_path / "large.jpg", quality=95)
+    draw = np.random.default_rng(0)  # a single view draws nothing
     drafted = sources.decode(tmp_path / "large.jpg", "large.jpg", 448)
     assert drafted.size == (1200, 800)  # half: a quarter would be 600 × 400, below 448
-    one = sources.photo_views(drafted, Views(), None).float()
-    other = sources.photo_views(Image.open(tmp_path / "large.jpg"), Views(), None).float()
+    one = sources.photo_views(drafted, Views(), draw).float()
+    other = sources.photo_views(Image.open(tmp_path / "large.jpg"), Views(), draw).float()
     assert (one - other).abs().mean() < 1
 
 
