@@ -8,11 +8,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from geoclip import earth, paths
+from geoclip import earth, paths, training
+from geoclip.baselines.towers import Pixels
 from geoclip.datasets.folder import Geotagged
 from geoclip.gallery import Gallery
 from geoclip.model import GeoCLIP
@@ -23,41 +24,56 @@ from geoclip.photos import PhotoError, open_photo
 class Asked:
     """A model as evaluation sees it: views of a photo in, a place out.
 
-    module: GeoCLIP, or another trained module with locate(images (n, 3, h, w)) → (n, 2) and preprocess.
-    config: what it was trained with, None for the authors' weights.
+    geoclip: the model where it is one. trained: the training module of a checkpoint, with locate(images) → (n, 2),
+    test_tiles and its configuration; None for the authors' weights.
     """
 
     name: str
-    module: nn.Module
-    config: object | None = None
+    geoclip: GeoCLIP | None
+    trained: training.TrainingModule | None = None
 
     @property
     def gallery(self) -> Gallery | None:
-        """The gallery that it answers from; None where it answers in another way or has none yet."""
-        return self.module.gallery if isinstance(self.module, GeoCLIP) else None
+        """The gallery that it answers from; None where it has none yet or answers in another way."""
+        return self.geoclip.gallery if self.geoclip else None
 
-    def use_gallery(self, gallery: Gallery) -> None:
-        """Answer from `gallery` from now on; ValueError for a model that answers in another way."""
-        if not isinstance(self.module, GeoCLIP):
+    def use_gallery(self, gallery: Gallery, keep: bool = False) -> None:
+        """Answer from `gallery` from now on, its embedding kept on disk or not; ValueError for other models."""
+        if self.geoclip is None:
             raise ValueError(f"{self.name} does not answer from a gallery")
         if gallery is not self.gallery:
-            self.module.use_gallery(gallery)
+            self.geoclip.use_gallery(gallery)
+        self.geoclip.places(keep)
 
     def views(self, ten_crop: bool = False) -> Callable[[Path], Tensor]:
         """path → (v, 3, h, w), or PhotoError."""
-        if isinstance(self.module, GeoCLIP):
-            return functools.partial(self.module.views, ten_crop=ten_crop)
+        if self.geoclip is not None:
+            return functools.partial(self.geoclip.views, ten_crop=ten_crop)
         if ten_crop:
             raise ValueError(f"{self.name} has no ten-crop answer; only GeoCLIP averages logits over crops")
-        return lambda path: self.module.preprocess(open_photo(path))[None]
+        if getattr(self.trained.config, "seg_channels", 0):
+            raise ValueError(f"{self.name} wants a segmentation map behind each photo; it answers tiles alone")
+        return functools.partial(centre, pixels=Pixels.of(self.trained.config.image))
 
     @torch.inference_mode()
-    def locate(self, views: Float[Tensor, "n v 3 h w"]) -> Float[Tensor, "n 2"]:
+    def locate(self, views: Float[Tensor, "n v c h w"]) -> Float[Tensor, "n 2"]:
         """The best place of each photo, (lat, lon) degrees."""
-        views = views.to(next(self.module.parameters()).device)
-        if isinstance(self.module, GeoCLIP):
-            return self.module.locate_views(views)[0][:, 0]
-        return self.module.locate(views[:, 0])
+        if self.geoclip is not None:
+            return self.geoclip.locate_views(views)[0][:, 0].cpu()
+        return self.trained.locate(views[:, 0].to(self.trained.device)).cpu()
+
+    def locate_tiles(self, split: str, batch_size: int = 256) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n 2"]]:
+        """Its answers for the tiles of a split of the embedded data, and their places."""
+        images, latlon = self.trained.test_tiles(split)
+        return torch.cat([self.locate(part[:, None]) for part in images.split(batch_size)]), latlon
+
+
+def centre(path: Path, pixels: Pixels) -> Float[Tensor, "1 3 h w"]:
+    """The middle of a photo at a tower's size, or PhotoError."""
+    from torchvision.transforms import functional
+
+    whole = functional.resize(open_photo(path), pixels.side, functional.InterpolationMode.BICUBIC)
+    return pixels.tensor(functional.center_crop(whole, [pixels.side, pixels.side]))[None]
 
 
 @dataclass(frozen=True)
@@ -74,12 +90,9 @@ def load(checkpoint: Path | str | None = None, clip_weights: Path | str | None =
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if checkpoint is None:
         return Asked("GeoCLIP, the authors' weights", GeoCLIP.pretrained(clip_weights).to(device))
-    from geoclip import training
-
-    trained = training.load(checkpoint)
+    trained = training.load(checkpoint).to(device)
     inner = getattr(trained, "model", None)
-    module = inner if isinstance(inner, GeoCLIP) else trained
-    return Asked(Path(checkpoint).stem, module.to(device).eval(), trained.config)
+    return Asked(Path(checkpoint).stem, inner if isinstance(inner, GeoCLIP) else None, trained)
 
 
 def answer(
@@ -100,7 +113,7 @@ def answer(
     with tqdm(total=len(photos), unit="photo", disable=None) as progress:
         for index, seen, failed in opened:
             if index:
-                predicted[index] = locate(seen).double().cpu()
+                predicted[index] = locate(seen).double()
             reasons |= failed
             progress.update(len(index) + len(failed))
     unreadable = photos.table.loc[list(reasons), ["file", "line"]].assign(reason=list(reasons.values()))

@@ -129,6 +129,7 @@ def benchmark(
     predicted: Float[Tensor, "p 2"] | None = None,
     authors=None,
     about: dict[str, object] | None = None,
+    from_places: bool = True,
     seed: int = 0,
     draws: int = 1000,
 ) -> pd.DataFrame:
@@ -137,7 +138,8 @@ def benchmark(
     truth, predicted: (lat, lon) degrees, in `predicted` NaN for an image that could not be answered, which is a
     miss; without `predicted` only what follows from coordinates. places: the gallery, in double precision
     where leaks are to be found to a metre. authors: a photographer per image, or None. about: columns to put
-    first (data, model, split, …). seed: of the random floor and of the bootstrap.
+    first (data, model, split, …). from_places: whether answers are places of the gallery, so that it sets a
+    ceiling. seed: of the random floor and of the bootstrap.
 
     Measures: "accuracy"; "low" and "high", its 95 % interval by bootstrap over photographers (else images);
     "not leaked", the accuracy on test points that the gallery does not hold to 1 m; "ceiling", the gallery's
@@ -162,7 +164,8 @@ def benchmark(
             rows[name] = {column: ends[side] for column, ends in interval.items()} | {"n": len(truth)}
         if not leak.all():
             rows["not leaked"] = summarize(error_km[~leak])
-    rows["ceiling"] = summarize(ceiling(truth, places))
+    if from_places:
+        rows["ceiling"] = summarize(ceiling(truth, places))
     repeats = max(1, FLOOR_DRAWS // len(truth))
     drawn = random_floor(truth.repeat(repeats, 1), places, torch.Generator().manual_seed(seed))
     rows["random floor"] = summarize(drawn) | {"n": len(truth)}

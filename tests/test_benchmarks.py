@@ -246,19 +246,21 @@ def test_your_own_photos_with_ten_crops(made_benchmark, checkpoint, tmp_path):
 
 def test_the_embedded_tiles(checkpoint, tmp_path):
     out = tmp_path / "tiles.csv"
-    arguments = ["evaluate", "--data", "blue_marble", "--checkpoint", str(checkpoint), "--out", str(out)]
-    assert command_line.main([*arguments, "--split", "blocked"]) == 0
-    table = pd.read_csv(out).set_index("measure")
-    assert (table["split"] == "blocked").all() and table["n_expected"].iloc[0] == 300
-    errors = training.tile_errors(training.load(checkpoint), "blocked")
-    found = table.loc["accuracy", evaluation.ACCURACY_COLUMNS].tolist()
-    assert found == pytest.approx([evaluation.summarize(errors)[name] for name in evaluation.ACCURACY_COLUMNS])
+    assert command_line.main(["evaluate", "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
+    table = pd.read_csv(out).set_index(["split", "measure"])
+    assert (table["n_expected"] == 300).all() and (table["n_leaked"] == 0).all()
+    trained = training.load(checkpoint)
+    for split in ("random", "blocked"):
+        expected = evaluation.summarize(training.tile_errors(trained, split))
+        found = table.loc[(split, "accuracy"), evaluation.ACCURACY_COLUMNS].tolist()
+        assert found == pytest.approx([expected[name] for name in evaluation.ACCURACY_COLUMNS], abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "give one of --benchmark, --csv and --data"),
+        (["--checkpoint", "none.ckpt", "--ten-crop"], "ten crops cannot be cut"),
         (["--benchmark", "im2gps3k", "--csv", "x.csv"], "give one of"),
         (["--benchmark", "nowhere", "--coordinates-only"], "no benchmark 'nowhere'"),
         (["--data", "blue_marble"], "give --checkpoint"),

@@ -3,8 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import IFDRational
 
+from geoclip import __main__ as command_line
 from geoclip.datasets import cards, folder, gws15k, osv, places365
 
 HEADER = cards.PLACES365
@@ -211,3 +213,56 @@ def test_the_pinned_files_have_their_photographers(geoclip_data):
         photos = cards.load(name, geoclip_data)
         assert (len(photos), len(set(photos.authors))) == (n, photographers)
         assert cards.is_pinned(cards.card(name), cards.find_csv(cards.card(name), geoclip_data))
+
+
+def geotagged(path, lat=None, lon=None, zero=False):
+    """A JPEG with this position in its EXIF; `zero`: with a fraction over 0."""
+    exif = Image.Exif()
+    if lat is not None:
+        gps = exif.get_ifd(ExifTags.IFD.GPSInfo)
+        gps[ExifTags.GPS.GPSLatitudeRef], gps[ExifTags.GPS.GPSLongitudeRef] = "NS"[lat < 0], "EW"[lon < 0]
+        gps[ExifTags.GPS.GPSLatitude] = degrees(abs(lat))
+        gps[ExifTags.GPS.GPSLongitude] = (IFDRational(1, 0),) * 3 if zero else degrees(abs(lon))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 48), "green").save(path, exif=exif)
+
+
+def degrees(value):
+    return int(value), int(value % 1 * 60), IFDRational(round(value * 60 % 1 * 60 * 10_000), 10_000)
+
+
+def test_a_folder_of_geotagged_photos_becomes_a_data_set(tmp_path, capsys):
+    photos, csv = tmp_path / "photos", tmp_path / "out" / "my.csv"
+    geotagged(photos / "rio.jpg", -22.9519, -43.2105)
+    geotagged(photos / "trip/tokyo.jpg", 35.6586, 139.7454)
+    geotagged(photos / "plain.jpg")
+    geotagged(photos / "broken.jpg", 10.5, 20.5, zero=True)
+    geotagged(photos / "cut.jpg", 1.5, 2.5)
+    cut = photos / "cut.jpg"
+    cut.write_bytes(cut.read_bytes()[:-200])
+    (photos / "text.jpg").write_text("not a photo")
+    assert command_line.main(["dataset", str(photos), "--out", str(csv)]) == 1
+    assert "4 of 6 photos could not be used" in capsys.readouterr().out
+
+    read = folder.read(csv, photos)
+    assert read.table["file"].tolist() == ["rio.jpg", "trip/tokyo.jpg"] and read.missing() == []
+    np.testing.assert_allclose(read.latlon, [[-22.9519, -43.2105], [35.6586, 139.7454]], atol=1e-6)
+    unused = pd.read_csv(tmp_path / "out/my_unused.csv").set_index("file")["reason"]
+    assert set(unused.index) == {"plain.jpg", "broken.jpg", "cut.jpg", "text.jpg"}
+    assert unused["plain.jpg"] == "no GPS position in its EXIF"
+    assert unused["broken.jpg"] == "EXIF longitude: a fraction with the denominator 0"
+    assert "truncated" in unused["cut.jpg"].lower()
+    assert unused["text.jpg"] == "not an image in a known format"
+
+    for name in unused.index:
+        (photos / name).unlink()
+    assert command_line.main(["dataset", str(photos), "--out", str(csv)]) == 0
+    assert not (tmp_path / "out/my_unused.csv").exists()  # that of the run before is gone
+
+
+def test_a_folder_without_a_usable_photo_writes_nothing(tmp_path, capsys):
+    geotagged(tmp_path / "photos/plain.jpg")
+    for source, message in (("photos", "no photo there says where"), ("none", "no such folder")):
+        assert command_line.main(["dataset", str(tmp_path / source), "--out", str(tmp_path / "my.csv")]) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "my.csv").exists()

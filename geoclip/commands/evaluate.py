@@ -1,13 +1,13 @@
 """Score a model on a benchmark, on a CSV of your own photos, or on the embedded tiles."""
 
 import hashlib
-import json
 import os
 import re
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
+SPLITS = ("random", "blocked")
 EPILOG = """
 Writes one tidy table (default data/results/evaluate/NAME.csv, with what it comes from in NAME.json): accuracy
 with its 95 % interval over photographers, accuracy without the test points that the gallery holds, the gallery's
@@ -22,8 +22,8 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m geoclip evaluate", description=__doc__, epilog=EPILOG)
     parser.add_argument("--benchmark", help="im2gps3k, yfcc26k, gws15k, … (a card of geoclip.datasets)")
     parser.add_argument("--csv", help="or photos of your own: any CSV with their names, LAT and LON")
-    parser.add_argument("--data", choices=["blue_marble"], help="or the embedded tiles; needs --checkpoint")
-    parser.add_argument("--split", default="random", help="of blue_marble: random or blocked")
+    parser.add_argument("--data", choices=["blue_marble"], help="or the embedded tiles (default with a --checkpoint)")
+    parser.add_argument("--split", choices=[*SPLITS, "both"], default="both", help="of the embedded tiles")
     parser.add_argument("--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, the CSV's folder")
     parser.add_argument("--trust-header", action="store_true", help="LAT and LON are right although they look swapped")
     parser.add_argument("--checkpoint", help="a model of `train`; default: the authors' released weights with CLIP")
@@ -45,39 +45,47 @@ def parser() -> ArgumentParser:
 
 def run(options) -> int:
     """Answer, score, write; 1 where photos could not be read."""
+    import pandas as pd
     import torch
 
     from geoclip import answering, evaluation, paths, report
     from geoclip.datasets import blue_marble
 
     check(options)
-    photos = None if options.data else read_photos(options)
+    photos = read_photos(options) if options.benchmark or options.csv else None
     model = None if options.coordinates_only else answering.load(options.checkpoint, options.clip_weights)
+    if photos is None and model.trained.config.data != "blue_marble":
+        raise ValueError(f"{options.checkpoint} was not trained on the embedded data: give --benchmark or --csv")
     places, gallery = read_gallery(options, model)
+    about = {
+        "data": blue_marble.LABEL if photos is None else photos.name,
+        "split": "test",
+        "model": "coordinates only" if model is None else model.name,
+        "crops": 10 if options.ten_crop else 1,
+        "seed": options.seed,
+        "gallery": gallery,
+    }
+    score = {"from_places": model is None or model.geoclip is not None, "seed": options.seed}
 
-    answers, predicted, authors = None, None, None
+    answers = None
     if photos is None:
-        images, truth = blue_marble.test_tiles(options.split, model.config.tiles, model.config.splits)
-        predicted = torch.cat([model.locate(part[:, None]).cpu() for part in images.split(options.batch_size)])
-        data, split = blue_marble.LABEL, options.split
+        tables = []
+        for split in SPLITS if options.split == "both" else (options.split,):
+            predicted, truth = model.locate_tiles(split, options.batch_size)
+            tables.append(evaluation.benchmark(truth, places, predicted, None, about | {"split": split}, **score))
+        table = pd.concat(tables, ignore_index=True)
     else:
-        truth, authors, data, split = torch.from_numpy(photos.latlon), photos.authors, photos.name, "test"
+        truth, predicted = torch.from_numpy(photos.latlon), None
         if model is not None:
             views = model.views(options.ten_crop)
             answers = answering.answer(photos, views, model.locate, options.batch_size, workers(options))
             predicted = answers.predicted
-    name = "coordinates only" if model is None else model.name
-    about = {"data": data, "split": split, "model": name, "crops": 10 if options.ten_crop else 1}
-    about |= {"seed": options.seed, "gallery": gallery}
-    table = evaluation.benchmark(truth, places, predicted, authors, about, options.seed)
+        table = evaluation.benchmark(truth, places, predicted, photos.authors, about, **score)
 
     out = Path(options.out) if options.out else paths.RESULTS / "evaluate" / f"{slug(about)}.csv"
-    with paths.atomic(out) as temporary:
-        table.to_csv(temporary, index=False, float_format="%.6g")
-    with paths.atomic(out.with_suffix(".json")) as temporary:
-        given = {key: value for key, value in vars(options).items() if value is not None}
-        temporary.write_text(json.dumps(report.provenance(given, data_hash(options)), indent=2, default=str) + "\n")
-    shown = table[["measure", *evaluation.ACCURACY_COLUMNS, "median_km", "mean_km", "geoscore", "n"]]
+    given = {key: value for key, value in vars(options).items() if value is not None}
+    report.save_table(table, out, report.provenance(given, data_hash(options)))
+    shown = table[["split", "measure", *evaluation.ACCURACY_COLUMNS, "median_km", "mean_km", "geoscore", "n"]]
     print(shown.round(2).to_string(index=False, na_rep=""))
     print("\n".join(["", *summary(table), f"written: {out}"]))
     if answers is None:
@@ -92,16 +100,15 @@ def run(options) -> int:
 
 def check(options) -> None:
     """ValueError for options that do not go together."""
-    if sum(choice is not None for choice in (options.benchmark, options.csv, options.data)) != 1:
-        raise ValueError("give one of --benchmark, --csv and --data")
+    asked = [choice for choice in (options.benchmark, options.csv, options.data) if choice is not None]
+    if len(asked) > 1 or not (asked or options.checkpoint):
+        raise ValueError("give one of --benchmark, --csv and --data, or a --checkpoint of the embedded data")
     if options.coordinates_only and options.checkpoint:
         raise ValueError("--coordinates-only asks no model: leave --checkpoint out")
     if options.data and (options.coordinates_only or not options.checkpoint):
         raise ValueError("--data blue_marble is scored with a model of yours: give --checkpoint")
-    if options.data and options.ten_crop:
+    if not (options.benchmark or options.csv) and options.ten_crop:
         raise ValueError("tiles are rendered at the tower's size: ten crops cannot be cut out of them")
-    if options.data and options.split not in ("random", "blocked"):
-        raise ValueError(f"no test split {options.split!r}: there are random and blocked")
 
 
 def read_photos(options):
@@ -131,7 +138,7 @@ def read_gallery(options, model):
     from geoclip.datasets import cards, folder
     from geoclip.gallery import Gallery
 
-    own = model.gallery if model is not None and options.checkpoint else None
+    own = model.gallery if options.checkpoint else None
     wanted = options.gallery or ("own" if own is not None else "official")
     if wanted == "own":
         if own is None:
@@ -147,9 +154,10 @@ def read_gallery(options, model):
     if options.gallery_size is not None:
         places = sample(places, options.gallery_size, options.seed)
         source = f"{options.gallery_size:,} places of {source}, seed {options.seed}"
-    if model is not None and (model.gallery is not None or options.gallery):
-        model.use_gallery(own if wanted == "own" and options.gallery_size is None else Gallery(places, source))
-        model.module.places(keep=wanted == "official" and options.gallery_size is None)
+    if model is not None and (model.geoclip is not None or options.gallery):
+        whole = options.gallery_size is None
+        answers_from = own if wanted == "own" and whole else Gallery(places, source)
+        model.use_gallery(answers_from, keep=wanted == "official" and whole)
     return places, source
 
 
@@ -176,7 +184,7 @@ def data_hash(options) -> str:
     """Hash of the benchmark's or the user's CSV, or of the embedded data."""
     from geoclip.datasets import blue_marble, cards
 
-    if options.data:
+    if not (options.csv or options.benchmark):
         return blue_marble.data_hash()
     csv = Path(options.csv) if options.csv else cards.find_csv(cards.card(options.benchmark))
     return hashlib.sha256(csv.read_bytes()).hexdigest()
@@ -184,15 +192,14 @@ def data_hash(options) -> str:
 
 def summary(table) -> list[str]:
     """What the table rests on, in words."""
-    first = table.iloc[0]
-    lines = [f"{first.data}, {first.split}: {first.n_expected:,} expected"]
-    if first.n_readable is not None:
-        lines[0] += f", {first.n_readable:,} readable"
-    if first.authors is not None:
-        lines[0] += f", {first.authors:,} photographers"
-    lines.append(f"gallery: {first.gallery}, {first.gallery_n:,} places, {first.gallery_unique:,} of them different")
-    lines.append(f"{first.n_leaked:,} test points are in the gallery to within 1 m; interval over {first.interval_over}")
-    return lines
+    lines = []
+    for split, rows in table.groupby("split", sort=False):
+        first = rows.iloc[0]
+        readable = "" if first.n_readable is None else f", {first.n_readable:,} readable"
+        authors = "" if first.authors is None else f", {first.authors:,} photographers"
+        lines.append(f"{first.data}, {split}: {first.n_expected:,} expected{readable}{authors}")
+        lines.append(f"{first.n_leaked:,} of them are in the gallery to within 1 m; interval over {first.interval_over}")
+    return [*lines, f"gallery: {first.gallery}, {first.gallery_n:,} places, {first.gallery_unique:,} of them different"]
 
 
 def slug(about: dict) -> str:
