@@ -18,7 +18,7 @@ unexport PYTHONPATH PYTHONHOME
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | column -t -s '|'
 
-reproduce: weights  ## run all notebooks, write figures/ and data/results/, print the results (ONLY="03 04", PROFILE=notebooks/profiles/paper.yaml)
+reproduce: weights  ## run all notebooks, write figures/ and data/results/, print the results (ONLY="03 04", PROFILE=paper)
 	@$(BIN) -m geoclip reproduce $(if $(ONLY),--only $(ONLY)) $(if $(PROFILE),--profile $(PROFILE))
 
 test: weights  ## pytest over the package, then nbval over all notebooks

@@ -5,20 +5,17 @@ from jsonargparse import ArgumentParser
 
 def parser() -> ArgumentParser:
     options = ArgumentParser(prog="geoclip reproduce", description=__doc__)
-    options.add_argument("--only", nargs="*", default=[], metavar="NN", help="numbers of the notebooks to run")
-    options.add_argument("--profile", help="YAML of papermill parameters, such as notebooks/profiles/paper.yaml")
+    options.add_argument("--only", type=str, default=[], nargs="*", metavar="NN", help="numbers of notebooks")
+    options.add_argument("--profile", help="name of a profile of notebooks/profiles (paper), or a YAML file")
     return options
 
 
 def run(options) -> int:
-    import yaml
-
-    from geoclip import notebooks
+    from geoclip import notebooks, sweep
 
     parameters = {}
     if options.profile:
-        with open(options.profile, encoding="utf-8") as file:
-            parameters = yaml.safe_load(file) or {}
-        if not isinstance(parameters, dict):
-            raise ValueError(f"{options.profile} holds no mapping of parameter names to values")
-    return notebooks.reproduce([str(number) for number in options.only], parameters)
+        profile = sweep.load_profile(options.profile)
+        own = {name: part["parameters"] for name, part in profile.notebooks.items() if "parameters" in part}
+        parameters = profile.parameters | own
+    return notebooks.reproduce(options.only, parameters)
