@@ -9,7 +9,7 @@ blocks of the Earth (no neighbour seen: extrapolation).
 import contextlib
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -99,9 +99,9 @@ def blocks(latlon, degrees: float = 10.0, seed: int | None = None) -> np.ndarray
 
 
 def splits(
-    latlon, split: Literal["random", "blocked"], config: ProbeConfig | None = None
+    latlon, split: str, config: ProbeConfig | None = None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(seed, training rows, test rows) of each outer split; blocked: no block is on both sides."""
+    """(seed, training rows, test rows) of each outer split, "random" or "blocked" (no block is on both sides)."""
     config = config or ProbeConfig()
     for seed in range(config.seeds):
         options = {"n_splits": 1, "test_size": config.test_fraction, "random_state": seed}
@@ -138,20 +138,22 @@ class RidgeProbe:
         self._centre = x.mean(0, dtype=np.float64)
         if self.measure == "accuracy":
             self.classes_, index = np.unique(y, return_inverse=True)
-            folds, names = StratifiedKFold(self.config.class_folds), index
+            largest = int(np.bincount(index).max())  # scikit-learn wants one class with a member a fold
+            folds, names = StratifiedKFold(max(2, min(self.config.class_folds, largest))), index
+            precision = np.float32  # of the inner folds' answers only, of which the largest counts
         else:
             folds, names = KFold(self.config.number_folds), np.asarray(y, dtype=np.float64)
+            precision = np.float64
         held_out = [rows for _, rows in folds.split(x, names)]
         parts = [_Sums.of(x[rows] - self._centre, self._targets(names[rows])) for rows in held_out]
         total = _Sums.add(parts)
         scores = np.zeros((len(parts), len(self.config.alphas)))
         for part, rows, row in zip(parts, held_out, scores, strict=True):
             system = total.less(part).centred()
-            features = x[rows] - self._centre
-            row[:] = [
-                self._score(features @ weights + bias, names[rows])
-                for weights, bias in (system.solve(alpha) for alpha in self.config.alphas)
-            ]
+            features = (x[rows] - self._centre).astype(precision)
+            for column, alpha in enumerate(self.config.alphas):
+                weights, bias = system.solve(alpha)
+                row[column] = self._score(features @ weights.astype(precision) + bias, names[rows])
         self.alpha_ = self.config.alphas[int(scores.mean(0).argmax())]
         self._weights, self._bias = total.centred().solve(self.alpha_)
         return self
@@ -251,7 +253,7 @@ def probe(
     target,
     latlon,
     measure: Measure,
-    split: Literal["random", "blocked"] = "random",
+    split: str = "random",
     config: ProbeConfig | None = None,
     model: Callable[[int], object] | None = None,
 ) -> pd.DataFrame:
@@ -353,6 +355,33 @@ def summarize(rows: pd.DataFrame, by: list[str], level: float = 0.95) -> pd.Data
 
     table = rows.groupby(by, sort=False)[["score", "n_train", "n_test", "reachable"]].apply(one).reset_index()
     return table.astype({"seeds": int, "n_train": int, "n_test": int})
+
+
+def learning_curve(
+    embedding: np.ndarray,
+    target,
+    latlon,
+    measure: Measure,
+    sizes: Iterable[int],
+    split: str = "random",
+    config: ProbeConfig | None = None,
+) -> pd.DataFrame:
+    """`probe`'s rows for the first `sizes` training places of each split, scored on the whole of its test places.
+
+    Raises ValueError where a size is larger than the training part.
+    """
+    target = np.asarray(target)
+    check_rows(embedding, target, measure)
+    rows = []
+    with _expected_warnings():
+        for seed, train, test in splits(latlon, split, config):
+            order = np.random.default_rng(seed).permutation(train)
+            for size in sizes:
+                if size > len(train):
+                    raise ValueError(f"{size} training places are wanted; split {seed} has {len(train)}")
+                model = RidgeProbe(measure, config)
+                rows.append({"seed": seed} | score(model, embedding, target, order[:size], test, measure))
+    return pd.DataFrame(rows)
 
 
 def held_out_prediction(

@@ -1,6 +1,5 @@
 """Real facts about places: against the packages' own lookups, known places, uniform sampling, missing data."""
 
-import json
 import socket
 
 import numpy as np
@@ -146,16 +145,3 @@ def test_mean_temperature_is_read_and_checked(tmp_path, monkeypatch):
 def test_the_stations_of_the_published_task(geoclip_data):
     task = real_geography.mean_temperature()
     assert len(task) == 3076 and -25 < task.target.min() and task.target.max() < 35
-
-
-def test_the_map_grid_is_the_equal_earth_map():
-    grid, (left, right, _, top) = real_geography.map_grid(200)
-    inside = np.isfinite(grid).all(-1)
-    assert 0.8 < inside.mean() < 0.95  # the corners of the box are no place
-    assert np.isclose(left, -right) and np.isclose(right / top, 1 / 0.4867, atol=0.01)
-    rows, columns = np.nonzero(inside)
-    xy = earth.equal_earth(torch.from_numpy(grid[inside])).numpy()  # x in [-1, 1]
-    height, width = inside.shape
-    np.testing.assert_allclose(xy[:, 0], (columns + 0.5) / width * 2 - 1, atol=1e-4)
-    np.testing.assert_allclose(xy[:, 1] * right / top, 1 - (rows + 0.5) / height * 2, atol=1e-4)
-    assert json.dumps(grid[0, width // 2].round().tolist())[:2] == "[8"  # the first row is at about 88° N

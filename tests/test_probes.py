@@ -140,6 +140,18 @@ def test_interval_is_wider_than_the_naive_one_and_holds_the_mean():
     assert np.isnan(probes.summarize(rows[:1], ["task"]).low[0])
 
 
+@pytest.mark.filterwarnings("error")
+def test_more_training_places_help_and_the_last_size_is_the_probe(places, harmonics, quarters):
+    config = probes.ProbeConfig(seeds=2)
+    curve = probes.learning_curve(harmonics, quarters, places, "accuracy", [30, 200, 1200], config=config)
+    mean = curve.groupby("n_train").score.mean()
+    assert mean[30] + 10 < mean[200] < mean[1200]
+    whole = probes.probe(harmonics, quarters, places, "accuracy", config=config)
+    assert np.abs(curve[curve.n_train == 1200].score.to_numpy() - whole.score).max() < 0.7  # other inner folds
+    with pytest.raises(ValueError, match="1201 training places are wanted; split 0 has 1200"):
+        probes.learning_curve(harmonics, quarters, places, "accuracy", [1201], config=config)
+
+
 @pytest.mark.filterwarnings("ignore:The least populated class")
 def test_held_out_prediction_sees_no_place_of_the_block():
     """Places and answers coincide, so a model that saw a place's block would give its class back exactly."""

@@ -161,35 +161,6 @@ def california_housing() -> Task:
     )
 
 
-def map_grid(width: int = 400) -> tuple[np.ndarray, tuple[float, float, float, float]]:
-    """The pixels of an Equal Earth map as (lat, lon) (h, w, 2), NaN beyond its edge, and their extent in metres.
-
-    Pixels of one area, row 0 in the north, for `imshow(…, extent=extent)` on axes in Equal Earth.
-    """
-    from pyproj import CRS, Transformer
-
-    sphere = earth.EARTH_RADIUS_KM * 1000
-    plane = Transformer.from_crs(
-        CRS.from_proj4(f"+proj=eqearth +R={sphere}"), CRS.from_proj4(f"+proj=longlat +R={sphere}"), always_xy=True
-    )
-    half = earth.equal_earth(torch.tensor([[0.0, 179.999999], [90.0, 0.0]], dtype=torch.float64))
-    half = half * 180 / earth.EQUAL_EARTH_SCALE * sphere  # equal_earth scales x to [-1, 1]
-    x_half, y_half = float(half[0, 0]), float(half[1, 1])
-    pixel = 2 * x_half / width
-    height = round(2 * y_half / pixel)
-    x = (np.arange(width) + 0.5) * pixel - x_half
-    y = y_half - (np.arange(height) + 0.5) * 2 * y_half / height
-    lon, lat = plane.transform(*np.meshgrid(x, y))
-    outside = ~(np.isfinite(lon) & np.isfinite(lat) & (np.abs(lon) < 180) & (np.abs(lat) < 90))
-    grid = np.stack([lat, lon], -1)
-    grid[outside] = np.nan
-    # Beyond the edge PROJ wraps the longitude round: a pixel is on the map where it projects back to itself.
-    edge = earth.equal_earth(torch.from_numpy(np.stack([np.nan_to_num(lat), np.full_like(lat, 179.999999)], -1)))
-    edge = edge[..., 0].numpy() * 180 / earth.EQUAL_EARTH_SCALE * sphere
-    grid[np.abs(np.broadcast_to(x, grid.shape[:2])) > edge] = np.nan
-    return grid, (-x_half, x_half, -y_half, y_half)
-
-
 def on_land(latlon: np.ndarray) -> pd.DataFrame:
     """Country, continent, climate (Köppen–Geiger) and elevation (m) of places (n, 2); None or NaN where unknown."""
     country, continent = country_and_continent(latlon)
