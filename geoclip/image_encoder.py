@@ -5,6 +5,7 @@ convolutional tower from scratch instead, since CLIP's weights are not at hand e
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from geoclip import photos
 from geoclip.location_encoder import initialise
 
 CONV_TOWER = "conv"
@@ -154,7 +156,7 @@ def tile_transform(pixels: int = 32) -> Callable:
 
     return transforms.Compose([
         transforms.Resize(pixels, transforms.InterpolationMode.BICUBIC),
-        transforms.CenterCrop(pixels),
+        functools.partial(photos.centre_crop, side=pixels),
         transforms.ToTensor(),
         transforms.Normalize([0.5] * 3, [0.5] * 3),
     ])
@@ -169,6 +171,7 @@ def load_clip(tower: str, weights: str | None) -> tuple[nn.Module, Callable]:
     OSError, saying what still works, where weights cannot be had.
     """
     import open_clip
+    from torchvision import transforms
 
     from geoclip import clip
 
@@ -196,6 +199,9 @@ def load_clip(tower: str, weights: str | None) -> tuple[nn.Module, Callable]:
                 f"another shape, such as {unlike[0]}"
             )
         model.load_state_dict(state)
+    for i, step in enumerate(preprocess.transforms):
+        if isinstance(step, transforms.CenterCrop):
+            preprocess.transforms[i] = functools.partial(photos.centre_crop, side=step.size[0])
     return model.eval(), preprocess
 
 

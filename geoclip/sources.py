@@ -235,7 +235,7 @@ def photo_views(photo: Image.Image, views: Views, generator: np.random.Generator
 
     p = views.pixels
     whole = functional.resize(photo, p, functional.InterpolationMode.BICUBIC)
-    made = [functional.center_crop(whole, [p, p])]
+    made = [photos.centre_crop(whole, p)]
     for _ in range(views.number - 1):
         # resized straight out of the box: no intermediate picture
         crop = photo.resize((p, p), Image.Resampling.BICUBIC, box=random_box(photo.size, views, generator))
