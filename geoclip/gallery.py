@@ -1,6 +1,7 @@
 """The gallery: the places on Earth among which an image's place is looked for (paper, section 3.4)."""
 
 import hashlib
+import math
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from geoclip import earth, paths
+from geoclip import earth, paths, precision
+
+KEPT_AT_ONCE = 1 << 18  # places embedded in memory before they are written
+SCORES_AT_ONCE = 1 << 25
+GROUP = 64
+SPARE = 32  # candidates beyond k that bfloat16 scores choose for the comparison in float32
 
 
 class Gallery:
@@ -19,7 +25,8 @@ class Gallery:
     """
 
     def __init__(self, latlon: Float[Tensor, "m 2"], source: str = "gallery"):
-        self.latlon = earth.check_latlon(latlon, source).float()
+        self.given = earth.check_latlon(latlon, source)
+        self.latlon = self.given.float()
         self.source = source
         if len(self.latlon) == 0:
             raise ValueError(f"{source}: the gallery is empty")
@@ -29,8 +36,11 @@ class Gallery:
 
     @property
     def unique(self) -> int:
-        """Number of different places; duplicates split a place's probability between them."""
-        return len(torch.unique(self.latlon, dim=0))
+        """Number of different places as given; duplicates split a place's probability between them.
+
+        Single precision, in which places are embedded, tells places less than a metre apart apart no more.
+        """
+        return len(torch.unique(self.given, dim=0))
 
     @classmethod
     def official(cls) -> "Gallery":
@@ -40,19 +50,32 @@ class Gallery:
         return cls(torch.as_tensor(weights.official_gallery()), "authors' 100 K gallery")
 
     def embed(
-        self, location_encoder: nn.Module, keep: bool = False, block: int = 4096
+        self,
+        location_encoder: nn.Module,
+        keep: bool = False,
+        block: int = 4096,
+        dtype: torch.dtype = torch.float32,
     ) -> Float[Tensor, "m d"]:
         """Unit-norm embeddings of the places, in blocks of bounded memory.
 
         keep: kept on disk by the hash of weights and places, and memory-mapped from there the next time.
+        dtype: bfloat16 halves time and memory (see precision); the phase is single in both.
         """
         if not keep:
-            return embed(location_encoder, self.latlon, block)
-        path = paths.CACHE / "galleries" / f"{self.key(location_encoder)}.npy"
+            return embed(location_encoder, self.latlon, block, dtype)
+        kind = "" if dtype == torch.float32 else "-bf16"
+        path = paths.CACHE / "galleries" / f"{self.key(location_encoder)}{kind}.npy"
         if not path.is_file():
-            with paths.atomic(path) as temporary:
-                np.save(temporary, embed(location_encoder, self.latlon, block).cpu().numpy())
-        return torch.from_numpy(np.load(path, mmap_mode="c"))
+            with paths.atomic(path) as temporary, temporary.open("wb") as file:
+                for start in range(0, len(self), KEPT_AT_ONCE):
+                    part = self.latlon[start : start + KEPT_AT_ONCE]
+                    rows = as_numpy(embed(location_encoder, part, block, dtype).cpu())
+                    if start == 0:
+                        header = np.lib.format.header_data_from_array_1_0(rows)
+                        np.lib.format.write_array_header_1_0(file, header | {"shape": (len(self), rows.shape[1])})
+                    file.write(rows.data)
+        rows = torch.from_numpy(np.load(path, mmap_mode="c"))
+        return rows if dtype == torch.float32 else rows.view(dtype)
 
     def key(self, location_encoder: nn.Module) -> str:
         """Hash of the encoder's weights and the places: what the kept embedding is found by."""
@@ -63,26 +86,83 @@ class Gallery:
         return digest.hexdigest()[:24]
 
 
+def as_numpy(rows: Float[Tensor, "m d"]) -> np.ndarray:
+    """float32 as it is, bfloat16, which numpy does not know, as its 16 bits."""
+    return rows.numpy() if rows.dtype == torch.float32 else rows.view(torch.int16).numpy()
+
+
 @torch.inference_mode()
 def embed(
-    location_encoder: nn.Module, latlon: Float[Tensor, "m 2"], block: int = 4096
+    location_encoder: nn.Module,
+    latlon: Float[Tensor, "m 2"],
+    block: int = 4096,
+    dtype: torch.dtype = torch.float32,
 ) -> Float[Tensor, "m d"]:
     """Unit-norm embeddings of (lat, lon) degrees, computed block by block on the encoder's device."""
     device = next(location_encoder.parameters()).device
-    return torch.cat(
-        [functional.normalize(location_encoder(part.to(device)), dim=-1) for part in latlon.split(block)]
-    )
+    rows = None
+    with precision.arithmetic(dtype, device):
+        for start in range(0, len(latlon), block):
+            part = functional.normalize(location_encoder(latlon[start : start + block].to(device)).float(), dim=-1)
+            if rows is None:
+                rows = torch.empty(len(latlon), part.shape[1], dtype=dtype, device=device)
+            rows[start : start + block] = part
+    return rows
 
 
 def search(
     query: Float[Tensor, "n d"], places: Float[Tensor, "m d"], k: int
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k most similar places of each query, exact: (cosine, index), best first.
+    """The k most similar places of each query: (cosine, index), best first; every place is compared.
 
-    Both sides unit-norm. Raises ValueError for k larger than the gallery or below 1.
+    Both sides unit-norm. Exact for places in float32. In bfloat16 the candidates are found in bfloat16 and
+    compared in float32. Raises ValueError for k larger than the gallery or below 1.
+    """
+    return scan(query, places, k)[:2]
+
+
+def scan(
+    query: Float[Tensor, "n d"], places: Float[Tensor, "m d"], k: int, scale: float | None = None
+) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
+    """As search, and with a scale the logarithm of the sum of exp(scale × cosine) over all places, in blocks.
+
+    So exp(scale × cosine − it) is a place's probability, without keeping the scores of a large gallery.
     """
     check_k(k, len(places))
-    return (query @ places.T).topk(k, dim=-1)
+    low = places.dtype != torch.float32
+    wanted = min(len(places), k + SPARE) if low else k
+    rows = max(1 << 14, SCORES_AT_ONCE // max(1, len(query)))
+    best: list[tuple[Tensor, Tensor]] = []
+    total = torch.full((len(query),), -math.inf, device=query.device)
+    for start in range(0, len(places), rows):
+        scores = query.to(places.dtype) @ places[start : start + rows].T
+        if scale is not None:
+            total = torch.logaddexp(total, scores.float().mul_(scale).logsumexp(1))
+        score, index = top(scores, min(wanted, scores.shape[1]))
+        best.append((score.float(), index + start))
+    score, index = (torch.cat(parts, 1) for parts in zip(*best, strict=True))
+    if low:  # the scores themselves were rounded to three digits
+        score, order = score.topk(min(wanted, score.shape[1]), dim=-1)
+        index = index.gather(1, order)
+        score = (places[index].float() @ query[:, :, None].float())[..., 0]
+    score, order = score.topk(k, dim=-1)
+    return score, index.gather(1, order), total
+
+
+def top(scores: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """As scores.topk(k), several times faster on a CPU for many scores: the k best lie in the k best groups."""
+    n, m = scores.shape
+    groups = m // GROUP
+    if scores.is_cuda or n == 1 or groups < 8 * k:
+        return scores.topk(k, dim=-1)
+    grouped = scores[:, : groups * GROUP].unflatten(1, (groups, GROUP))
+    chosen = grouped.amax(2).topk(k, dim=-1).indices
+    inside = torch.arange(GROUP, device=scores.device)
+    index = (chosen[..., None] * GROUP + inside).flatten(1)
+    rest = torch.arange(groups * GROUP, m, device=scores.device).expand(n, -1)
+    index = torch.cat([index, rest], 1)
+    score, order = scores.gather(1, index).topk(k, dim=-1)
+    return score, index.gather(1, order)
 
 
 def check_k(k: int, n_places: int) -> None:
