@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from geoclip import gallery as galleries
-from geoclip import photos
+from geoclip import photos, precision
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
@@ -37,6 +37,7 @@ class GeoCLIP(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.gallery = gallery
         self._places: Tensor | None = None  # the gallery's embedding, made at first use
+        self.dtype = torch.float32
 
     @classmethod
     def build(
@@ -69,7 +70,9 @@ class GeoCLIP(nn.Module):
 
     def encode_images(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of preprocessed images."""
-        return functional.normalize(self.image_encoder(images), dim=-1)
+        with precision.arithmetic(self.dtype, images.device):
+            features = self.image_encoder.features(images)
+        return self.encode_features(features if self.dtype == torch.float32 else features.float())
 
     def encode_features(self, features: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of tower features that were computed before."""
@@ -109,12 +112,24 @@ class GeoCLIP(nn.Module):
         self.gallery, self._places = gallery, None
         return self
 
+    def use_precision(self, chosen: precision.Precision = "auto") -> "GeoCLIP":
+        """Answer in this precision from now on, on the present device; "auto" says once what it takes.
+
+        bfloat16 converts the image tower for good, so it is for answering, not for training. The head, the
+        Fourier phase and the comparison of the best places stay in float32.
+        """
+        self.dtype, self._places = precision.choose(chosen, self.log_scale.device), None
+        if self.dtype != torch.float32:
+            tower = self.image_encoder.tower
+            precision.convert(getattr(tower, "visual", tower), self.dtype)
+        return self
+
     def places(self, keep: bool = False) -> Float[Tensor, "m d"]:
         """The gallery's unit-norm embedding, computed once; `keep` keeps it on disk too."""
         if self.gallery is None:
             raise ValueError("the model has no gallery: give it one with use_gallery(Gallery(latlon))")
         if self._places is None:
-            self._places = self.gallery.embed(self.location_encoder, keep=keep)
+            self._places = self.gallery.embed(self.location_encoder, keep, dtype=self.dtype)
         self._places = self._places.to(self.log_scale.device)
         return self._places
 
@@ -127,10 +142,9 @@ class GeoCLIP(nn.Module):
         Probabilities are the softmax over the whole gallery; they are not calibrated, and duplicates share.
         Raises ValueError for k larger than the gallery.
         """
-        places = self.places()
-        galleries.check_k(k, len(places))
-        logits = self.log_scale.exp() * query @ places.T
-        probability, index = logits.softmax(-1).topk(k, dim=-1)
+        scale = self.log_scale.exp().item()
+        score, index, total = galleries.scan(query, self.places(), k, scale)
+        probability = (score * scale - total[:, None]).exp()
         return self.gallery.latlon[index.cpu()], probability
 
     def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "v 3 h w"]:
