@@ -137,7 +137,7 @@ def scan(
     for start in range(0, len(places), rows):
         scores = query.to(places.dtype) @ places[start : start + rows].T
         if scale is not None:
-            total = torch.logaddexp(total, scores.float().mul_(scale).logsumexp(1))
+            total = torch.logaddexp(total, (scores.float() * scale).logsumexp(1))
         score, index = top(scores, min(wanted, scores.shape[1]))
         best.append((score.float(), index + start))
     score, index = (torch.cat(parts, 1) for parts in zip(*best, strict=True))
