@@ -1,6 +1,6 @@
 """Maps in one style: Equal Earth for the world, equal-area around a place; outlines from data/natural_earth.
 
-Nothing is ever downloaded: cartopy's own `coastlines()` would be, so the outlines are read from the repository.
+Nothing is ever downloaded, as cartopy's own `coastlines()` would be: the outlines are in the repository.
 Colours are safe for the colour-blind and their lightness is in order, so that a map can be read in grey.
 """
 
@@ -62,7 +62,7 @@ KM = 1000.0  # the projections' metres
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The pixels of a map: `latlon` (n, 2), degrees, of those that lie on the Earth; `inside` (rows, columns)."""
+    """The pixels of a map: `latlon` (n, 2) degrees of those on the Earth; `inside` (rows, columns)."""
 
     latlon: np.ndarray
     inside: np.ndarray
@@ -72,7 +72,9 @@ class Grid:
         """`values` (n,) of the pixels as a picture (rows, columns), masked beyond the Earth's edge."""
         values = np.asarray(values)
         if values.shape != (len(self.latlon),):
-            raise ValueError(f"{len(self.latlon)} values are needed, one a pixel of the map; got shape {values.shape}")
+            raise ValueError(
+                f"{len(self.latlon)} values are needed, one a pixel of the map; got shape {values.shape}"
+            )
         picture = np.ma.masked_all(self.inside.shape, dtype=values.dtype)
         picture[self.inside] = values
         return picture
@@ -112,7 +114,7 @@ def region_axes(
     title: str = "",
     filled: bool = True,
 ) -> GeoAxes:
-    """A square of `span_km` × `span_km` around `centre` (lat, lon), in Lambert's azimuthal equal-area projection.
+    """A square of `span_km` around `centre` (lat, lon), in Lambert's azimuthal equal-area projection.
 
     Raises ValueError where the square would reach further than a quarter of the Earth from its centre.
     """
@@ -130,7 +132,7 @@ def region_axes(
 
 
 def grid(axes: GeoAxes, columns: int = 360) -> Grid:
-    """The centres of the map's pixels, `columns` from left to right, for a heat map drawn without resampling."""
+    """The centres of the map's pixels, `columns` in a row, for a heat map drawn without resampling."""
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
     rows = max(1, round(columns * (top - bottom) / (right - left)))
@@ -144,11 +146,13 @@ def grid(axes: GeoAxes, columns: int = 360) -> Grid:
     inside &= np.hypot(back[..., 0] - xs, back[..., 1] - ys) < 10 * KM
     latlon = lonlat[inside][:, ::-1]
     latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
-    return Grid(latlon=np.clip(latlon, [-90, -180], [90, 180]), inside=inside, extent=(left, right, bottom, top))
+    return Grid(
+        latlon=np.clip(latlon, [-90, -180], [90, 180]), inside=inside, extent=(left, right, bottom, top)
+    )
 
 
 def density(axes: GeoAxes, latlon, cells: int = 120, label: str = "places") -> None:
-    """How many places lie in each hexagon of equal area, on a log scale; `cells` hexagons from west to east."""
+    """Places in each hexagon of equal area, on a log scale; `cells` hexagons from west to east."""
     latlon = _array(latlon)
     (left, right), (bottom, top) = axes.projection.x_limits, axes.projection.y_limits
     rows = round(cells * (top - bottom) / (right - left) / np.sqrt(3))
@@ -172,8 +176,8 @@ def density(axes: GeoAxes, latlon, cells: int = 120, label: str = "places") -> N
 def errors(axes: GeoAxes, truth, predicted, limit: int = 400) -> None:
     """A great-circle arc from each true place (dot) to the predicted one, its colour the error's class in km.
 
-    Draws the first `limit` pairs and says so; the legend counts all of them, one without a prediction (NaN) as
-    furthest. Raises ValueError where the two are not of one length.
+    Draws the first `limit` pairs and says so; the legend counts all of them, one without a prediction (NaN)
+    as furthest. Raises ValueError where the two are not of one length.
     """
     from geoclip import earth
 
@@ -185,9 +189,17 @@ def errors(axes: GeoAxes, truth, predicted, limit: int = 400) -> None:
     for kind in range(len(ERROR_COLOURS)):
         chosen = np.flatnonzero((classes[:limit] == kind) & np.isfinite(error_km[:limit]))
         lines = [piece for i in chosen for piece in _on_map(axes, great_circle(truth[i], predicted[i]))]
-        axes.add_collection(LineCollection(lines, colors=ERROR_COLOURS[kind], linewidths=0.6, alpha=0.7, zorder=2))
+        axes.add_collection(
+            LineCollection(lines, colors=ERROR_COLOURS[kind], linewidths=0.6, alpha=0.7, zorder=2)
+        )
         axes.scatter(
-            truth[chosen, 1], truth[chosen, 0], s=4, color=ERROR_COLOURS[kind], transform=PLATE, zorder=3, linewidths=0
+            truth[chosen, 1],
+            truth[chosen, 0],
+            s=4,
+            color=ERROR_COLOURS[kind],
+            transform=PLATE,
+            zorder=3,
+            linewidths=0,
         )
     names = ["≤ 200 km", "≤ 750 km", "≤ 2,500 km", "further"]
     counts = np.bincount(classes, minlength=len(names)) / max(1, len(classes)) * 100
@@ -209,9 +221,9 @@ def similarity(
     limits: tuple[float, float] | None = None,
     bar: bool = True,
 ) -> None:
-    """Heat map of `values` (n,), one a pixel of `grid(axes)`, with the best places numbered and the truth ringed.
+    """Heat map of `values` (n,), one a pixel of `grid(axes)`; the best places numbered, the truth ringed.
 
-    `top_k` (k, 2) in order, `truth` (2,): (lat, lon) degrees. `limits`: the colours' range, else that of values.
+    `top_k` (k, 2) in order, `truth` (2,): (lat, lon) degrees. `limits`: the colours' range, else the values'.
     """
     picture = pixels.image(_array(values))
     low, high = limits or (picture.min(), picture.max())
@@ -246,7 +258,9 @@ def categories(axes: GeoAxes, pixels: Grid, labels, names: Sequence[str]) -> Non
     """
     labels = _array(labels).astype(int)
     if labels.size and not -1 <= labels.min() <= labels.max() < len(names):
-        raise ValueError(f"labels run from {labels.min()} to {labels.max()}, but there are {len(names)} names")
+        raise ValueError(
+            f"labels run from {labels.min()} to {labels.max()}, but there are {len(names)} names"
+        )
     picture = np.ma.masked_less(pixels.image(labels), 0)
     colours = ListedColormap(CATEGORIES[: len(names)])
     axes.imshow(
@@ -274,7 +288,7 @@ def points(axes: GeoAxes, latlon, label: str, colour: str = "#0072B2", size: flo
 
 
 def great_circle(start, end, step_deg: float = 1.0) -> np.ndarray:
-    """Points (lat, lon) along the shortest way from `start` to `end`, both included, at most `step_deg` apart."""
+    """Points (lat, lon) on the shortest way from `start` to `end`, both included, ≤ `step_deg` apart."""
     a, b = (_vector(place) for place in (start, end))
     angle = np.arctan2(np.linalg.norm(np.cross(a, b)), a @ b)
     count = max(2, int(np.ceil(np.rad2deg(angle) / step_deg)) + 1)
@@ -306,7 +320,9 @@ def _near(name: str, lat: float, lon: float, span_km: float) -> list:
     wide = 180.0 if widest > 80 else min(180.0, reach / np.cos(np.deg2rad(widest)))
     windows = [shapely.box(lon - wide + turn, bottom, lon + wide + turn, top) for turn in (-360, 0, 360)]
     window = shapely.intersection(shapely.union_all(windows), shapely.box(-180, -90, 180, 90))
-    return [shapely.intersection(part, window) for part in shapely.get_parts(shape) if part.intersects(window)]
+    return [
+        shapely.intersection(part, window) for part in shapely.get_parts(shape) if part.intersects(window)
+    ]
 
 
 def _framed(axes: GeoAxes, title: str) -> GeoAxes:
@@ -323,7 +339,7 @@ def _keep(axes: GeoAxes, pixels: Grid) -> None:
 
 
 def _on_map(axes: GeoAxes, way: np.ndarray) -> list[np.ndarray]:
-    """A way (lat, lon) as projected lines, cut where it leaves one edge of the map and enters at the other."""
+    """A way (lat, lon) as projected lines, cut where it leaves the map to enter at the other edge."""
     xy = axes.projection.transform_points(PLATE, way[:, 1], way[:, 0])[:, :2]
     wide = axes.projection.x_limits[1] - axes.projection.x_limits[0]
     cuts = np.flatnonzero(np.abs(np.diff(xy[:, 0])) > wide / 4) + 1
@@ -342,7 +358,9 @@ def _numbered(axes: GeoAxes, top_k) -> Line2D:
     places = axes.projection.transform_points(PLATE, top_k[:, 1], top_k[:, 0])
     for rank, (x, y, _) in reversed(list(enumerate(places, start=1))):
         axes.plot(x, y, "o", ms=7, mfc="white", mec="black", mew=0.7, zorder=5 - rank / 100)
-        axes.annotate(str(rank), (x, y), ha="center", va="center_baseline", fontsize=5.5, zorder=5.005 - rank / 100)
+        axes.annotate(
+            str(rank), (x, y), ha="center", va="center_baseline", fontsize=5.5, zorder=5.005 - rank / 100
+        )
     label = f"best {len(top_k)}" if len(top_k) > 1 else "best"
     return Line2D([], [], marker="o", ls="", ms=6, mfc="white", mec="black", mew=0.7, label=label)
 

@@ -19,10 +19,10 @@ KERNEL_TIMEOUT_S = 180
 
 
 def environment() -> dict[str, str]:
-    """Environment variables under which a notebook gives the same outputs wherever it runs; makes their folders.
+    """Environment variables under which a notebook gives the same outputs anywhere; makes their folders.
 
-    Jupyter, IPython and matplotlib keep to the cache and to the kernel of this Python, whatever the user's home
-    holds (or if there is none); hashes are the same in each run.
+    Jupyter, IPython and matplotlib keep to the cache and to the kernel of this Python, whatever the user's
+    home holds (or if there is none); hashes are the same in each run.
     """
     folders = {
         "JUPYTER_CONFIG_DIR": paths.CACHE / "jupyter" / "config",
@@ -41,11 +41,12 @@ def environment() -> dict[str, str]:
 
 
 def run(path: Path, parameters: Mapping[str, object] | None = None, out: Path | None = None) -> Path:
-    """Execute the notebook `path` in its own folder and write it with its outputs; returns where it was written.
+    """Execute the notebook `path` in its own folder and write it with its outputs; returns where that is.
 
-    `parameters` override those of its cell tagged `parameters`. `out`: data/results/runs/NAME.ipynb unless given;
-    it is replaced only when all cells went well, otherwise the notebook up to the failure is NAME.failed.ipynb
-    beside it and the failure (papermill's, or a cell beyond 1,200 s) is raised. ValueError: unknown parameter.
+    `parameters` override those of its cell tagged `parameters`. `out`: data/results/runs/NAME.ipynb unless
+    given; it is replaced only when all cells went well, otherwise the notebook up to the failure is
+    NAME.failed.ipynb beside it and the failure (papermill's, or a cell beyond 1,200 s) is raised.
+    Raises ValueError for a parameter that the notebook does not have.
     """
     import nbformat
     import papermill
@@ -54,7 +55,9 @@ def run(path: Path, parameters: Mapping[str, object] | None = None, out: Path | 
     out = Path(out) if out else paths.RESULTS / "runs" / path.name
     known = declared(path)
     if unknown := sorted(set(parameters or {}) - set(known)):
-        raise ValueError(f"{path.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}")
+        raise ValueError(
+            f"{path.name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}"
+        )
     failed = out.with_suffix(".failed.ipynb")
     with paths.atomic(out) as temporary, _variables(environment()):
         try:
@@ -68,7 +71,8 @@ def run(path: Path, parameters: Mapping[str, object] | None = None, out: Path | 
                 progress_bar=False,
                 start_timeout=KERNEL_TIMEOUT_S,
                 execution_timeout=CELL_TIMEOUT_S,
-                extra_arguments=["--log-level=CRITICAL"],  # the kernel's notices on transport are not the notebook's
+                # The kernel's notices about its sockets are not what a notebook says.
+                extra_arguments=["--log-level=CRITICAL"],
             )
         except Exception:
             shutil.copyfile(temporary, failed)
@@ -92,7 +96,7 @@ def declared(path: Path) -> list[str]:
 
 
 def without_stamps(notebook):
-    """The notebook without what changes in each run: papermill's and Jupyter's times, versions, kernel names."""
+    """The notebook without what changes in each run: times, versions, names of kernels."""
     notebook.metadata = {
         "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
         "language_info": {"name": "python"},
@@ -125,8 +129,8 @@ def reproduce(
 ) -> int:
     """Run all numbered notebooks in order, a line each, and print their results; 0 if all went well, else 1.
 
-    `only`: numbers of the notebooks to run. `parameters`: a value for each notebook that declares the name, or
-    NN_name → parameters of that notebook alone. A notebook that fails is listed and the rest go on.
+    `only`: numbers of the notebooks to run. `parameters`: a value for each notebook that declares the name,
+    or NN_name → parameters of that notebook alone. A notebook that fails is listed and the rest go on.
     Raises ValueError where a parameter belongs to no notebook.
     """
     todo = [with_number(number, folder) for number in only] or numbered(folder)
@@ -148,12 +152,13 @@ def reproduce(
     print(f"\n{len(todo) - len(failures)} of {len(todo)} notebooks ran, {time.monotonic() - started:.0f} s")
     print_results(todo)
     for path, error in failures:
-        print(f"\nFAILED {path.name}: {_reason(error)}\n  see {_short(paths.RESULTS / 'runs' / path.stem)}.failed.ipynb")
+        print(f"\nFAILED {path.name}: {_reason(error)}")
+        print(f"  see {_short(paths.RESULTS / 'runs' / path.stem)}.failed.ipynb")
     return 1 if failures else 0
 
 
 def print_results(notebooks: Sequence[Path]) -> None:
-    """Print, for each of `notebooks`, the result tables it left that have accuracies, beside the published ones."""
+    """Print the published accuracies, and those in the tables that `notebooks` left in data/results."""
     published = paths.PAPER / "benchmarks.csv"
     if published.exists():
         print("\nPublished (data/paper/benchmarks.csv)")
@@ -200,7 +205,9 @@ def _share(parameters: Mapping[str, object], notebooks: Sequence[Path]) -> dict[
     everyone = {path.stem for path in numbered(notebooks[0].parent)}
     unknown = [name for name in sections if name not in everyone]
     if len(notebooks) == len(everyone):
-        unknown += [n for n in parameters if n not in sections and not any(n in known for known in names.values())]
+        unknown += [
+            n for n in parameters if n not in sections and not any(n in known for known in names.values())
+        ]
     if unknown:
         raise ValueError(f"no notebook has the name or the parameter {', '.join(sorted(unknown))}")
     return {

@@ -1,4 +1,4 @@
-"""What a notebook leaves behind: its figures, its table with where it came from, and the check against what was accepted."""
+"""What a notebook leaves behind: figures, a table and its origin, and the check against the accepted one."""
 
 import dataclasses
 import fnmatch
@@ -20,7 +20,7 @@ import pandas as pd
 from geoclip import paths
 
 # Two pictures look the same when in no square of 16 × 16 pixels they differ by more than 8 of 255 levels on
-# average. Anti-aliasing and the last digits of a float stay far below it; one changed digit in a label is 20 to 40.
+# average. Anti-aliasing and the last digits of a float stay far below; one changed digit is 20 to 40.
 SAME_LEVELS = 8.0
 SAME_SQUARE = 16
 VERSIONS_OF = ("torch", "torchvision", "open_clip_torch", "lightning", "numpy", "pandas", "scikit-learn")
@@ -49,10 +49,10 @@ def provenance(config: object = None, data_hash: str | None = None) -> dict:
 
 
 def save_figure(figure, name: str) -> Path:
-    """Write a matplotlib figure to figures/NAME.png (150 dpi) and .pdf, without dates; returns the PNG's path.
+    """Write a matplotlib figure to figures/NAME.png (150 dpi) and .pdf, without dates; returns the PNG.
 
-    A picture that looks the same as the one already there (see SAME_LEVELS) is left untouched, so that a rerun
-    does not change a checkout. Raises ValueError where `name` does not start with a notebook's number.
+    A picture that looks the same as the one already there (see SAME_LEVELS) is left untouched, so that a
+    rerun does not change a checkout. Raises ValueError where `name` does not start with a notebook's number.
     """
     png, pdf = (paths.FIGURES / f"{_checked(name)}.{kind}" for kind in ("png", "pdf"))
     drawn = io.BytesIO()
@@ -69,10 +69,12 @@ def save_figure(figure, name: str) -> Path:
 
 
 def looks_same(one: bytes, other: bytes) -> bool:
-    """Whether two encoded pictures have one size and no 16 × 16 square that differs by more than SAME_LEVELS."""
+    """Whether two encoded pictures have one size and in no 16 × 16 square differ by more than SAME_LEVELS."""
     from PIL import Image
 
-    a, b = (np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32) for data in (one, other))
+    a, b = (
+        np.asarray(Image.open(io.BytesIO(data)).convert("RGB"), dtype=np.float32) for data in (one, other)
+    )
     if a.shape != b.shape:
         return False
     difference = np.abs(a - b).mean(axis=2)
@@ -82,7 +84,7 @@ def looks_same(one: bytes, other: bytes) -> bool:
 
 
 def save_results(table: pd.DataFrame, name: str, provenance: Mapping) -> Path:
-    """`save_table` to data/results/NAME.csv; ValueError where `name` does not start with a notebook's number."""
+    """`save_table` to data/results/NAME.csv; ValueError where `name` has no notebook's number in front."""
     return save_table(table, paths.RESULTS / f"{_checked(name)}.csv", provenance)
 
 
@@ -113,11 +115,11 @@ def hold_to_expected(
 ) -> None:
     """Compare `table` with data/expected/NAME.csv, row by row on the columns `keys`; prints one line.
 
-    `tolerance`: column, or a pattern such as "acc_*" → the largest absolute difference accepted, in the column's
-    own unit; None = the column is not compared (seconds). The first pattern that fits counts; a column without
-    one must agree to the six digits that are stored. NaN agrees with NaN.
-    `optional`: True, or column → value (or list of values), marks rows that may be absent here or there (those
-    that need data of the user's); of these the rows present in both are compared.
+    `tolerance`: column, or a pattern such as "acc_*" → the largest absolute difference accepted, in the
+    column's own unit; None = the column is not compared (seconds). The first pattern that fits counts; a
+    column without one must agree to the six digits that are stored. NaN agrees with NaN.
+    `optional`: True, or column → value (or list of values), marks rows that may be absent here or there
+    (those that need data of the user's); of these the rows present in both are compared.
     `profile`: in any but "embedded" nothing is compared, for there is nothing accepted.
 
     Raises AssertionError that names row, column and both values; FileNotFoundError that says how to accept a
@@ -128,7 +130,9 @@ def hold_to_expected(
     found = _read_back(table)
     for column in keys:
         if column not in found.columns:
-            raise ValueError(f"{name}: no column {column!r} to tell rows apart; there are {list(found.columns)}")
+            raise ValueError(
+                f"{name}: no column {column!r} to tell rows apart; there are {list(found.columns)}"
+            )
     if (twice := found.duplicated(keys)).any():
         raise ValueError(f"{name}: two rows have the keys {_row(found[twice].iloc[0], keys)}; name more keys")
     if profile != "embedded":
@@ -149,14 +153,16 @@ def hold_to_expected(
     if problems:
         more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise AssertionError(
-            f"{name} differs from data/expected/{path.name}:\n" + "\n".join(problems[:10]) + more
-            + f"\nIf the new values are right: `make accept NB={name.split('_')[0]}`, and review the CSV's diff."
+            f"{name} differs from data/expected/{path.name}:\n"
+            + "\n".join(problems[:10])
+            + more
+            + f"\nIf the new values are right: `make accept NB={name[:2]}`, and review the CSV's diff."
         )
     print(_agreement(name, len(found)))
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` as text, rounded for reading: percents and short distances to 0.1, else four digits; gaps are empty."""
+    """`table` as text, rounded for reading: percents and short distances to 0.1, else four digits."""
     return pd.DataFrame({column: _readable(table[column], str(column)) for column in table.columns})
 
 
@@ -175,7 +181,9 @@ def show(table: pd.DataFrame) -> None:
 
 def _checked(name: str) -> str:
     if not re.fullmatch(r"\d\d_[a-z0-9_]+", name):
-        raise ValueError(f"{name!r} is not of the form NN_name, NN being the number of the notebook that owns it")
+        raise ValueError(
+            f"{name!r} is not of the form NN_name, NN being the number of the notebook that owns it"
+        )
     return name
 
 
@@ -199,7 +207,7 @@ def _as_csv(table: pd.DataFrame) -> str:
 
 
 def _read_back(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as a reader of its CSV sees it: both sides of a comparison have been through the same rounding."""
+    """The table as a reader of its CSV sees it: both sides of a comparison are rounded alike."""
     return pd.read_csv(io.StringIO(_as_csv(table))) if len(table.columns) else table
 
 
@@ -278,7 +286,11 @@ def _put_up(found, path: Path, target: Path, keys: list[str], optional) -> None:
     if path.exists() and optional:
         expected = pd.read_csv(path)
         here = _by_key(found, keys)
-        old = [row for key, row in _by_key(expected, keys).items() if key not in here and _is_optional(row, optional)]
+        old = [
+            row
+            for key, row in _by_key(expected, keys).items()
+            if key not in here and _is_optional(row, optional)
+        ]
         if old:
             kept = pd.concat([found, pd.DataFrame(old)[list(found.columns)]], ignore_index=True)
     with paths.atomic(target) as temporary:

@@ -1,4 +1,4 @@
-"""What all tests share: shapes checked at run time, few threads, and the benchmark data that a user may bring."""
+"""What all tests share: shapes checked at run time, few threads, and the benchmark data of a user."""
 
 import os
 from pathlib import Path
@@ -10,13 +10,13 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 os.environ["MPLBACKEND"] = "agg"
 
-# Annotated shapes and types are checked here, and cost a user nothing. The hook must come before any import of geoclip.
+# Annotated shapes and types are checked here, and cost a user nothing. To be set before geoclip is imported.
 install_import_hook("geoclip", "typechecker.checked")
 
 
 @pytest.fixture(scope="session")
 def geoclip_data() -> Path:
-    """The folder that GEOCLIP_DATA names; a test that needs it is skipped, with the reason, where it is not set."""
+    """The folder that GEOCLIP_DATA names; a test that needs it is skipped where it is not set."""
     from geoclip import paths
 
     folder = paths.geoclip_data()

@@ -1,4 +1,4 @@
-"""The house: one list of dependencies, light imports, commands that exist, published tables with their sources."""
+"""The house: one list of dependencies, light imports, commands that exist, published tables with sources."""
 
 import csv
 import importlib.metadata
@@ -32,7 +32,7 @@ def pinned():
 
 
 def needed():
-    """Names of all distributions that `pip install .[test,index]` brings, found by following their metadata."""
+    """Names of all distributions that `pip install .[test,index]` brings, by following their metadata."""
     todo = [Requirement(text) for text in PROJECT["dependencies"]]
     todo += [Requirement(text) for extra in EXTRAS for text in PROJECT["optional-dependencies"][extra]]
     found = set()
@@ -63,7 +63,9 @@ def test_environment_yml_defers_to_pyproject():
 
 
 def test_makefile_installs_what_environment_yml_installs():
-    assert f"-c constraints.txt -e '.[{','.join(EXTRAS)}]'" in (paths.ROOT / "Makefile").read_text(encoding="utf-8")
+    assert f"-c constraints.txt -e '.[{','.join(EXTRAS)}]'" in (paths.ROOT / "Makefile").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_constraints_pin_everything_that_is_needed():
@@ -79,22 +81,36 @@ def test_constraints_are_exact_public_versions():
 
 def test_nothing_pinned_is_excluded_by_pyproject():
     pins = pinned()
-    texts = [*PROJECT["dependencies"], *(t for extra in EXTRAS for t in PROJECT["optional-dependencies"][extra])]
+    texts = [
+        *PROJECT["dependencies"],
+        *(t for extra in EXTRAS for t in PROJECT["optional-dependencies"][extra]),
+    ]
     for requirement in map(Requirement, texts):
         version = pins[canonicalize_name(requirement.name)].removeprefix("==")
-        assert requirement.specifier.contains(version, prereleases=True), f"{requirement} but {version} is pinned"
+        assert requirement.specifier.contains(version, prereleases=True), (
+            f"{requirement} but {version} is pinned"
+        )
 
 
 def test_no_absolute_path_and_no_package_host_in_any_file():
-    forbidden = re.compile(r"(?<![\w.-])/(?:work|root|home/\w+|tmp)/|files\.pythonhosted|pypi\.org/simple|/simple/")
+    forbidden = re.compile(
+        r"(?<![\w.-])/(?:work|root|home/\w+|tmp)/|files\.pythonhosted|pypi\.org/simple|/simple/"
+    )
     found = []
     for path in tracked():
-        if path.suffix in {".png", ".pdf", ".npz", ".geojson", ".jpg"} or path == paths.ROOT / "tests" / "test_house.py":
+        if (
+            path.suffix in {".png", ".pdf", ".npz", ".geojson", ".jpg"}
+            or path == paths.ROOT / "tests" / "test_house.py"
+        ):
             continue
         lines = path.read_text(encoding="utf-8").splitlines()
         if path.suffix == ".ipynb":
             lines = _spoken(json.loads("\n".join(lines)))
-        found += [f"{path.relative_to(paths.ROOT)}: {line.strip()[:100]}" for line in lines if forbidden.search(line)]
+        found += [
+            f"{path.relative_to(paths.ROOT)}: {line.strip()[:100]}"
+            for line in lines
+            if forbidden.search(line)
+        ]
     assert not found, "\n".join(found)
 
 
@@ -113,7 +129,9 @@ def _spoken(notebook):
 def test_import_and_help_are_light(statement):
     heavy = ("torch", "open_clip", "lightning", "cartopy", "matplotlib", "pandas", "sklearn")
     code = f"{statement}\nimport sys\nprint('LOADED', [name for name in {heavy} if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.ROOT)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=paths.ROOT
+    )
     assert done.stdout.rstrip().endswith("LOADED []"), done.stdout[-200:]
 
 
@@ -132,7 +150,9 @@ def test_each_command_has_a_line_of_help_and_a_parser():
 
 def targets():
     text = (paths.ROOT / "Makefile").read_text(encoding="utf-8")
-    return {name: "##" in rest for name, rest in re.findall(r"^([a-z]+):(?!=)(.*)$", text, flags=re.MULTILINE)}
+    return {
+        name: "##" in rest for name, rest in re.findall(r"^([a-z]+):(?!=)(.*)$", text, flags=re.MULTILINE)
+    }
 
 
 def test_make_commands_named_in_the_texts_exist():
@@ -143,7 +163,9 @@ def test_make_commands_named_in_the_texts_exist():
 
 
 def test_make_help_lists_each_target():
-    printed = subprocess.run(["make", "help"], cwd=paths.ROOT, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run(
+        ["make", "help"], cwd=paths.ROOT, capture_output=True, text=True, check=True
+    ).stdout
     for name, has_help in targets().items():
         assert (f"make {name}" in printed) == has_help
 

@@ -35,7 +35,9 @@ def countries():
     import json
 
     text = (paths.NATURAL_EARTH / "countries_110m.geojson").read_text(encoding="utf-8")
-    return {f["properties"]["name"]: shapely.geometry.shape(f["geometry"]) for f in json.loads(text)["features"]}
+    return {
+        f["properties"]["name"]: shapely.geometry.shape(f["geometry"]) for f in json.loads(text)["features"]
+    }
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,12 @@ def test_outlines_are_small():
 
 @pytest.mark.parametrize(
     ("start", "end"),
-    [((48.9, 2.4), (40.7, -74.0)), ((10.0, 170.0), (-10.0, -170.0)), ((80.0, 0.0), (80.0, 180.0)), ((5.0, 5.0),) * 2],
+    [
+        ((48.9, 2.4), (40.7, -74.0)),
+        ((10.0, 170.0), (-10.0, -170.0)),
+        ((80.0, 0.0), (80.0, 180.0)),
+        ((5.0, 5.0),) * 2,
+    ],
 )
 def test_great_circle_is_the_shortest_way(start, end):
     way = maps.great_circle(start, end)
@@ -98,7 +105,7 @@ def test_each_pixel_of_a_grid_projects_onto_itself(world):
     rows, columns = np.nonzero(pixels.inside)
     np.testing.assert_allclose(x, left + (columns + 0.5) * (right - left) / 50, atol=1e4)
     np.testing.assert_allclose(y, top - (rows + 0.5) * (top - bottom) / len(pixels.inside), atol=1e4)
-    # An equal-area map of the world covers as much of its rectangle as the Earth has surface; a region's is full.
+    # An equal-area map covers as much of its rectangle as the Earth has surface; a region's is full.
     rectangle_km2 = (right - left) * (top - bottom) / 1e6
     assert pixels.inside.mean() == pytest.approx(510.07e6 / rectangle_km2 if world else 1.0, abs=0.01)
 

@@ -1,4 +1,4 @@
-"""The notebooks keep to the conventions of this repository. Whether their outputs still come out is nbval's part."""
+"""The notebooks keep to the conventions of this repository; whether their outputs still come out, nbval says."""
 
 import ast
 import re
@@ -24,7 +24,13 @@ def code(notebook):
 
 def problems(notebook, number):
     """What in a notebook is against the conventions, one line each."""
-    return [*_opening(notebook), *_parameters(notebook), *_cells(notebook), *_run(notebook), *_ending(notebook, number)]
+    return [
+        *_opening(notebook),
+        *_parameters(notebook),
+        *_cells(notebook),
+        *_run(notebook),
+        *_ending(notebook, number),
+    ]
 
 
 def _opening(notebook):
@@ -39,7 +45,7 @@ def _opening(notebook):
         yield "the answer has no number"
     source = "\n".join(cell.source for cell in code(notebook))
     if "blue_marble" in source and not ("stand-in" in rest and "LABEL" in source):
-        yield "the embedded data are not called a stand-in for photos, in the text and (LABEL) in what is shown"
+        yield "the embedded data are not called a stand-in for photos in text and figures (LABEL)"
 
 
 def _parameters(notebook):
@@ -77,7 +83,11 @@ def _cells(notebook):
         for node in ast.walk(ast.parse(cell.source)):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
                 yield f"a definition that belongs to the package: {node.name}"
-            if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.match(r"(/|~/)\w", node.value):
+            if (
+                isinstance(node, ast.Constant)
+                and isinstance(node.value, str)
+                and re.match(r"(/|~/)\w", node.value)
+            ):
                 yield f"an absolute path: {node.value!r}"
         if extra := set(cell.metadata.get("tags", [])) - TAGS:
             yield f"unknown tags {sorted(extra)}: only {sorted(TAGS)} are known"
@@ -120,7 +130,9 @@ def _names(notebook):
         if re.search(r"^\s*[!%]", cell.source, flags=re.MULTILINE):
             continue
         for node in ast.walk(ast.parse(cell.source)):
-            called = getattr(getattr(node, "func", None), "attr", getattr(getattr(node, "func", None), "id", None))
+            called = getattr(
+                getattr(node, "func", None), "attr", getattr(getattr(node, "func", None), "id", None)
+            )
             if isinstance(node, ast.Call) and called in CALLS_THAT_NAME_FILES and len(node.args) > 1:
                 if isinstance(node.args[1], ast.Constant):
                     yield node.args[1].value
@@ -136,7 +148,9 @@ def test_notebook_keeps_the_conventions(path):
 
 @pytest.mark.parametrize("path", notebooks.numbered(), ids=lambda path: path.stem)
 def test_tables_a_notebook_is_held_to_are_there(path):
-    calls = re.findall(r"hold_to_expected\(\s*\w+,\s*\"(\w+)\"", "\n".join(cell.source for cell in code(read(path))))
+    calls = re.findall(
+        r"hold_to_expected\(\s*\w+,\s*\"(\w+)\"", "\n".join(cell.source for cell in code(read(path)))
+    )
     for name in calls:
         assert (paths.EXPECTED / f"{name}.csv").exists(), f"make accept NB={path.name[:2]}"
 
@@ -155,25 +169,27 @@ def test_there_are_notebooks_and_their_numbers_are_their_own():
     assert not others, f"not of the form NN_name.ipynb, so never run: {others}"
 
 
-def test_profiles_set_parameters_that_exist():
-    import yaml
+def test_the_paper_s_profile_sets_parameters_that_exist():
+    from geoclip import sweep
 
+    profile = sweep.load_profile("paper")
     declared = {path.stem: set(notebooks.declared(path)) for path in notebooks.numbered()}
-    profile = paths.NOTEBOOKS / "profiles" / "paper.yaml"
-    for name, value in (yaml.safe_load(profile.read_text(encoding="utf-8")) or {}).items():
-        if isinstance(value, dict):
-            assert set(value) <= declared[name], name
-        else:
-            assert any(name in known for known in declared.values()), name
+    for name in profile.parameters:
+        assert any(name in known for known in declared.values()), name
+    for stem, part in profile.notebooks.items():
+        for names in (part.get("parameters", {}), part.get("grid", {})):
+            assert set(names) <= declared[stem], stem
 
 
 def good():
     """A small notebook that keeps all conventions."""
     cells = [
-        nbformat.v4.new_markdown_cell("# Is it so?\n\n**Answer.** 3 km.\n\n**Needs** nothing. **Makes** a table."),
+        nbformat.v4.new_markdown_cell(
+            "# Is it so?\n\n**Answer.** 3 km.\n\n**Needs** nothing. **Makes** a table."
+        ),
         nbformat.v4.new_code_cell("SEED = 0  # of the only draw", metadata={"tags": ["parameters"]}),
         nbformat.v4.new_code_cell(
-            'report.save_results(t, "03_a", o)\nreport.hold_to_expected(t, "03_a", keys=["a"])\nreport.show(t)'
+            'report.save_results(t, "03_a", o)\nreport.hold_to_expected(t, "03_a", ["a"])\nreport.show(t)'
         ),
     ]
     for count, cell in enumerate(cells[1:], start=1):
@@ -202,13 +218,21 @@ BREAKS = {
     "shell or path trick": lambda n: n.cells[2].update(source="!ls\n" + n.cells[2].source),
     "unknown tags": lambda n: n.cells[2].metadata.update(tags=["nbval-skip"]),
     "not run from top": lambda n: n.cells[2].update(execution_count=7),
-    "are not compared": lambda n: [c.metadata.update(tags=[*c.metadata.get("tags", []), "nbval-ignore-output"]) for c in n.cells[1:]],
-    "an error was left in": lambda n: n.cells[2].outputs.append(nbformat.v4.new_output("error", ename="E", evalue="")),
-    "written to stderr": lambda n: n.cells[2].outputs.append(nbformat.v4.new_output("stream", name="stderr", text="w")),
+    "are not compared": lambda n: [
+        c.metadata.update(tags=[*c.metadata.get("tags", []), "nbval-ignore-output"]) for c in n.cells[1:]
+    ],
+    "an error was left in": lambda n: n.cells[2].outputs.append(
+        nbformat.v4.new_output("error", ename="E", evalue="")
+    ),
+    "written to stderr": lambda n: n.cells[2].outputs.append(
+        nbformat.v4.new_output("stream", name="stderr", text="w")
+    ),
     "its metadata are not": lambda n: n.metadata.update(papermill={"start_time": "now"}),
     "change with each run": lambda n: n.cells[2].metadata.update(execution={"iopub.execute_input": "now"}),
     "does not call show": lambda n: n.cells[2].update(source=n.cells[2].source.replace("report.show(t)", "")),
-    "does not carry the notebook's number": lambda n: n.cells[2].update(source=n.cells[2].source.replace("03_a", "04_a")),
+    "does not carry the notebook's number": lambda n: n.cells[2].update(
+        source=n.cells[2].source.replace("03_a", "04_a")
+    ),
 }
 
 

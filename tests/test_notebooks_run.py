@@ -36,7 +36,13 @@ def outputs(path):
 
 
 def test_reproduce_runs_all_lists_the_failure_and_goes_on(folder, capsys):
-    write(folder, "00_bad", "VALUE = 1  # a number", "import os\nprint(os.getcwd())", "raise RuntimeError('no such luck')")
+    write(
+        folder,
+        "00_bad",
+        "VALUE = 1  # a number",
+        "import os\nprint(os.getcwd())",
+        "raise RuntimeError('no such luck')",
+    )
     write(folder, "01_good", "VALUE = 1  # a number", TABLE.replace("NUMBER", "01").rsplit("\n", 1)[0])
     write(folder, "notes", "VALUE = 1", "raise RuntimeError('not numbered, not run')")
     assert notebooks.reproduce(parameters={"VALUE": 61.5}, folder=folder) == 1
@@ -45,8 +51,15 @@ def test_reproduce_runs_all_lists_the_failure_and_goes_on(folder, capsys):
     assert "FAILED 00_bad.ipynb: RuntimeError: no such luck" in printed
     assert "Published (data/paper/benchmarks.csv)" in printed
     assert printed.index("1 of 2 notebooks ran") < printed.index("61.5")
-    assert sorted(p.name for p in (paths.RESULTS / "runs").iterdir()) == ["00_bad.failed.ipynb", "01_good.ipynb"]
-    printed_there = [output["text"] for output in outputs(paths.RESULTS / "runs" / "00_bad.failed.ipynb") if "text" in output]
+    assert sorted(p.name for p in (paths.RESULTS / "runs").iterdir()) == [
+        "00_bad.failed.ipynb",
+        "01_good.ipynb",
+    ]
+    printed_there = [
+        output["text"]
+        for output in outputs(paths.RESULTS / "runs" / "00_bad.failed.ipynb")
+        if "text" in output
+    ]
     assert printed_there == [f"{folder}\n"]
 
 
@@ -66,7 +79,9 @@ def test_accept_makes_the_results_the_expectation_and_leaves_no_stamps(folder, m
 
 
 def test_accept_changes_nothing_when_a_cell_fails(folder):
-    path = write(folder, "05_ours", "VALUE = 1  # a number", TABLE.replace("NUMBER", "05"), "raise ValueError('late')")
+    path = write(
+        folder, "05_ours", "VALUE = 1  # a number", TABLE.replace("NUMBER", "05"), "raise ValueError('late')"
+    )
     before = path.read_bytes()
     with pytest.raises(Exception, match="late"):
         notebooks.accept("05", folder)

@@ -26,7 +26,12 @@ def folders(tmp_path, monkeypatch):
 @pytest.fixture
 def table():
     return pd.DataFrame(
-        {"model": ["full", "no queue"], "split": ["random", "random"], "acc_25km": [51.5, 48.25], "seconds": [3.0, 4.0]}
+        {
+            "model": ["full", "no queue"],
+            "split": ["random", "random"],
+            "acc_25km": [51.5, 48.25],
+            "seconds": [3.0, 4.0],
+        }
     )
 
 
@@ -73,7 +78,9 @@ def test_looks_same_by_the_brute_force_of_its_definition():
         other[34:44, 3:13] += height % 256
         a, b = base.astype(float).mean(2), other.astype(float).mean(2)
         worst = max(
-            np.abs(a - b)[i : i + 16, j : j + 16].sum() / 256 for i in range(0, 50, 16) for j in range(0, 70, 16)
+            np.abs(a - b)[i : i + 16, j : j + 16].sum() / 256
+            for i in range(0, 50, 16)
+            for j in range(0, 70, 16)
         )
         assert report.looks_same(encoded(base), encoded(other)) == (worst <= report.SAME_LEVELS)
     assert not report.looks_same(encoded(base), encoded(base[:-1]))
@@ -126,7 +133,9 @@ def test_a_difference_names_row_column_and_both_values(table):
     accepted(table)
     table.loc[1, "acc_25km"] = 50.25
     report.hold_to_expected(table, "03_training", keys=["model"], tolerance={"acc_*": 2.0})
-    with pytest.raises(AssertionError, match=r"model=no queue, column acc_25km: found 50.25, expected 48.25 \(± 1.9"):
+    with pytest.raises(
+        AssertionError, match=r"model=no queue, column acc_25km: found 50.25, expected 48.25 \(± 1.9"
+    ):
         report.hold_to_expected(table, "03_training", keys=["model"], tolerance={"acc_*": 1.9})
 
 
@@ -187,7 +196,9 @@ def test_another_profile_is_not_compared(table, capsys):
     assert "not compared" in capsys.readouterr().out
 
 
-def test_accepting_prints_the_line_of_an_agreement_and_keeps_optional_rows(table, tmp_path, monkeypatch, capsys):
+def test_accepting_prints_the_line_of_an_agreement_and_keeps_optional_rows(
+    table, tmp_path, monkeypatch, capsys
+):
     accepted(table)
     monkeypatch.setenv(report.ACCEPT_VARIABLE, str(tmp_path / "put_up"))
     new = table.iloc[:1].assign(acc_25km=60.0)

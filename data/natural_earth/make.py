@@ -3,9 +3,9 @@
     npm pack world-atlas@2.0.2 && tar xzf world-atlas-2.0.2.tgz
     python data/natural_earth/make.py package/
 
-Natural Earth is in the public domain. TopoJSON keeps each stretch of coast or border once, as an "arc" of integer
-steps; here the arcs become (lon, lat) lines and rings in degrees: the small scale (1:110 m, for maps of the Earth)
-as it is, the middle one (1:50 m, for maps of a region) simplified within 0.03°, about a pixel of such a map.
+Natural Earth is in the public domain. TopoJSON keeps each stretch of coast or border once, as an "arc" of
+integer steps; here the arcs become (lon, lat) lines and rings in degrees: the small scale (1:110 m, for maps
+of the Earth) as it is, the middle one (1:50 m, for regions) simplified within 0.03°, about a pixel of a map.
 """
 
 import json
@@ -40,7 +40,7 @@ def arcs(topology: dict, within_deg: float = 0.0) -> list[list[tuple[float, floa
     for steps in topology["arcs"]:
         points = accumulate(map(tuple, steps), lambda a, b: (a[0] + b[0], a[1] + b[1]))
         line = LineString(follow([], [(x * sx + tx, y * sy + ty) for x, y in points]))
-        # An arc that closes on itself is an island of its own: simplified too far it would be no ring any more.
+        # An arc that closes on itself is an island: simplified too far it would be no ring any more.
         simple = line.simplify(within_deg)
         lines.append(list((line if line.is_closed and len(simple.coords) < 4 else simple).coords))
     return lines
@@ -67,7 +67,7 @@ def area(geometry: dict, lines: list) -> MultiPolygon:
 
 
 def region(indices: list[int], lines: list):
-    """What a ring of arcs encloses, within ±180°; the index ~i means arc i backwards, a shared end is kept once."""
+    """What a ring of arcs encloses, within ±180°; ~i means arc i backwards, a shared end is kept once."""
     points = []
     for index in indices:
         line = lines[index] if index >= 0 else lines[~index][::-1]
