@@ -1,0 +1,33 @@
+"""GeoCLIP, reproduced: where on Earth was a photo taken?
+
+    from geoclip import GeoCLIP, LocationEncoder
+
+    gps, probability = GeoCLIP.pretrained().predict("photo.jpg", top_k=5)
+    embedding = LocationEncoder.pretrained()(torch.tensor([[40.7128, -74.0060]]))   # (1, 512)
+
+Importing the package is light: torch and the rest come with the first name that needs them.
+"""
+
+import importlib
+
+_PUBLIC = {
+    "GeoCLIP": "model",
+    "Gallery": "gallery",
+    "ImageEncoder": "image_encoder",
+    "ImageEncoderConfig": "image_encoder",
+    "LocationEncoder": "location_encoder",
+    "LocationEncoderConfig": "location_encoder",
+    "TrainConfig": "training",
+    "train": "training",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f"geoclip.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'geoclip' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
