@@ -127,6 +127,18 @@ def test_find_says_how_to_bring_it(tmp_path, monkeypatch):
     assert nus_wide.find() == paths.geoclip_data() / "nus-wide"
 
 
+def test_the_row_in_the_table_fills_itself_when_the_data_are_there(tmp_path, monkeypatch):
+    monkeypatch.delenv("GEOCLIP_DATA", raising=False)
+    before = probes.nus_wide_table(earth.unit_sphere, QUICK).set_index("input")
+    assert before.published_map["GPS"] == 0.249 and before.published_map["GPS + visual"] == 0.362
+    assert before.map_macro.isna().all() and before.status.str.startswith("needs NUS-WIDE").all()
+    nus_wide.write_made(tmp_path / "nus-wide", n=300, concepts=3)
+    monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
+    after = probes.nus_wide_table(earth.unit_sphere, QUICK).set_index("input")
+    assert 0 < after.map_macro["GPS"] < 1 and "the published subset has 41,173" in after.status["GPS"]
+    assert after.status["visual"].startswith("needs visual features") and np.isnan(after.map_macro["visual"])
+
+
 def test_names_in_another_case_are_found(root):
     (root / "ImageList/TrainImagelist.txt").rename(root / "ImageList/trainimagelist.TXT")
     (root / "ConceptsList/Concepts81.txt").rename(root / "Concepts81.txt")

@@ -269,7 +269,7 @@ def test_compare_embeds_shared_places_once_and_answers_as_probe_does(places, qua
     config = probes.ProbeConfig(seeds=2)
     rows = probes.compare(tasks, {"xyz": counted, "raw": embeddings.raw_degrees}, config=config)
     assert calls == [1500] and len(rows) == 2 * 2 * 2 * 2
-    assert list(rows.columns[:5]) == ["task", "embedding", "d", "split", "seed"]
+    assert list(rows.columns[:7]) == ["task", "embedding", "d", "split", "probe", "measure", "seed"]
     one = rows[(rows.task == "octant") & (rows.embedding == "xyz") & (rows.split == "blocked")]
     alone = probes.probe(
         probes.embed(earth.unit_sphere, at[:1200]), quarters[:1200], at[:1200], "accuracy", "blocked",
@@ -278,3 +278,24 @@ def test_compare_embeds_shared_places_once_and_answers_as_probe_does(places, qua
     np.testing.assert_allclose(one.score, alone.score)
     table = probes.summarize(rows, ["task", "embedding", "split"])
     assert len(table) == 8 and (table.low < table.score).all()
+    better = probes.difference(rows, "xyz", "raw", ["task", "split", "measure"])
+    height = better[(better.task == "height") & (better.split == "random")].iloc[0]
+    mean = rows[(rows.task == "height") & (rows.split == "random")].groupby("embedding").score.mean()
+    assert np.isclose(height.score, mean["xyz"] - mean["raw"]) and height.score > 0
+    text = probes.readable(probes.summarize(rows, ["task", "embedding", "split", "measure"]), ["embedding"],
+                           ["task", "split"])
+    assert list(text.embedding) == ["xyz", "raw"] and list(text.columns[1:3]) == ["octant · random", "octant · blocked"]
+    score = rows[(rows.task == "octant") & (rows.split == "random") & (rows.embedding == "raw")].score.mean()
+    assert text["octant · random"][1].startswith(f"{score:.1f} (")
+
+
+def test_compare_can_probe_with_a_hidden_layer(places, quarters):
+    task = Task("octant", places.double().numpy(), quarters, "accuracy", "sphere", "made", "made", 20.0)
+    layer = probes.HiddenLayerConfig(hidden=32, epochs=20)
+    config = probes.ProbeConfig(seeds=1)
+    hidden, ridge = (
+        probes.compare({"octant": task}, {"xyz": earth.unit_sphere}, ("random",), config, hidden)
+        for hidden in (layer, None)
+    )
+    assert hidden.probe[0] == "hidden layer" and ridge.probe[0] == "ridge" and np.isnan(hidden.alpha[0])
+    assert hidden.score[0] > ridge.score[0] + 1

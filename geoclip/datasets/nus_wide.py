@@ -230,7 +230,8 @@ def _geotags(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """lat, lon by Flickr id, one row a photo, and notes on what was left out."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no geotag file; a CSV with the columns id, latitude, longitude is wanted")
-    header = [name.strip() for name in path.open(encoding="utf-8-sig").readline().split(",")]
+    with path.open(encoding="utf-8-sig") as file:
+        header = [name.strip() for name in file.readline().split(",")]
     columns = {"file": None, "lat": None, "lon": None}
     known = {"file": ID_COLUMNS, "lat": folder.ALIASES["lat"], "lon": folder.ALIASES["lon"]}
     for meaning, names in known.items():
