@@ -218,7 +218,7 @@ def _share(parameters: Mapping[str, object], notebooks: Sequence[Path]) -> dict[
 
 
 def _print_accuracies(table: pd.DataFrame) -> None:
-    wanted = [c for c in ("data", "benchmark", "model", "split", "seed") if c in table.columns]
+    wanted = [c for c in ("data", "benchmark", "model", "protocol", "setting", "split", "seed") if c in table.columns]
     numbers = [c for c in table.columns if c.startswith("acc_") or c in ("median_km", "geoscore", "n")]
     what = "data" if "data" in wanted else wanted[0]
     for value, part in table.groupby(what, sort=False):
