@@ -11,10 +11,12 @@ def parser() -> ArgumentParser:
 
 
 def run(options) -> int:
-    from geoclip import notebooks, sweep
+    from geoclip import notebooks
 
     parameters = {}
     if options.profile:
+        from geoclip import sweep
+
         profile = sweep.load_profile(options.profile)
         own = {name: part["parameters"] for name, part in profile.notebooks.items() if "parameters" in part}
         parameters = profile.parameters | own
