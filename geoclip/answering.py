@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from geoclip import earth, paths, training
+from geoclip import earth, evaluation, paths, training
 from geoclip.baselines.towers import Pixels
+from geoclip.datasets import cards
 from geoclip.datasets.folder import Geotagged
 from geoclip.gallery import Gallery
 from geoclip.model import GeoCLIP
@@ -89,7 +90,7 @@ def load(checkpoint: Path | str | None = None, clip_weights: Path | str | None =
     """The model of a checkpoint of `python -m geoclip train`, or the authors' released one, on the GPU if any."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if checkpoint is None:
-        return Asked("GeoCLIP, the authors' weights", GeoCLIP.pretrained(clip_weights).to(device))
+        return Asked("authors' weights", GeoCLIP.pretrained(clip_weights).to(device))
     trained = training.load(checkpoint).to(device)
     inner = getattr(trained, "model", None)
     return Asked(Path(checkpoint).stem, inner if isinstance(inner, GeoCLIP) else None, trained)
@@ -118,6 +119,26 @@ def answer(
             progress.update(len(index) + len(failed))
     unreadable = photos.table.loc[list(reasons), ["file", "line"]].assign(reason=list(reasons.values()))
     return Answers(predicted, unreadable.reset_index(drop=True))
+
+
+def benchmark_table(
+    name: str, model: Asked | None, gallery: Gallery, places: Float[Tensor, "m 2"], ten_crop: bool = False, seed: int = 0
+) -> pd.DataFrame:
+    """evaluation.benchmark of a card of geoclip.datasets, as far as GEOCLIP_DATA goes: empty where it holds
+    nothing, ceilings and floors for coordinates alone, and the model's accuracy where the photos are there.
+
+    places: the gallery's, in double precision. Photos that cannot be read are misses.
+    """
+    state = cards.on_disk(name)
+    if state == "nothing":
+        return pd.DataFrame()
+    photos, predicted = cards.load(name), None
+    if state == "photos" and model is not None:
+        model.use_gallery(gallery, keep=True)
+        predicted = answer(photos, model.views(ten_crop), model.locate).predicted
+    about = {"data": photos.name, "split": "test", "model": "coordinates" if predicted is None else model.name}
+    truth = torch.from_numpy(photos.latlon)
+    return evaluation.benchmark(truth, places, predicted, photos.authors, about, seed=seed)
 
 
 class Opened(Dataset):

@@ -4,6 +4,8 @@ An error is a great-circle distance in km (earth.haversine_km), one per image, N
 that could not be read or answered stays in the denominator.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import pandas as pd
 import torch
@@ -100,13 +102,13 @@ def leaked(
     return ceiling(truth.double(), places.double()) * 1000 <= within_m
 
 
-def bootstrap_interval(
+def bootstrap(
     error_km: Float[Tensor, " n"],
     clusters=None,
     draws: int = 1000,
     generator: np.random.Generator | None = None,
-) -> dict[str, tuple[float, float]]:
-    """95 % percentile interval of each accuracy, by bootstrap over `clusters` (photographers) or images.
+) -> np.ndarray:
+    """(draws, 5) accuracies of sets drawn again with replacement, by `clusters` (photographers) or by images.
 
     clusters: a label per image; images of one photographer are drawn together, since they are not independent.
     """
@@ -118,8 +120,17 @@ def bootstrap_interval(
     total = np.stack([np.bincount(labels, hits[:, i], groups) for i in range(hits.shape[1])], 1)
     size = np.bincount(labels, minlength=groups)
     weights = generator.multinomial(groups, np.full(groups, 1 / groups), draws)
-    scores = 100 * (weights @ total) / (weights @ size)[:, None]
-    low, high = np.percentile(scores, [2.5, 97.5], axis=0)
+    return 100 * (weights @ total) / (weights @ size)[:, None]
+
+
+def bootstrap_interval(
+    error_km: Float[Tensor, " n"],
+    clusters=None,
+    draws: int = 1000,
+    generator: np.random.Generator | None = None,
+) -> dict[str, tuple[float, float]]:
+    """95 % percentile interval of each accuracy, by bootstrap over `clusters` (photographers) or images."""
+    low, high = np.percentile(bootstrap(error_km, clusters, draws, generator), [2.5, 97.5], axis=0)
     return {name: (low[i], high[i]) for i, name in enumerate(ACCURACY_COLUMNS)}
 
 
@@ -182,3 +193,37 @@ def benchmark(
     return pd.DataFrame(
         [{**(about or {}), "measure": measure, **row, **rests_on} for measure, row in rows.items()]
     )
+
+
+def ceiling_by_size(
+    truth: Float[Tensor, "n 2"],
+    places: Float[Tensor, "m 2"],
+    sizes: Sequence[int],
+    authors=None,
+    galleries: int = 5,
+    draws: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The ceiling of galleries of each size, drawn from the different ones of `places`: tidy, a row a size.
+
+    Mean over `galleries` draws of a gallery, and columns *_low and *_high, the 95 % interval over draws of
+    galleries and bootstraps over photographers together. Raises ValueError for a size beyond the places.
+    """
+    unique = torch.unique(places, dim=0)
+    rows = []
+    for size in sizes:
+        if not 1 <= size <= len(unique):
+            raise ValueError(f"a gallery of {size:,} is wanted and there are {len(unique):,} different places")
+        errors, scores = [], []
+        for number in range(galleries if size < len(unique) else 1):
+            generator = torch.Generator().manual_seed(seed + number)
+            drawn = unique[torch.randperm(len(unique), generator=generator)[:size]]
+            errors.append(summarize(ceiling(truth, drawn)))
+            scores.append(bootstrap(ceiling(truth, drawn), authors, draws, np.random.default_rng(seed + number)))
+        low, high = np.percentile(np.concatenate(scores), [2.5, 97.5], axis=0)
+        row: dict[str, float] = {"gallery_n": size, "n": len(truth), "galleries": len(errors)}
+        for i, name in enumerate(ACCURACY_COLUMNS):
+            row |= {name: float(np.mean([error[name] for error in errors]))}
+            row |= {f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 
 from geoclip import __main__ as command_line
-from geoclip import evaluation, paths, training, weights
+from geoclip import answering, evaluation, paths, training, weights
 from geoclip.commands import evaluate
 from geoclip.datasets import cards, folder
+from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
 
@@ -145,6 +146,39 @@ def test_a_sampled_gallery_is_seeded_unique_and_bounded():
     assert len(torch.unique(evaluate.sample(places, 4, seed=1), dim=0)) == 4
     with pytest.raises(ValueError, match="the gallery has 4 different places"):
         evaluate.sample(places, 5, seed=0)
+
+
+def test_larger_galleries_have_higher_ceilings(official):
+    truth = official[::500] + 0.05
+    table = evaluation.ceiling_by_size(truth, official, [100, 1000, 94_123], galleries=3, draws=50)
+    assert table["galleries"].tolist() == [3, 3, 1]  # all of them is one gallery
+    for column in evaluation.ACCURACY_COLUMNS:
+        assert table[column].is_monotonic_increasing
+        assert (table[f"{column}_low"] <= table[column]).all() and (table[column] <= table[f"{column}_high"]).all()
+    whole = evaluation.summarize(evaluation.ceiling(truth, official))
+    assert table["acc_25km"].iloc[-1] == whole["acc_25km"]
+    assert table["acc_25km"].iloc[0] < table["acc_25km"].iloc[1] < whole["acc_25km"]
+    with pytest.raises(ValueError, match="94,124 is wanted and there are 94,123"):
+        evaluation.ceiling_by_size(truth, official, [94_124])
+
+
+def test_a_benchmarks_table_goes_as_far_as_the_data(made_benchmark, official, checkpoint, tmp_path, monkeypatch):
+    model = answering.load(checkpoint)
+    gallery = Gallery(official[:3000], "3,000 places")
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("GEOCLIP_DATA", str(made_benchmark))
+    assert [cards.on_disk(name) for name in ("im2gps3k", "yfcc26k")] == ["photos", "nothing"]
+    assert answering.benchmark_table("yfcc26k", model, gallery, official[:3000]).empty
+    whole = answering.benchmark_table("im2gps3k", model, gallery, official[:3000]).set_index("measure")
+    assert (whole.loc["accuracy", "n"], whole.loc["accuracy", "n_readable"]) == (2997, 2994)
+    (tmp_path / "im2gps3k_places365.csv").write_bytes((made_benchmark / "im2gps3k_places365.csv").read_bytes())
+    monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
+    assert cards.on_disk("im2gps3k") == "coordinates"
+    part = answering.benchmark_table("im2gps3k", model, gallery, official[:3000]).set_index("measure")
+    assert list(part.index) == ["ceiling", "random floor", "constant floor"]
+    assert part.loc["ceiling", "acc_25km"] == whole.loc["ceiling", "acc_25km"]
+    monkeypatch.delenv("GEOCLIP_DATA")
+    assert cards.on_disk("im2gps3k") == "nothing"
 
 
 @pytest.fixture(scope="module")

@@ -107,6 +107,8 @@ def check(options) -> None:
         raise ValueError("--coordinates-only asks no model: leave --checkpoint out")
     if options.data and (options.coordinates_only or not options.checkpoint):
         raise ValueError("--data blue_marble is scored with a model of yours: give --checkpoint")
+    if options.out and not options.out.endswith(".csv"):
+        raise ValueError(f"--out {options.out}: the result is a table, give a name that ends in .csv")
     if not (options.benchmark or options.csv) and options.ten_crop:
         raise ValueError("tiles are rendered at the tower's size: ten crops cannot be cut out of them")
 

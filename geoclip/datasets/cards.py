@@ -194,6 +194,20 @@ def find_csv(wanted: Card, data: Path | None = None) -> Path:
     )
 
 
+def on_disk(name: str) -> str:
+    """What of a benchmark GEOCLIP_DATA holds: "photos", "coordinates" alone, or "nothing"."""
+    data, wanted = paths.geoclip_data(), card(name)
+    if data is None:
+        return "nothing"
+    try:
+        csv = find_csv(wanted, data)
+    except (FileNotFoundError, ValueError):
+        return "nothing"
+    if wanted.format.startswith("osv"):
+        return "photos" if csv.is_file() else "nothing"
+    return "photos" if (data / "images" / wanted.name).is_dir() else "coordinates"
+
+
 def load(
     name: str, data: Path | None = None, images: Path | str | None = None, trust_header: bool = False
 ) -> folder.Geotagged:

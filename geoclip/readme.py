@@ -1,0 +1,90 @@
+"""The README's first-screen table: made of the accepted results of notebook 07, so that it cannot drift."""
+
+from pathlib import Path
+
+import pandas as pd
+
+from geoclip import paths
+from geoclip.datasets import blue_marble
+from geoclip.evaluation import ACCURACY_COLUMNS, THRESHOLDS_KM
+
+START = "<!-- results: written by `python -m geoclip readme` from data/expected/07_benchmarks.csv -->"
+END = "<!-- end of results -->"
+PAPER, AUTHORS, OURS = "paper", "authors' weights", "ours"
+# Rows of the table, and what a reader has to know of them.
+ROWS = {
+    ("Im2GPS3k", "test"): "Im2GPS3k",
+    ("YFCC26k", "test"): "YFCC26k",
+    ("GWS15k", "test"): "GWS15k",
+    ("YFCC4k", "test"): "YFCC4k",
+    (blue_marble.LABEL, "random"): "Blue Marble tiles ¹, random split",
+    (blue_marble.LABEL, "blocked"): "Blue Marble tiles ¹, blocked split",
+}
+NEEDS_PHOTOS = "needs its photos ²"
+NOT_PUBLISHED = "not published"
+NOTES = (
+    f"Percent within {' / '.join(f'{km:,}' for km in THRESHOLDS_KM)} km. Ceiling: the gallery's nearest place; floor: "
+    "a random place of the gallery; both follow from coordinates.\n\n"
+    "¹ Overhead imagery, a stand-in for photos, on which the whole system trains in about a minute; the paper has no "
+    "such numbers. ² `python -m geoclip evaluate` fills these in once you bring the photos and a network for CLIP's "
+    "weights; for training with the paper's settings see *Embed once* below."
+)
+
+
+def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
+    """The tidy table of notebook 07 as rows of ROWS and columns paper, authors' weights, ours, ceiling, floor.
+
+    A cell is the five accuracies, or why there is none. table: columns data, split, model, measure and the
+    accuracies in percent.
+    """
+    cells = table.set_index(["data", "split", "model", "measure"])[ACCURACY_COLUMNS]
+    if not cells.index.is_unique:
+        raise ValueError("two rows of the table have one data, split, model and measure")
+    made = []
+    for (data, split), title in ROWS.items():
+        embedded = data == blue_marble.LABEL
+        row = {"percent within 1 / 25 / 200 / 750 / 2500 km": title}
+        for column, model, measure in (
+            (PAPER, PAPER, "accuracy"),
+            (AUTHORS, AUTHORS, "accuracy"),
+            (OURS, OURS, "accuracy"),
+            ("ceiling", "gallery", "ceiling"),
+            ("floor", "gallery", "random floor"),
+        ):
+            key = (data, split, model, measure)
+            if key in cells.index:
+                row[column] = " / ".join(f"{value:.1f}" for value in cells.loc[key])
+            elif embedded:
+                row[column] = "–"
+            else:
+                row[column] = NOT_PUBLISHED if column == PAPER else NEEDS_PHOTOS
+        made.append(row)
+    return pd.DataFrame(made)
+
+
+def first_screen() -> str:
+    """The Markdown between the README's two marks, with them."""
+    expected = paths.EXPECTED / "07_benchmarks.csv"
+    if not expected.is_file():
+        raise FileNotFoundError("data/expected/07_benchmarks.csv is not there: `make accept NB=07` writes it")
+    table = side_by_side(pd.read_csv(expected))
+    return "\n\n".join([START, table.to_markdown(index=False), NOTES, END])
+
+
+def replaced(readme: str) -> str:
+    """The README's text with its table as the results are now; ValueError where the marks are missing."""
+    before, start, rest = readme.partition(START)
+    _, end, after = rest.partition(END)
+    if not (start and end):
+        raise ValueError(f"README.md has no table to replace: put these two lines into it\n{START}\n{END}")
+    return before + first_screen() + after
+
+
+def write(readme: Path = paths.ROOT / "README.md") -> bool:
+    """Write the table into the README; returns whether anything changed."""
+    text = readme.read_text(encoding="utf-8")
+    new = replaced(text)
+    if new != text:
+        with paths.atomic(readme) as temporary:
+            temporary.write_text(new, encoding="utf-8")
+    return new != text
