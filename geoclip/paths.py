@@ -15,7 +15,7 @@ RESULTS = Path(os.environ.get("GEOCLIP_RESULTS", DATA / "results"))
 EXPECTED = DATA / "expected"
 PAPER = DATA / "paper"
 NATURAL_EARTH = DATA / "natural_earth"
-FIGURES = ROOT / "figures"
+FIGURES = Path(os.environ.get("GEOCLIP_FIGURES", ROOT / "figures"))
 NOTEBOOKS = ROOT / "notebooks"
 
 
