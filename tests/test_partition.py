@@ -13,7 +13,6 @@ from geoclip.baselines.partition import (
     COLUMNS,
     Partition,
     PartitionConfig,
-    cell_corners,
     leaf_ids,
     parents,
     partition,
@@ -224,15 +223,6 @@ def test_too_few_places_and_no_dense_cell():
 def test_impossible_settings(wrong):
     with pytest.raises(ValueError, match="is needed"):
         PartitionConfig(**wrong)
-
-
-def test_corners_are_those_of_the_cell_and_hold_its_mean(fine):
-    corners = torch.from_numpy(cell_corners(fine.tokens))
-    centre = torch.tensor(
-        [[c.ToLatLng().lat().degrees(), c.ToLatLng().lng().degrees()] for c in s2_cells(fine)]
-    )
-    reach = haversine_km(corners, centre[:, None]).amax(1)
-    assert (haversine_km(torch.from_numpy(fine.latlon), centre) <= reach).all()
 
 
 def test_command_line(tmp_path, capsys, gallery):

@@ -55,7 +55,9 @@ class ContextConfig(TrainConfig):
         if not 0 <= self.caption_epochs < self.epochs:
             raise ValueError(f"caption_epochs {self.caption_epochs} leaves none of the {self.epochs} epochs")
         if self.caption_epochs and self.image.frozen:
-            raise ValueError("captions cannot train a frozen tower: set image.frozen false, or caption_epochs 0")
+            raise ValueError(
+                "captions cannot train a frozen tower: set image.frozen false, or caption_epochs 0"
+            )
         if self.use_context and not self.heads:
             raise ValueError("use_context needs heads; without any, switch use_context off")
 

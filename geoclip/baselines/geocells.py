@@ -119,26 +119,38 @@ class Geocells(nn.Module):
         features, _ = self.fuse(images)
         return {name: head(features) for name, head in self.heads.items()}
 
-    def log_probability(self, logits: dict[str, Tensor]) -> Tensor:
-        """Log probability (n, cells) of the cells of `s2_cells`, with the coarser levels' where hierarchical.
+    def log_probability(self, logits: dict[str, Tensor], s2_cells: str, hierarchical: bool) -> Tensor:
+        """Log probability (n, cells) of the cells of a level, with the coarser levels' where hierarchical.
 
         The product over levels is not normalised again: only its order is used.
         """
-        level = self.config.s2_cells
-        total = logits[level].log_softmax(-1)
-        if self.config.hierarchical:
-            ancestors = None
-            upwards = list(itertools.pairwise(LEVELS))[: LEVELS.index(level)][::-1]
-            for coarser, finer in upwards:
-                step = getattr(self, f"{coarser}_of_{finer}")
-                ancestors = step if ancestors is None else step[ancestors]
-                total = total + logits[coarser].log_softmax(-1)[:, ancestors]
+        total = logits[s2_cells].log_softmax(-1)
+        if not hierarchical:
+            return total
+        ancestors = torch.arange(total.shape[1], device=total.device)  # of each cell, at the level reached
+        for coarser, finer in reversed(list(itertools.pairwise(LEVELS[: LEVELS.index(s2_cells) + 1]))):
+            ancestors = getattr(self, f"{coarser}_of_{finer}")[ancestors]
+            total = total + logits[coarser].log_softmax(-1)[:, ancestors]
         return total
 
-    def locate(self, images: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-        """The k likeliest cells' places (n, k, 2) in degrees, and their probabilities (n, k)."""
-        probability, index = self.log_probability(self(images)).softmax(-1).topk(k, dim=-1)
-        return getattr(self, f"{self.config.s2_cells}_latlon")[index], probability
+    def locate(
+        self, images: Tensor, k: int = 1, s2_cells: str | None = None, hierarchical: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The k likeliest cells' places (n, k, 2) in degrees, and their probabilities (n, k).
+
+        s2_cells, hierarchical: as in the configuration where they are None.
+        """
+        s2_cells = self.config.s2_cells if s2_cells is None else s2_cells
+        hierarchical = self.config.hierarchical if hierarchical is None else hierarchical
+        return self.best(self(images), k, s2_cells, hierarchical)
+
+    def best(
+        self, logits: dict[str, Tensor], k: int, s2_cells: str, hierarchical: bool
+    ) -> tuple[Tensor, Tensor]:
+        """As `locate`, of logits."""
+        probability = self.log_probability(logits, s2_cells, hierarchical).softmax(-1)
+        probability, index = probability.topk(k, dim=-1)
+        return getattr(self, f"{s2_cells}_latlon")[index], probability
 
 
 class GeocellsTraining(TrainingModule):
@@ -161,7 +173,7 @@ class GeocellsTraining(TrainingModule):
         images = batch["image"].flatten(0, 1)
         views = self.config.views
         logits = self.model(images)
-        leaves = leaf_ids(batch["latlon"].double().cpu())
+        leaves = leaf_ids(batch["latlon"].double().cpu().numpy())
         losses, values = [], {}
         for level, weight in zip(LEVELS, self.config.level_weights, strict=True):
             label = self.partitions[level].label_leaves(leaves).to(images.device).repeat_interleave(views)

@@ -254,14 +254,3 @@ def partition(
     order = np.argsort(ids)
     tokens = [s2geometry.S2CellId(int(cell)).ToToken() for cell in ids[order]]
     return Partition(tokens, counts[order], earth.from_unit_sphere(torch.from_numpy(means[order])))
-
-
-def cell_corners(tokens: list[str]) -> np.ndarray:
-    """Corners (k, 4, 2) of cells as (lat, lon) degrees, anticlockwise, for drawing."""
-    corners = np.empty((len(tokens), 4, 2))
-    for row, token in enumerate(tokens):
-        cell = s2geometry.S2Cell(s2geometry.S2CellId.FromToken(token))
-        for corner in range(4):
-            place = s2geometry.S2LatLng(cell.GetVertex(corner))
-            corners[row, corner] = place.lat().degrees(), place.lng().degrees()
-    return corners

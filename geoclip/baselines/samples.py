@@ -286,7 +286,7 @@ class Samples:
         data = self.photos
         if data is not None:
             data = dataclasses.replace(data, table=data.table.loc[kept].reset_index(drop=True))
-        return Samples(self.latlon[torch.from_numpy(kept)], context, data)
+        return Samples(self.latlon[torch.tensor(kept)], context, data)
 
     def dataset(
         self, config: TrainConfig, columns: Sequence[str], encode: Encode, maps: Maps | None = None

