@@ -48,8 +48,8 @@ def provenance(config: object = None, data_hash: str | None = None) -> dict:
     }
 
 
-def save_figure(figure, name: str) -> Path:
-    """Write a matplotlib figure to figures/NAME.png (150 dpi) and .pdf, without dates; returns the PNG.
+def save_figure(figure, name: str) -> None:
+    """Write a matplotlib figure to figures/NAME.png (150 dpi) and .pdf, without dates.
 
     A picture that looks the same as the one already there (see SAME_LEVELS) is left untouched, so that a
     rerun does not change a checkout. Raises ValueError where `name` does not start with a notebook's number.
@@ -65,7 +65,6 @@ def save_figure(figure, name: str) -> Path:
         with paths.atomic(pdf) as temporary:
             no_dates = {"CreationDate": None, "Producer": None, "Creator": None}
             figure.savefig(temporary, format="pdf", dpi=150, bbox_inches="tight", metadata=no_dates)
-    return png
 
 
 def looks_same(one: bytes, other: bytes) -> bool:
@@ -83,12 +82,12 @@ def looks_same(one: bytes, other: bytes) -> bool:
     return bool(sums.max() / SAME_SQUARE**2 <= SAME_LEVELS)
 
 
-def save_results(table: pd.DataFrame, name: str, provenance: Mapping) -> Path:
+def save_results(table: pd.DataFrame, name: str, provenance: Mapping) -> None:
     """`save_table` to data/results/NAME.csv; ValueError where `name` has no notebook's number in front."""
-    return save_table(table, paths.RESULTS / f"{_checked(name)}.csv", provenance)
+    save_table(table, paths.RESULTS / f"{_checked(name)}.csv", provenance)
 
 
-def save_table(table: pd.DataFrame, path: Path | str, provenance: Mapping) -> Path:
+def save_table(table: pd.DataFrame, path: Path | str, provenance: Mapping) -> None:
     """Write `table` to `path`, a CSV with six significant digits, and `provenance` beside it as .json.
 
     Raises ValueError where the table has no row or `path` does not end in .csv.
@@ -102,7 +101,6 @@ def save_table(table: pd.DataFrame, path: Path | str, provenance: Mapping) -> Pa
         temporary.write_text(_as_csv(table), encoding="utf-8")
     with paths.atomic(path.with_suffix(".json")) as temporary:
         temporary.write_text(json.dumps(dict(provenance), indent=2, default=str) + "\n", encoding="utf-8")
-    return path
 
 
 def hold_to_expected(

@@ -89,6 +89,8 @@ def _cells(notebook):
                 and re.match(r"(/|~/)\w", node.value)
             ):
                 yield f"an absolute path: {node.value!r}"
+        if cell.source.rstrip().endswith(";"):
+            yield f"a last semicolon, which nbval does not heed, in the cell that starts with {start!r}"
         if extra := set(cell.metadata.get("tags", [])) - TAGS:
             yield f"unknown tags {sorted(extra)}: only {sorted(TAGS)} are known"
 
@@ -216,6 +218,7 @@ BREAKS = {
     "a definition": lambda n: n.cells[2].update(source="def f():\n    pass\n" + n.cells[2].source),
     "an absolute path": lambda n: n.cells[2].update(source='open("/data/x")\n' + n.cells[2].source),
     "shell or path trick": lambda n: n.cells[2].update(source="!ls\n" + n.cells[2].source),
+    "a last semicolon": lambda n: n.cells[2].update(source=n.cells[2].source + ";"),
     "unknown tags": lambda n: n.cells[2].metadata.update(tags=["nbval-skip"]),
     "not run from top": lambda n: n.cells[2].update(execution_count=7),
     "are not compared": lambda n: [

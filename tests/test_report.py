@@ -51,17 +51,20 @@ def figure(text="12.3 km", shift=0.0):
 
 
 def test_figure_is_written_twice_the_same_and_carries_no_date():
-    first = report.save_figure(figure(), "02_similarity").read_bytes()
+    report.save_figure(figure(), "02_similarity")
+    first = (paths.FIGURES / "02_similarity.png").read_bytes()
     pdf = (paths.FIGURES / "02_similarity.pdf").read_bytes()
     for path in paths.FIGURES.iterdir():
         path.unlink()
-    assert report.save_figure(figure(), "02_similarity").read_bytes() == first
+    report.save_figure(figure(), "02_similarity")
+    assert (paths.FIGURES / "02_similarity.png").read_bytes() == first
     assert (paths.FIGURES / "02_similarity.pdf").read_bytes() == pdf
     assert b"CreationDate" not in pdf
 
 
 def test_figure_that_looks_the_same_is_left_and_one_changed_digit_is_not():
-    path = report.save_figure(figure(), "02_similarity")
+    report.save_figure(figure(), "02_similarity")
+    path = paths.FIGURES / "02_similarity.png"
     before = path.stat().st_mtime_ns, (paths.FIGURES / "02_similarity.pdf").stat().st_mtime_ns
     report.save_figure(figure(shift=1e-6), "02_similarity")
     assert (path.stat().st_mtime_ns, (paths.FIGURES / "02_similarity.pdf").stat().st_mtime_ns) == before
@@ -98,7 +101,8 @@ def test_results_have_their_provenance_beside_them(table):
         sigma: float = 256.0
 
     origin = report.provenance(Config(), data_hash="abc")
-    path = report.save_results(table, "03_training", origin)
+    report.save_results(table, "03_training", origin)
+    path = paths.RESULTS / "03_training.csv"
     pd.testing.assert_frame_equal(pd.read_csv(path), table, check_dtype=False)
     saved = json.loads(path.with_suffix(".json").read_text())
     assert saved["config"] == {"sigma": 256.0}
@@ -125,7 +129,8 @@ def test_agreement_is_one_line(table, capsys):
 
 def test_agreement_survives_the_rounding_of_the_file(capsys):
     table = pd.DataFrame({"model": ["a", "b"], "median_km": [1234.56789, np.nan]})
-    accepted(pd.read_csv(report.save_results(table, "03_training", {})))
+    report.save_results(table, "03_training", {})
+    accepted(pd.read_csv(paths.RESULTS / "03_training.csv"))
     report.hold_to_expected(table, "03_training", keys=["model"])
 
 
