@@ -92,25 +92,19 @@ def test_nothing_pinned_is_excluded_by_pyproject():
         )
 
 
-def test_no_absolute_path_and_no_package_host_in_any_file():
+def test_no_file_names_the_place_it_was_made_at():
     forbidden = re.compile(
         r"(?<![\w.-])/(?:work|root|home/\w+|tmp)/|files\.pythonhosted|pypi\.org/simple|/simple/"
     )
     found = []
     for path in tracked():
-        if (
-            path.suffix in {".png", ".pdf", ".npz", ".geojson", ".jpg"}
-            or path == paths.ROOT / "tests" / "test_house.py"
-        ):
+        if path.suffix in {".png", ".pdf", ".jpg", ".geojson"} or path.name == "test_house.py":
             continue
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         if path.suffix == ".ipynb":
             lines = _spoken(json.loads("\n".join(lines)))
-        found += [
-            f"{path.relative_to(paths.ROOT)}: {line.strip()[:100]}"
-            for line in lines
-            if forbidden.search(line)
-        ]
+        wrong = [line.strip()[:100] for line in lines if forbidden.search(line)]
+        found += [f"{path.relative_to(paths.ROOT)}: {line}" for line in wrong]
     assert not found, "\n".join(found)
 
 
