@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from geoclip import photos, sources
+from geoclip import sources
 from geoclip.baselines import labels
 from geoclip.baselines.towers import Pixels
 from geoclip.datasets import blue_marble, folder, osv, places365, real_geography
@@ -158,16 +158,18 @@ class LabelledPhotos(Dataset):
     def view(self, row: int, epoch: int, view: int) -> Tensor:
         """One random crop (3 + s, side, side) of a photo, half of them mirrored."""
         generator = np.random.default_rng([self.config.seed, epoch, view, row])
-        photo = photos.open_photo(self.data.path(row))
+        path = self.data.path(row)
+        photo = sources.decode(path, str(path), sources.DRAFT_MARGIN * self.pixels.side)
         box = sources.random_box(photo.size, self.views, generator)
         mirror = generator.random() < 0.5
         image = self.pixels.tensor(crop(photo, box, self.pixels.side, mirror, Image.Resampling.BICUBIC))
         if not self.maps:
             return image
         drawn = self.maps.open(self.data, row)
-        # a map may be smaller than its photo
-        scale = np.array([drawn.width / photo.width, drawn.height / photo.height] * 2)
-        drawn = crop(drawn, tuple(np.array(box) * scale), self.pixels.side, mirror, Image.Resampling.NEAREST)
+        # a map may be smaller than its photo, and rounding must not put the box beyond its edge
+        size = np.array([drawn.width, drawn.height] * 2)
+        box = np.minimum(np.array(box) * size / np.array([*photo.size] * 2), size)
+        drawn = crop(drawn, box, self.pixels.side, mirror, Image.Resampling.NEAREST)
         return torch.cat([image, self.maps.planes(drawn)])
 
 
