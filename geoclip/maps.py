@@ -320,8 +320,12 @@ def _near(name: str, lat: float, lon: float, span_km: float) -> list:
     wide = 180.0 if widest > 80 else min(180.0, reach / np.cos(np.deg2rad(widest)))
     windows = [shapely.box(lon - wide + turn, bottom, lon + wide + turn, top) for turn in (-360, 0, 360)]
     window = shapely.intersection(shapely.union_all(windows), shapely.box(-180, -90, 180, 90))
+    cut = [shapely.intersection(part, window) for part in shapely.get_parts(shape) if part.intersects(window)]
+    # where a coast only touches the window, points and lines come out beside the polygons
     return [
-        shapely.intersection(part, window) for part in shapely.get_parts(shape) if part.intersects(window)
+        piece
+        for piece in shapely.get_parts(cut)
+        if shapely.get_dimensions(piece) == shapely.get_dimensions(shape)
     ]
 
 
