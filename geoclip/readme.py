@@ -20,14 +20,21 @@ ROWS = {
     (blue_marble.LABEL, "random"): "Blue Marble tiles ¹, random split",
     (blue_marble.LABEL, "blocked"): "Blue Marble tiles ¹, blocked split",
 }
-NEEDS_PHOTOS = "needs its photos ²"
+NEEDS_PHOTOS, NEEDS_COORDINATES = "needs photos ²", "needs coordinates ²"
 NOT_PUBLISHED = "not published"
+MISSING = {
+    PAPER: NOT_PUBLISHED,
+    AUTHORS: NEEDS_PHOTOS,
+    OURS: NEEDS_PHOTOS,
+    "ceiling": NEEDS_COORDINATES,
+    "floor": NEEDS_COORDINATES,
+}
 NOTES = (
     f"Percent within {' / '.join(f'{km:,}' for km in THRESHOLDS_KM)} km. Ceiling: the gallery's nearest place; floor: "
     "a random place of the gallery; both follow from coordinates.\n\n"
     "¹ Overhead imagery, a stand-in for photos, on which the whole system trains in about a minute; the paper has no "
-    "such numbers. ² `python -m geoclip evaluate` fills these in once you bring the photos and a network for CLIP's "
-    "weights; for training with the paper's settings see *Embed once* below."
+    "such numbers. ² Not to be had without a benchmark's files, and CLIP's weights; notebook 07 fills them in from the "
+    "folder that `GEOCLIP_DATA` names, the column *ours* with a model trained on MP-16."
 )
 
 
@@ -57,7 +64,7 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
             elif embedded:
                 row[column] = "–"
             else:
-                row[column] = NOT_PUBLISHED if column == PAPER else NEEDS_PHOTOS
+                row[column] = MISSING[column]
         made.append(row)
     return pd.DataFrame(made)
 

@@ -12,6 +12,7 @@ from PIL import Image
 
 from geoclip import __main__ as command_line
 from geoclip import answering, evaluation, paths, training, weights
+from geoclip.baselines import geocells
 from geoclip.commands import evaluate
 from geoclip.datasets import cards, folder
 from geoclip.gallery import Gallery
@@ -288,6 +289,29 @@ def test_the_embedded_tiles(checkpoint, tmp_path):
         expected = evaluation.summarize(training.tile_errors(trained, split))
         found = table.loc[(split, "accuracy"), evaluation.ACCURACY_COLUMNS].tolist()
         assert found == pytest.approx([expected[name] for name in evaluation.ACCURACY_COLUMNS], abs=1e-3)
+
+
+def test_a_classifier_over_cells_is_scored_on_photos_and_tiles_without_a_gallery(
+    made_benchmark, tmp_path, monkeypatch, capsys
+):
+    config = geocells.GeocellsConfig(
+        image=ImageEncoderConfig(tower="conv", weights=None, frozen=False),
+        splits=training.SplitConfig(train=1000, val=100, test=300, gallery=2000),
+        img_min=1, img_max=(300, 200, 100),
+    )  # fmt: skip
+    module = geocells.GeocellsTraining(config, training.blue_marble.splits(config.splits)["train"])
+    kept = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(kept)
+    torch.save(kept, tmp_path / "cells.ckpt")
+    monkeypatch.setenv("GEOCLIP_DATA", str(made_benchmark))
+    model = ["--checkpoint", str(tmp_path / "cells.ckpt"), "--out", str(tmp_path / "cells.csv")]
+    for what, status, n in ([["--benchmark", "im2gps3k"], 1, 2997], [["--split", "random"], 0, 300]):
+        assert command_line.main(["evaluate", *what, *model]) == status
+        table = pd.read_csv(tmp_path / "cells.csv").set_index("measure")
+        assert table.loc["accuracy", "n"] == n
+        assert "ceiling" not in table.index  # its answers are cells, which no gallery bounds
+    assert command_line.main(["evaluate", "--benchmark", "im2gps3k", "--ten-crop", *model]) == 2
+    assert "cells has no ten-crop answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
