@@ -86,14 +86,22 @@ class Answers:
     unreadable: pd.DataFrame
 
 
-def load(checkpoint: Path | str | None = None, clip_weights: Path | str | None = None) -> Asked:
-    """The model of a checkpoint of `python -m geoclip train`, or the authors' released one, on the GPU if any."""
+def load(
+    checkpoint: Path | str | None = None, clip_weights: Path | str | None = None, precision: str = "fp32"
+) -> Asked:
+    """The model of a checkpoint of `python -m geoclip train`, or the authors' released one, on the GPU if any.
+
+    precision: "fp32", "bf16" or "auto" (geoclip.precision) of GeoCLIP; baselines answer in fp32.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if checkpoint is None:
-        return Asked("authors' weights", GeoCLIP.pretrained(clip_weights).to(device))
-    trained = training.load(checkpoint).to(device)
-    inner = getattr(trained, "model", None)
-    return Asked(Path(checkpoint).stem, inner if isinstance(inner, GeoCLIP) else None, trained)
+        name, trained, model = "authors' weights", None, GeoCLIP.pretrained(clip_weights)
+    else:
+        name, trained = Path(checkpoint).stem, training.load(checkpoint).to(device)
+        model = trained.model if isinstance(getattr(trained, "model", None), GeoCLIP) else None
+    if model is not None:
+        model = model.to(device).eval().use_precision(precision)
+    return Asked(name, model, trained)
 
 
 def answer(

@@ -36,6 +36,9 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("--gallery-size", type=int, help="that many different places of it, drawn at random")
     parser.add_argument("--ten-crop", action="store_true", help="mean of the logits over ten crops")
+    parser.add_argument(
+        "--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 where it is computed faster"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the gallery's draw, random floor and bootstrap")
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--workers", type=int, help="processes that open photos; default: a core each on a GPU, else 0")
@@ -53,7 +56,7 @@ def run(options) -> int:
 
     check(options)
     photos = read_photos(options) if options.benchmark or options.csv else None
-    model = None if options.coordinates_only else answering.load(options.checkpoint, options.clip_weights)
+    model = None if options.coordinates_only else answering.load(options.checkpoint, options.clip_weights, options.precision)
     if photos is None and model.trained.config.data != "blue_marble":
         raise ValueError(f"{options.checkpoint} was not trained on the embedded data: give --benchmark or --csv")
     places, gallery = read_gallery(options, model)
