@@ -246,7 +246,8 @@ def test_hemispheres(tmp_path, refs, expected):
     lat, lon = r(33, 51, (2448, 100)), r(151, 12, (5508, 100))
     path = with_gps(tmp_path / "photo.jpg", lat, lon, *refs)
     assert exif_latlon(path) == pytest.approx(expected, abs=1e-9)
-    assert exif_latlon(Image.open(path)) == pytest.approx(expected, abs=1e-9)
+    with Image.open(path) as image:
+        assert exif_latlon(image) == pytest.approx(expected, abs=1e-9)
 
 
 def test_decimal_degrees_and_minutes(tmp_path):

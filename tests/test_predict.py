@@ -1,0 +1,435 @@
+"""Photos in, places out: the API on every kind of input, and the command on good and bad files."""
+
+import dataclasses
+import io
+import json
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from geoclip import clip, earth, weights
+from geoclip.__main__ import main
+from geoclip.datasets.blue_marble import SplitConfig
+from geoclip.gallery import Gallery
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, load_clip
+from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
+from geoclip.model import GeoCLIP
+from geoclip.photos import PhotoError
+from geoclip.training import GeoCLIPTraining, TrainConfig
+
+CONV = ImageEncoderConfig(tower="conv", weights=None, frozen=False, hidden=24, dim=16)
+SMALL = LocationEncoderConfig(sigmas=(1.0, 16.0), frequencies=8, width=16, dim=16)
+PLACES = 60
+TINY = {  # an open_clip model of 30 thousand parameters, with a text tower
+    "embed_dim": 8,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 28, "layers": 1, "width": 64, "patch_size": 14},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Embeddings kept by a test stay with it."""
+    monkeypatch.setattr("geoclip.paths.CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def model():
+    generator = torch.Generator().manual_seed(0)
+    places = Gallery(earth.sample_sphere(PLACES, generator), "random places")
+    return GeoCLIP.build(CONV, SMALL, generator, places).eval()
+
+
+@pytest.fixture
+def tower(tmp_path):
+    """The name of a tiny CLIP that open_clip knows for this test."""
+    import open_clip
+
+    path = tmp_path / "tiny-test-clip.json"
+    path.write_text(json.dumps(TINY))
+    open_clip.add_model_config(path)
+    yield "tiny-test-clip"
+    open_clip.factory._MODEL_CONFIGS.pop("tiny-test-clip")
+
+
+def noise(seed, height=40, width=56):
+    pixels = np.random.default_rng(seed).integers(0, 255, (height // 8, width // 8, 3), dtype=np.uint8)
+    return np.kron(pixels, np.ones((8, 8, 1), np.uint8))
+
+
+def save(path, seed=0, place=None):
+    image = Image.fromarray(noise(seed))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Software] = "a test"  # Pillow leaves EXIF out of a PNG that has GPS tags alone
+    if place:
+        tags = {ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: (float(place[0]), 0.0, 0.0)}
+        tags |= {ExifTags.GPS.GPSLongitudeRef: "E", ExifTags.GPS.GPSLongitude: (float(place[1]), 0.0, 0.0)}
+        exif.get_ifd(ExifTags.IFD.GPSInfo).update(tags)
+    image.save(path, exif=exif)
+    return path
+
+
+# The API
+
+
+def test_path_image_and_array_give_one_answer(model, tmp_path):
+    path = save(tmp_path / "photo.png")
+    latlon, probability = model.predict(path, top_k=5)
+    assert latlon.shape == (5, 2) and probability.shape == (5,)
+    assert (probability.diff() <= 0).all() and 0 < probability.sum() <= 1
+    for other in (str(path), Image.fromarray(noise(0)), noise(0)):
+        assert torch.equal(model.predict(other, top_k=5)[0], latlon)
+        assert torch.equal(model.predict(other, top_k=5)[1], probability)
+
+
+def test_all_places_share_the_whole_probability(model):
+    latlon, probability = model.predict(noise(0), top_k=PLACES)
+    assert probability.sum().item() == pytest.approx(1, abs=1e-5)
+    assert len(torch.unique(latlon, dim=0)) == PLACES
+
+
+@pytest.mark.parametrize("ten_crop", [False, True])
+def test_batches_lists_and_folders_give_what_single_photos_give(model, tmp_path, ten_crop):
+    paths = [save(tmp_path / f"{name}.png", seed) for seed, name in enumerate("abcde")]
+    single = [model.predict(path, top_k=3, ten_crop=ten_crop) for path in paths]
+    for several in (paths, tmp_path, str(tmp_path)):
+        latlon, probability = model.predict(several, top_k=3, ten_crop=ten_crop, batch_size=2)
+        assert latlon.shape == (5, 3, 2) and probability.shape == (5, 3)
+        for i, (one_latlon, one_probability) in enumerate(single):
+            assert torch.equal(latlon[i], one_latlon)
+            assert torch.allclose(probability[i], one_probability, atol=1e-6)
+    assert len({tuple(probability.tolist()) for _, probability in single}) == 5, "the photos should differ"
+
+
+def test_ten_crop_is_the_mean_of_ten_logits_by_hand(model):
+    from torchvision.transforms import functional
+
+    photo = Image.fromarray(noise(3, 64, 96))
+    large = functional.resize(photo, 36, functional.InterpolationMode.BICUBIC)  # 32 × 256 / 224
+    left, top = large.width - 32, large.height - 32
+    corners = [(0, 0), (left, 0), (0, top), (left, top), (round(left / 2), round(top / 2))]
+    crops = [large.crop((x, y, x + 32, y + 32)) for x, y in corners]
+    crops += [crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for crop in crops]
+    images = torch.stack([torch.from_numpy(np.array(crop)).permute(2, 0, 1) / 127.5 - 1 for crop in crops])
+    # torchvision mirrors the photo and crops it again, which orders the crops differently; the mean is the same
+    expected = model(images, model.gallery.latlon).mean(0).softmax(0)
+    latlon, probability = model.predict(photo, top_k=PLACES, ten_crop=True)
+    best = expected.argsort(descending=True)
+    assert torch.allclose(probability, expected[best], atol=1e-6)
+    assert torch.equal(latlon, model.gallery.latlon[best])
+    assert not torch.equal(latlon, model.predict(photo, top_k=PLACES)[0])
+
+
+def test_the_gallery_is_embedded_once_and_kept_on_disk(model, tmp_path, monkeypatch):
+    calls = []
+    forward = LocationEncoder.forward
+    monkeypatch.setattr(
+        LocationEncoder, "forward", lambda self, latlon: calls.append(1) or forward(self, latlon)
+    )
+    first = model.predict(noise(0))
+    model.predict(noise(1))
+    assert len(calls) == 1
+    again = GeoCLIP.build(CONV, SMALL, torch.Generator().manual_seed(0), model.gallery).eval()
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.predict(noise(0))[1], first[1])
+    assert len(calls) == 1, "another model with the same weights and gallery reads it from disk"
+    with torch.no_grad():
+        again.location_encoder.levels[0].mlp[0].bias += 0.1
+    again.use_gallery(model.gallery).predict(noise(0))
+    assert len(calls) == 2, "other weights are another embedding"
+    assert len(list((tmp_path / "cache/galleries").glob("*.npy"))) == 2
+
+
+@pytest.mark.parametrize("top_k", [0, -1, PLACES + 1])
+def test_top_k_must_fit_the_gallery(model, top_k):
+    with pytest.raises(ValueError, match=f"top_k is {top_k}, but the gallery has {PLACES} places"):
+        model.predict(noise(0), top_k=top_k)
+
+
+def test_what_cannot_be_predicted(model, tmp_path):
+    with pytest.raises(ValueError, match="the list is empty"):
+        model.predict([])
+    with pytest.raises(FileNotFoundError, match="holds no photos"):
+        model.predict(tmp_path)
+    (tmp_path / "bad.jpg").write_text("no picture")
+    with pytest.raises(PhotoError, match=r"bad\.jpg: not an image"):
+        model.predict([save(tmp_path / "good.png"), tmp_path / "bad.jpg"])
+    with pytest.raises(ValueError, match="no gallery"):
+        GeoCLIP.build(CONV, SMALL).eval().predict(noise(0))
+
+
+# Text
+
+
+def test_text_is_located_like_an_image(model, tower):
+    config = ImageEncoderConfig(tower=tower, weights=None, hidden=24, dim=16)
+    reader = GeoCLIP.build(config, SMALL, torch.Generator().manual_seed(1), model.gallery).eval()
+    latlon, probability = reader.predict_text(["desert", "a snowy mountain"], top_k=4)
+    assert latlon.shape == (2, 4, 2) and probability.shape == (2, 4)
+    one_latlon, one_probability = reader.predict_text("a snowy mountain", top_k=4)
+    assert torch.equal(one_latlon, latlon[1])
+    assert torch.allclose(one_probability, probability[1], atol=1e-6)
+    with torch.no_grad():
+        embedded = reader.encode_text("a snowy mountain")
+        logits = reader.log_scale.exp() * embedded @ reader.encode_places(model.gallery.latlon).T
+    assert torch.equal(one_latlon, model.gallery.latlon[logits[0].argsort(descending=True)[:4]])
+    assert embedded.norm().item() == pytest.approx(1, abs=1e-5)
+
+
+def test_the_small_tower_knows_no_text(model):
+    with pytest.raises(ValueError, match="knows no text"):
+        model.predict_text("desert")
+
+
+# CLIP's weights
+
+
+def test_a_local_clip_file_is_read_as_it_is(tower, tmp_path):
+    from safetensors.torch import save_file
+
+    source, _ = load_clip(tower, None)
+    tensors = {name: tensor.contiguous() for name, tensor in source.state_dict().items()}
+    save_file(tensors, tmp_path / "clip.safetensors")
+    torch.save(tensors, tmp_path / "clip.pt")
+    for name in ("clip.safetensors", "clip.pt"):
+        loaded, _ = load_clip(tower, str(tmp_path / name))
+        assert all(torch.equal(tensor, tensors[key]) for key, tensor in loaded.state_dict().items())
+
+
+def test_clip_files_that_are_refused(tower, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no CLIP weights at .*absent\.pt"):
+        load_clip(tower, str(tmp_path / "absent.pt"))
+    torch.save({"one": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(
+        ValueError, match=r"other\.pt does not fit CLIP tiny-test-clip: .* tensors are missing"
+    ):
+        load_clip(tower, str(tmp_path / "other.pt"))
+    (tmp_path / "text.safetensors").write_text("no tensors here")
+    with pytest.raises(ValueError, match="cannot be read as tensors"):
+        load_clip(tower, str(tmp_path / "text.safetensors"))
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="no table of tensors"):
+        load_clip(tower, str(tmp_path / "list.pt"))
+
+
+class Trap:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('executed')",)
+
+
+def test_a_pickle_given_as_clip_is_not_executed(tower, tmp_path):
+    with (tmp_path / "trap.pt").open("wb") as file:
+        pickle.dump(Trap(), file)
+    torch.save({"trap": Trap()}, tmp_path / "trap2.pt")
+    for name in ("trap.pt", "trap2.pt"):
+        with pytest.raises(ValueError, match="without executing it"):
+            load_clip(tower, str(tmp_path / name))
+
+
+def test_offline_says_what_is_missing_where_it_goes_and_what_still_works(monkeypatch, tmp_path, capsys):
+    import huggingface_hub
+
+    def unreachable():
+        raise ConnectionError("no route to host")
+
+    def nothing_kept(**_):
+        raise FileNotFoundError("not in the cache")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", nothing_kept)
+    monkeypatch.setattr(huggingface_hub, "get_session", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert main(["predict", str(save(tmp_path / "photo.png"))]) == 2
+    printed, errors = capsys.readouterr()
+    assert printed == "" and errors.startswith("geoclip: error: CLIP ViT-L/14 (openai/clip-vit-large-patch14")
+    assert str(tmp_path / "hub") in errors and "(no route to host)" in errors and "still work" in errors
+
+
+def test_a_changed_clip_file_is_refused_before_it_is_read(monkeypatch, tmp_path):
+    import huggingface_hub
+
+    kept = tmp_path / "model.safetensors"
+    kept.write_bytes(b"something else")
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda **_: str(kept))
+    monkeypatch.setattr(clip, "read", lambda _: pytest.fail("the file was read before it was checked"))
+    with pytest.raises(ValueError, match=f"its SHA-256 is [0-9a-f]{{64}}, expected {clip.SHA256}") as error:
+        load_clip(clip.TOWER, "openai")
+    assert str(kept) in str(error.value)
+
+
+# The released model, without CLIP
+
+
+def test_the_released_parts_are_put_together(monkeypatch):
+    import geoclip.model
+
+    class Encoder(ImageEncoder):
+        def __init__(self, config):
+            torch.nn.Module.__init__(self)
+            self.config, self.tower = config, torch.nn.Identity()
+            self.head = torch.nn.Sequential(
+                torch.nn.Linear(768, 768), torch.nn.ReLU(), torch.nn.Linear(768, 512)
+            )
+
+    monkeypatch.setattr(geoclip.model, "ImageEncoder", Encoder)
+    model = GeoCLIP.pretrained("local.safetensors")
+    assert model.image_encoder.config.weights == "local.safetensors"
+    assert model.log_scale.item() == pytest.approx(3.681034803390503)
+    assert torch.equal(model.image_encoder.head[2].bias, weights.head_state()["2.bias"])
+    assert len(model.gallery) == 100_000 and not model.training
+
+
+def test_the_second_example_of_the_authors_readme():
+    from geoclip import LocationEncoder
+
+    gps_encoder = LocationEncoder.pretrained()
+    gps_data = torch.Tensor([[40.7128, -74.0060], [34.0522, -118.2437]])
+    assert gps_encoder(gps_data).shape == (2, 512)
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    sizes = SplitConfig(train=200, val=20, test=20, gallery=PLACES)
+    config = TrainConfig(image=CONV, location=SMALL, splits=sizes, queue=16, batch_size=8, epochs=1)
+    module = GeoCLIPTraining(config, torch.zeros(4, 2))
+    path = tmp_path_factory.mktemp("model") / "last.ckpt"
+    torch.save({"state_dict": module.state_dict(), "geoclip_config": dataclasses.asdict(config)}, path)
+    return str(path)
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three photos that can be answered, one with EXIF, among five that cannot."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    save(folder / "a.png", 0)
+    save(folder / "b.jpg", 1, place=(48, 2))
+    Image.fromarray(noise(2)).convert("CMYK").save(folder / "c.jpg")
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (300, 400, 3), dtype=np.uint8)).save(
+        buffer, "JPEG"
+    )
+    (folder / "truncated.jpg").write_bytes(buffer.getvalue()[:5000])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("dear diary")
+    Image.new("1", (14_000, 14_000)).save(folder / "bomb.png")
+    return folder
+
+
+def test_bad_photos_are_named_and_the_others_answered(files, checkpoint, capsys):
+    absent = str(files / "absent.jpg")
+    status = main(
+        ["predict", str(files), absent, "--checkpoint", checkpoint, "--top-k", "2", "--format", "json"]
+    )
+    printed, errors = capsys.readouterr()
+    assert status == 1 and "Traceback" not in errors
+    found = json.loads(printed)
+    assert [photo["file"] for photo in found["photos"]] == [
+        str(files / name) for name in ("a.png", "b.jpg", "c.jpg")
+    ]
+    reasons = {failure["file"]: failure["reason"] for failure in found["failed"]}
+    expected = {
+        "truncated.jpg": "cannot be decoded",
+        "empty.jpg": "empty",
+        "text.jpg": "not an image",
+        "bomb.png": "decompression bomb",
+        "absent.jpg": "no such file",
+    }
+    assert len(reasons) == len(expected)
+    for name, reason in expected.items():
+        assert reason in reasons[str(files / name)]
+        assert f"geoclip: {files / name}: " in errors
+    assert "5 of 8 photos could not be used" in errors
+
+
+def test_exif_is_the_truth_beside_the_answer_and_never_the_answer(files, checkpoint, capsys, tmp_path):
+    plain = save(tmp_path / "plain.png", 1)
+    tagged = save(tmp_path / "tagged.png", 1, place=(48, 2))
+    assert main(["predict", str(plain), str(tagged), "--checkpoint", checkpoint, "--format", "json"]) == 0
+    without, with_truth = json.loads(capsys.readouterr().out)["photos"]
+    assert without["truth"] is None and with_truth["truth"] == {"lat": 48.0, "lon": 2.0}
+    for one, other in zip(without["places"], with_truth["places"], strict=True):
+        assert "error_km" not in one
+        here = torch.tensor([other["lat"], other["lon"]], dtype=torch.float64)
+        error_km = earth.haversine_km(here, torch.tensor([48.0, 2.0], dtype=torch.float64)).item()
+        assert other.pop("error_km") == pytest.approx(error_km)
+        assert one == other, "EXIF changed the answer"
+
+
+def test_unusable_exif_is_named_and_the_photo_answered(checkpoint, capsys, tmp_path):
+    path = save(tmp_path / "nofix.jpg", 1, place=(0.0, 0.0))
+    assert main(["predict", str(path), "--checkpoint", checkpoint, "--top-k", "1"]) == 0
+    printed, errors = capsys.readouterr()
+    assert "no fix" in errors and "answered without a truth" in errors
+    assert "error km" not in printed
+
+
+def test_csv_has_a_row_for_each_photo_and_rank(files, checkpoint, capsys):
+    main(["predict", str(files), "--checkpoint", checkpoint, "--top-k", "3", "--format", "csv"])
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert len(table) == 9 and list(table["rank"]) == [1, 2, 3] * 3
+    assert (
+        table["map"][0]
+        == f"https://www.google.com/maps/search/?api=1&query={table.lat[0]:.6f},{table.lon[0]:.6f}"
+    )
+    assert table["country"].notna().all() and (table["town_km"] >= 0).all()
+    assert table.groupby("file")["error_km"].count().tolist() == [0, 3, 0]
+
+
+def test_table_names_place_probability_and_truth(files, checkpoint, capsys):
+    assert main(["predict", str(files / "b.jpg"), "--checkpoint", checkpoint, "--top-k", "2"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith(f"{files / 'b.jpg'}\n")
+    assert "EXIF says 48.0000, 2.0000" in printed and "error km" in printed and "%" in printed
+    assert "not calibrated" in printed
+
+
+def test_maps_are_written(files, checkpoint, tmp_path, capsys):
+    one, many = tmp_path / "one.png", tmp_path / "many.png"
+    assert main(["predict", str(files / "b.jpg"), "--checkpoint", checkpoint, "--map", str(one)]) == 0
+    assert main(["predict", str(files), "--checkpoint", checkpoint, "--map", str(many)]) == 1
+    for path in (one, many):
+        with Image.open(path) as image:
+            assert min(image.size) > 300
+            assert len(image.convert("RGB").getcolors(1 << 20)) > 10
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--top-k", str(PLACES + 1)], f"top_k is {PLACES + 1}, but the gallery has {PLACES} places"),
+        (["--map", "map.txt"], "--map map.txt"),
+        (["--gallery", "absent.csv"], "absent.csv"),
+        (["--checkpoint", "absent.ckpt"], "no checkpoint at absent.ckpt"),
+    ],
+)
+def test_wrong_options_are_one_sentence_and_status_2(files, checkpoint, capsys, options, message):
+    options = options if "--checkpoint" in options else [*options, "--checkpoint", checkpoint]
+    assert main(["predict", str(files / "a.png"), *options]) == 2
+    printed, errors = capsys.readouterr()
+    assert printed == "" and errors.startswith("geoclip: error: ") and message in errors
+
+
+def test_a_gallery_of_ones_own(files, checkpoint, capsys, tmp_path):
+    pd.DataFrame({"LAT": [10.0, -20.0], "LON": [30.0, 40.0]}).to_csv(tmp_path / "two.csv", index=False)
+    arguments = [
+        "--checkpoint",
+        checkpoint,
+        "--gallery",
+        str(tmp_path / "two.csv"),
+        "--top-k",
+        "2",
+        "--format",
+        "json",
+    ]
+    assert main(["predict", str(files / "a.png"), *arguments]) == 0
+    [photo] = json.loads(capsys.readouterr().out)["photos"]
+    assert {(place["lat"], place["lon"]) for place in photo["places"]} == {(10.0, 30.0), (-20.0, 40.0)}
+    assert sum(place["probability"] for place in photo["places"]) == pytest.approx(1, abs=1e-5)
