@@ -20,6 +20,7 @@ from geoclip.training import TrainConfig, TrainingModule
 
 SPLITS = ("random", "blocked")
 BLOCK = 256  # images asked about at a time
+COST = ("seconds", "parameters")  # of training
 
 
 def compare(
@@ -32,58 +33,63 @@ def compare(
     hash, answers beside them. Returns the tidy table (data, model, split, seed, accuracies, …, seconds of
     training, trained parameters) and each model's errors in km: (model, split, seed) → (n,).
     """
-    wanted = [
-        (name, training.as_config({**fields, "seed": seed}))
-        for name, fields in settings.items()
-        for seed in seeds
-    ]
-    missing = [config for _, config in wanted if not answers_file(config).is_file()]
+    wanted = []
+    for name, fields in settings.items():
+        for seed in seeds:
+            config = training.as_config({**fields, "seed": seed})
+            wanted.append((name, config, answers_file(config)))
+    missing = [(config, file) for _, config, file in wanted if not file.is_file()]
     if missing and jobs == 1:
-        for config in missing:
-            train_and_ask(config)
+        for config, file in missing:
+            train_and_ask(config, file)
     elif missing:
-        spawn = multiprocessing.get_context("spawn")
-        threads = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # read when a process starts
-        try:
-            with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
-                list(pool.map(train_and_ask, missing))
-        finally:
-            os.environ.pop("OMP_NUM_THREADS") if threads is None else os.environ.update(
-                OMP_NUM_THREADS=threads
-            )
+        in_processes(missing, jobs)
     rows, errors = [], {}
-    for name, config in wanted:
-        run = training.train(config)  # which is there
-        with np.load(answers_file(config)) as kept:
-            for key, error_km in kept.items():
-                answer, split = key.split("/")
-                model = f"{name}, {answer}" if answer else name
-                errors[model, split, config.seed] = error_km
-                row = {"data": blue_marble.LABEL, "model": model, "split": split, "seed": config.seed}
-                row |= evaluation.summarize(torch.from_numpy(error_km))
-                row |= {"seconds": run.result["seconds"], "parameters": run.result["parameters"]}
-                rows.append(row)
+    for name, config, file in wanted:
+        with np.load(file) as kept:
+            found = dict(kept)
+        cost = {column: found.pop(column).item() for column in COST}
+        for key, error_km in found.items():
+            answer, split = key.split("/")
+            model = f"{name}, {answer}" if answer else name
+            errors[model, split, config.seed] = error_km
+            row = {"data": blue_marble.LABEL, "model": model, "split": split, "seed": config.seed}
+            rows.append(row | evaluation.summarize(torch.from_numpy(error_km)) | cost)
     return pd.DataFrame(rows), errors
 
 
+def in_processes(missing: Sequence[tuple[TrainConfig, Path]], jobs: int) -> None:
+    """`train_and_ask` of each, in `jobs` processes on a thread each."""
+    threads = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when a process starts
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with ProcessPoolExecutor(jobs, spawn, torch.set_num_threads, (1,)) as pool:
+            list(pool.map(train_and_ask, *zip(*missing, strict=True)))
+    finally:
+        del os.environ["OMP_NUM_THREADS"]
+        if threads is not None:
+            os.environ["OMP_NUM_THREADS"] = threads
+
+
 def answers_file(config: TrainConfig) -> Path:
-    """Where a run's answers are kept; the name changes with the code that asks."""
+    """Where a run's answers are kept; the name changes with the code that trains and asks."""
     folder = Path(__file__).parents[1]
     code = [folder / name for name in ("baselines/comparison.py", "evaluation.py", "gallery.py", "earth.py")]
     asked = hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest()[:8]
     return paths.CACHE / "runs" / training.run_key(config) / f"errors_{asked}.npz"
 
 
-def train_and_ask(config: TrainConfig) -> None:
-    """Train one model, unless it is there, and keep its errors in km on the test splits."""
-    module = training.train(config).load()
-    found = {}
+def train_and_ask(config: TrainConfig, file: Path) -> None:
+    """Train one model, unless it is there, and keep its errors in km on the test splits in `file`."""
+    run = training.train(config)
+    module = run.load()
+    found = {column: run.result[column] for column in COST}
     for split in SPLITS:
         images, latlon = module.test_tiles(split)
         for name, predicted in answers(module, images).items():
             found[f"{name}/{split}"] = earth.haversine_km(predicted, latlon).numpy()
-    with paths.atomic(answers_file(config)) as temporary:
+    with paths.atomic(file) as temporary:
         np.savez(temporary, **found)
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -173,21 +174,21 @@ class ContextModel(nn.Module):
             )
             self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
-    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, images: Float[Tensor, "n 3 h w"]) -> tuple[Float[Tensor, "n d"], dict[str, Tensor]]:
         """A vector (n, 3) towards the place, or (n, 2) degrees where those are learned; logits of the heads."""
         feature = self.tower(images)
         logits = {name: head(feature) for name, head in self.heads.items()}
         probabilities = [values.softmax(-1) for values in logits.values()]
         return self.coordinates(torch.cat([feature, *probabilities], 1)), logits
 
-    def places(self, output: Tensor) -> Tensor:
+    def places(self, output: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
         """(lat, lon) degrees (n, 2) of what `forward` gives."""
         if self.config.distance != "degrees":
             return earth.from_unit_sphere(output.float())
         lat, lon = (output.float() * DEGREES.to(output.device)).unbind(-1)
         return torch.stack([lat.clamp(-90, 90), earth.wrap_lon(lon)], -1)
 
-    def caption_loss(self, images: Tensor, tokens: Tensor) -> Tensor:
+    def caption_loss(self, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "n w"]) -> Float[Tensor, ""]:
         """Symmetric cross-entropy of image–caption similarities; equal captions in the batch are all right."""
         seen = functional.normalize(self.image_projection(self.tower(images)), dim=-1)
         read = functional.normalize(self.text(tokens), dim=-1)
@@ -197,7 +198,7 @@ class ContextModel(nn.Module):
         return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2
 
 
-def distance(output: Tensor, latlon: Tensor, kind: str) -> Tensor:
+def distance(output: Float[Tensor, "n d"], latlon: Float[Tensor, "n 2"], kind: str) -> Float[Tensor, ""]:
     """Mean distance of what the model gives from the places (n, 2): see ContextConfig.distance."""
     if kind == "degrees":
         return (output.float() - latlon / DEGREES.to(latlon.device)).abs().mean()
@@ -243,7 +244,7 @@ class ContextTraining(TrainingModule):
         return {"loss": loss} | {name: value.detach() for name, value in values.items()}
 
     @torch.inference_mode()
-    def locate(self, images: Tensor) -> Tensor:
+    def locate(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 2"]:
         output, _ = self.model(images)
         return self.model.places(output).cpu()
 

