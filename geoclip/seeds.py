@@ -45,6 +45,10 @@ def over_seeds(
     Raises ValueError where a column is missing or a group has one seed twice.
     """
     _check(runs, by)
+    if runs.empty:
+        return pd.DataFrame(
+            columns=[*by, "seeds", *(name + end for name in columns for end in ("", "_low", "_high"))]
+        )
     rows = []
     for key, group in runs.groupby(list(by), sort=False):
         row = dict(zip(by, key, strict=True)) | {"seeds": len(group)}
@@ -61,20 +65,29 @@ def paired_differences(
     name: str = "setting",
     columns: Sequence[str] = ACCURACY,
     level: float = 0.95,
+    share: bool = False,
 ) -> pd.DataFrame:
     """Each setting minus `reference`, seed by seed within each group of `by`: mean, interval, `seeds`.
 
+    share: instead of the difference, what percentage of the reference's score the setting has.
+
     Paired: a seed's order of the training data and its noise are the same in both runs, so that part of the
     spread leaves the difference. Seeds that one of the two lacks do not count. The intervals are not
-    corrected for how many settings are compared. Raises ValueError where no run has the reference.
+    corrected for how many settings are compared. Empty where there is nothing to compare. Raises ValueError where
+    no run has the reference, and for a share of nothing.
     """
     _check(runs, [*by, name])
     if reference not in set(runs[name]):
-        raise ValueError(f"no run has {name} = {reference!r}; there are {', '.join(map(repr, runs[name].unique()))}")
+        raise ValueError(
+            f"no run has {name} = {reference!r}; there are {', '.join(map(repr, runs[name].unique()))}"
+        )
     base = runs[runs[name] == reference].drop(columns=name)
     pairs = runs[runs[name] != reference].merge(base, on=[*by, "seed"], suffixes=("", "_reference"))
     for column in columns:
-        pairs[column] = pairs[column] - pairs[f"{column}_reference"]
+        base_score = pairs[f"{column}_reference"]
+        if share and (base_score == 0).any():
+            raise ValueError(f"{column} of {reference!r} is 0 for a seed: there is no share of it")
+        pairs[column] = 100 * pairs[column] / base_score if share else pairs[column] - base_score
     return over_seeds(pairs, [name, *by], columns, level)
 
 
@@ -86,3 +99,12 @@ def verdict(low: float, high: float) -> str:
 def plus_minus(mean: float, low: float, high: float) -> str:
     """ "34.5 ± 1.2": a mean and half its interval, one decimal; the mean alone where there is one seed."""
     return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} ± {(high - low) / 2:.1f}"
+
+
+def readable(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = ACCURACY) -> pd.DataFrame:
+    """A table of over_seeds or paired_differences for reading: keys, "mean ± half interval" each, seeds."""
+    text = table[list(keys)].copy()
+    for column in columns:
+        ends = zip(table[column], table[f"{column}_low"], table[f"{column}_high"], strict=True)
+        text[column] = [plus_minus(*row) for row in ends]
+    return text.assign(seeds=table["seeds"])
