@@ -114,7 +114,8 @@ def answer(
     """Opens each photo, in `workers` processes, and asks where it was taken; shows progress on a terminal.
 
     views: path → (v, 3, h, w), what is looked at of a photo, or PhotoError; locate: (b, v, 3, h, w) → (b, 2) in
-    (lat, lon) degrees. A photo that is missing or cannot be decoded is listed, and stays in the denominator.
+    (lat, lon) degrees; batch_size: photos whose views the tower sees together. A photo that is missing or cannot
+    be decoded is listed, and stays in the denominator.
     """
     predicted = torch.full((len(photos), 2), float("nan"), dtype=torch.float64)
     reasons: dict[int, str] = {}
@@ -143,7 +144,8 @@ def benchmark_table(
     photos, predicted = cards.load(name), None
     if state == "photos" and model is not None:
         model.use_gallery(gallery, keep=True)
-        predicted = answer(photos, model.views(ten_crop), model.locate).predicted
+        batch_size = 6 if ten_crop else 64
+        predicted = answer(photos, model.views(ten_crop), model.locate, batch_size).predicted
     about = {"data": photos.name, "split": "test", "model": "coordinates" if predicted is None else model.name}
     truth = torch.from_numpy(photos.latlon)
     return evaluation.benchmark(truth, places, predicted, photos.authors, about, seed=seed)

@@ -236,6 +236,7 @@ def test_a_whole_benchmark_with_three_unreadable_photos(
     assert status == 1, printed
     assert "2,997 expected, 2,994 readable, 198 photographers" in printed
     assert "3 photos could not be read and are misses" in printed
+    assert "im2gps3k_places365.csv: not the pinned file" in printed
 
     table = pd.read_csv(out).set_index("measure")
     assert list(table.index) == ["accuracy", "low", "high", "not leaked", "ceiling", "random floor", "constant floor"]

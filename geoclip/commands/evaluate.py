@@ -40,7 +40,7 @@ def parser() -> ArgumentParser:
         "--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 where it is computed faster"
     )
     parser.add_argument("--seed", type=int, default=0, help="of the gallery's draw, random floor and bootstrap")
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64, help="views that the tower sees together")
     parser.add_argument("--workers", type=int, help="processes that open photos; default: a core each on a GPU, else 0")
     parser.add_argument("--out", help="the table to write, such as my.csv")
     return parser
@@ -81,7 +81,8 @@ def run(options) -> int:
         truth, predicted = torch.from_numpy(photos.latlon), None
         if model is not None:
             views = model.views(options.ten_crop)
-            answers = answering.answer(photos, views, model.locate, options.batch_size, workers(options))
+            batch_size = max(1, options.batch_size // 10) if options.ten_crop else options.batch_size
+            answers = answering.answer(photos, views, model.locate, batch_size, workers(options))
             predicted = answers.predicted
         table = evaluation.benchmark(truth, places, predicted, photos.authors, about, **score)
 
@@ -90,7 +91,7 @@ def run(options) -> int:
     report.save_table(table, out, report.provenance(given, data_hash(options)))
     shown = table[["split", "measure", *evaluation.ACCURACY_COLUMNS, "median_km", "mean_km", "geoscore", "n"]]
     print(shown.round(2).to_string(index=False, na_rep=""))
-    print("\n".join(["", *summary(table), f"written: {out}"]))
+    print("\n".join(["", *summary(table), *pinned(options), f"written: {out}"]))
     if answers is None:
         return 0
     answers_csv, unreadable_csv = answering.save(answers, photos, out)
@@ -205,6 +206,20 @@ def summary(table) -> list[str]:
         lines.append(f"{first.data}, {split}: {first.n_expected:,} expected{readable}{authors}")
         lines.append(f"{first.n_leaked:,} of them are in the gallery to within 1 m; interval over {first.interval_over}")
     return [*lines, f"gallery: {first.gallery}, {first.gallery_n:,} places, {first.gallery_unique:,} of them different"]
+
+
+def pinned(options) -> list[str]:
+    """Whether a benchmark's CSV is the one that its card pins."""
+    from geoclip.datasets import cards
+
+    if not options.benchmark:
+        return []
+    wanted = cards.card(options.benchmark)
+    csv = cards.find_csv(wanted)
+    same = cards.is_pinned(wanted, csv)
+    if same is None:
+        return [f"{csv.name}: no SHA-256 is known for it"]
+    return [f"{csv.name}: " + ("the pinned file" if same else f"not the pinned file, SHA-256 {wanted.sha256}")]
 
 
 def slug(about: dict) -> str:
