@@ -8,7 +8,8 @@ CHECKED_AT = 224  # px: decoding a JPEG that small shows whether it is whole, in
 EPILOG = """
 Every photo below FOLDER whose EXIF says where it was taken becomes a row; names are relative to FOLDER. The
 others are listed in the CSV's neighbour *_unused.csv with the reason, and the exit status is then 1. The CSV
-trains and evaluates like any other: python -m geoclip evaluate --csv my.csv --images FOLDER
+trains and evaluates like any other: python -m geoclip embed my.csv --images FOLDER --out FEATURES, then
+python -m geoclip train --data FEATURES …; python -m geoclip evaluate --csv my.csv --images FOLDER
 """
 
 

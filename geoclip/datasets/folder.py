@@ -115,15 +115,15 @@ def read_places(csv: Path | str, trust_header: bool = False) -> np.ndarray:
     return places[["lat", "lon"]].to_numpy(np.float64, copy=True)
 
 
-def near_land(lat: np.ndarray, lon: np.ndarray) -> np.ndarray:
-    """Whether each place (degrees) has land within about 5 km, on the 1 km mask of global-land-mask."""
-    from global_land_mask import globe  # a mask of 0.9 GB, so only where it is needed
+def near_land(latlon: np.ndarray) -> np.ndarray:
+    """Whether each place (n, 2) has land within about 5 km, on the 1 km mask of global-land-mask."""
+    from geoclip.datasets import real_geography  # imports torch, which reading a CSV can do without
 
-    found = np.zeros(len(lat), bool)
-    for north in (-COAST_DEG, 0, COAST_DEG):
-        for east in (-COAST_DEG, 0, COAST_DEG):
-            found |= globe.is_land(np.clip(lat + north, -89.99, 89.99), (lon + east + 180) % 360 - 180)
-    return found
+    shifts = np.array([(north, east) for north in (-1, 0, 1) for east in (-1, 0, 1)]) * COAST_DEG
+    around = latlon[:, None] + shifts
+    around[..., 0] = around[..., 0].clip(-90, 90)
+    around[..., 1] = (around[..., 1] + 180) % 360 - 180
+    return (real_geography.surface(around.reshape(-1, 2)) == "land").reshape(len(latlon), -1).any(axis=1)
 
 
 def _read_text(csv: Path) -> pd.DataFrame:
@@ -212,7 +212,8 @@ def _check_order(csv: Path, places: pd.DataFrame, columns: dict[str, str]) -> No
     distinct = np.unique(places[["lat", "lon"]].to_numpy().round(1), axis=0)
     if len(distinct) < SWAPPED_PLACES or (np.abs(distinct[:, 1]) > 90).any():
         return
-    given, other = near_land(*distinct.T).mean(), near_land(*distinct.T[::-1]).mean()
+    land = near_land(np.concatenate([distinct, distinct[:, ::-1]]))  # the mask is read once, in some seconds
+    given, other = land[: len(distinct)].mean(), land[len(distinct) :].mean()
     if given <= SWAPPED_GIVEN and other >= SWAPPED_OTHER:
         lat, lon, line = places[["lat", "lon", "line"]].iloc[0]
         raise ValueError(
