@@ -46,8 +46,9 @@ def test_disturbances_stay_in_their_ranges():
     assert 0.8 * 3 - 1e-3 < span.min() < 0.81 * 3 and 1.24 * 3 < span.max() < 1.25 * 3 + 1e-3
     angle = torch.rad2deg(torch.atan2(side[:, 0], side[:, 1])).abs()
     assert 19.5 < angle.max() < 20.001
-    shift = (centre.abs() / span[:, None]).max()
-    assert 0.12 < shift < 0.1251
+    shift = centre.norm(dim=-1) / span
+    assert 0.12 < shift.max() < 0.1251 and shift.mean().item() == pytest.approx(0.125 / 2, rel=0.03)
+    assert centre.mean(0).abs().max() < 0.01  # no direction is preferred
 
 
 def test_sampling_is_bilinear_and_wraps():

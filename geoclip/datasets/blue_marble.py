@@ -27,8 +27,8 @@ class TileConfig:
 
     pixels: side of the tile; span_deg: side on the ground in degrees of latitude.
     rotate_deg: rotated by up to ± this; scale: span multiplied by a draw from this range; shift: moved by up
-    to ± this part of the span in each axis (the place to find stays where it was); recolour: gain of each
-    channel and of all, and offset, drawn from ± this.
+    to this part of the span in any direction (the place to find stays where it was), distance and direction
+    both uniform; recolour: gain of each channel and of all, and offset, drawn from ± this.
     """
 
     pixels: int = 32
@@ -94,7 +94,8 @@ def data_hash() -> str:
 
 
 def disturbance(n: int, generator: torch.Generator) -> Float[Tensor, "n 9"]:
-    """What is done to n tiles, drawn from [-1, 1): span, angle, shift (2), gain (3 channels, all), offset."""
+    """What is done to n tiles, drawn from [-1, 1): span, angle, shift's distance and direction, gain (3
+    channels, all), offset."""
     return torch.rand(n, 9, generator=generator) * 2 - 1
 
 
@@ -112,7 +113,9 @@ def tile_grid(
         low, high = config.scale
         span = span * (low + (high - low) * (disturbed[:, 0] + 1) / 2)
         angle = torch.deg2rad(config.rotate_deg * disturbed[:, 1])
-        shift = config.shift * span[:, None] * disturbed[:, 2:4]
+        direction = torch.pi * disturbed[:, 3]
+        distance = config.shift * span * disturbed[:, 2].abs()
+        shift = distance[:, None] * torch.stack([direction.cos(), direction.sin()], 1)
     steps = (torch.arange(config.pixels) + 0.5) / config.pixels - 0.5
     north, east = torch.meshgrid(-steps, steps, indexing="ij")
     cos, sin = angle.cos()[:, None, None], angle.sin()[:, None, None]
