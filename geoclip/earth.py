@@ -116,13 +116,19 @@ def add_noise_m(
 
     The same distance on the ground at every latitude; 0 returns the coordinates as they are.
     """
-    if sigma_m < 0:
-        raise ValueError(f"sigma_m must be ≥ 0 metres, got {sigma_m}")
     if sigma_m == 0:
         return latlon
-    noise = torch.randn(latlon.shape, generator=generator, dtype=torch.float64) * sigma_m / 1000
-    east_km, north_km = noise.to(latlon.device).unbind(-1)
-    return destination(latlon, east_km, north_km)
+    noise = draw_noise_km(latlon.shape[:-1], sigma_m, generator)
+    return destination(latlon, *noise.to(latlon.device).unbind(-1))
+
+
+def draw_noise_km(
+    shape: tuple[int, ...], sigma_m: float, generator: torch.Generator | None = None
+) -> Float[Tensor, "*n 2"]:
+    """(east, north) of noise of `sigma_m` metres in km, on the CPU, so that a seed means the same everywhere."""
+    if sigma_m < 0:
+        raise ValueError(f"sigma_m must be ≥ 0 metres, got {sigma_m}")
+    return torch.randn(*shape, 2, generator=generator, dtype=torch.float64) * sigma_m / 1000
 
 
 def sample_sphere(n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n 2"]:
