@@ -1,0 +1,437 @@
+"""Measurements: how fast each part is, beside the limits of the machine and beside the authors' package.
+
+Every row states what was done, how often, the median and the spread of its seconds, and the seconds that the
+machine's measured matrix rate and memory bandwidth allow for the same work (`limit_s`).
+"""
+
+import dataclasses
+import datetime
+import gc
+import itertools
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from geoclip import earth, features, gallery, precision
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
+from geoclip.model import GeoCLIP
+from geoclip.sources import Views
+
+OURS, AUTHORS = "ours", "authors' package 1.3.0"
+TOWER = "ViT-L-14-quickgelu"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured; `cpu` is for two cores, `gpu` for one large GPU, `tiny` only tries the code.
+
+    tower: an open_clip model; images: batches; places: gallery sizes searched; encoded: places encoded;
+    epoch: cached features of one epoch (MP-16 has 4,723,695 photos); photos: JPEGs embedded with decoding.
+    """
+
+    tower: str
+    images: tuple[int, ...]
+    places: tuple[int, ...]
+    encoded: tuple[int, ...]
+    steps: int
+    epoch: int
+    photos: int
+    runs: int
+    gemm: int
+    copy_mb: int
+
+
+SIZES = {
+    "cpu": Sizes(TOWER, (1, 8, 32), (1_000, 10_000, 100_000, 1_000_000, 10_000_000), (100_000,), 5, 0, 48, 5, 2048, 256),
+    "gpu": Sizes(
+        TOWER, (1, 64, 256, 512), (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000),
+        (100_000, 1_000_000), 200, 4_723_695, 8192, 20, 8192, 4096,
+    ),
+    "tiny": Sizes("ViT-B-32-quickgelu", (1, 4), (1_000, 10_000), (200,), 1, 600, 16, 1, 256, 16),
+}  # fmt: skip
+
+
+class Bench:
+    """One device, its measured limits, and the rows measured on it so far."""
+
+    def __init__(self, device: str, sizes: Sizes, say: Callable[[str], None] = print):
+        self.device, self.sizes, self.say = torch.device(device), sizes, say
+        self.rows: list[dict] = []
+        self.dtype = precision.choose("auto", self.device)
+        self.gemm: dict[torch.dtype, float] = {}
+        self.bandwidth = 0.0
+
+    def seconds(self, work: Callable[[], object], runs: int | None = None, warm: int = 2) -> list[float]:
+        """Seconds of each of `runs` calls, each waited for."""
+        taken = []
+        for run in range(-warm, runs or self.sizes.runs):
+            self.wait()
+            began = time.perf_counter()
+            work()
+            self.wait()
+            if run >= 0:
+                taken.append(time.perf_counter() - began)
+        return taken
+
+    def wait(self) -> None:
+        """Until the GPU has done what it was given."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def add(
+        self, task: str, seconds: list[float], system: str = OURS, size: int | None = None, items: float = 0,
+        flop: float = 0, read_bytes: float = 0, dtype: torch.dtype | None = None, note: str = "",
+    ) -> dict:  # fmt: skip
+        """A row; items are what `rate` counts a second, flop and read_bytes what the limit is computed from."""
+        median = statistics.median(seconds)
+        limit = max(flop / self.gemm[dtype or self.dtype] if flop else 0, read_bytes / self.bandwidth if read_bytes else 0)
+        row = {
+            "task": task, "system": system, "size": size, "precision": name_of(dtype or self.dtype),
+            "median_s": median, "low_s": min(seconds), "high_s": max(seconds), "runs": len(seconds),
+            "rate": items / median if items else np.nan, "limit_s": limit or np.nan,
+            "share_of_limit": limit / median if limit else np.nan, "note": note,
+        }  # fmt: skip
+        self.rows.append(row)
+        rate = f", {row['rate']:,.1f} a second" if items else ""
+        share = f", {100 * row['share_of_limit']:.0f} % of the limit" if limit else ""
+        self.say(f"{system:8.8} {task} {size or '':,}: {median:.4g} s{rate}{share} {note}" if size else
+                 f"{system:8.8} {task}: {median:.4g} s{rate}{share} {note}")  # fmt: skip
+        return row
+
+    def note(self, task: str, value: float, unit: str, system: str = OURS, dtype: torch.dtype | None = None) -> None:
+        """A row that is no time: a rate, a cosine, megabytes."""
+        kind = name_of(dtype) if dtype else ""
+        self.rows.append({"task": task, "system": system, "precision": kind, "rate": value, "note": unit})
+        self.say(f"{system:8.8} {task} {kind}: {value:.6g} {unit}")
+
+    def free(self) -> None:
+        """Give memory back between tasks."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """ "fp32" or "bf16"."""
+    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def machine(device: torch.device) -> dict:
+    """What the numbers were measured on, and when."""
+    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), platform.machine())
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return {
+        "hardware": gpu or cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "cuda": torch.version.cuda if gpu else "",
+        "python": platform.python_version(), "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "load_average": round(os.getloadavg()[0], 2),
+    }  # fmt: skip
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).is_file() else []
+
+
+# ------------------------------------------------------------------------------------------------- the limits
+
+
+def limits(bench: Bench) -> None:
+    """The machine's matrix rate in each precision and its memory bandwidth, on random data."""
+    n = bench.sizes.gemm
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = (torch.randn(n, n, device=bench.device).to(dtype) for _ in range(2))
+        best = min(bench.seconds(lambda a=a, b=b: a @ b, 10, 3))
+        bench.gemm[dtype] = 2 * n**3 / best
+        bench.note("limit: matrix product", bench.gemm[dtype] / 1e9, "GFLOP/s", "machine", dtype)
+    x = torch.randn(bench.sizes.copy_mb << 18, device=bench.device)
+    bench.bandwidth = x.numel() * 4 / min(bench.seconds(x.sum, 10, 3))
+    bench.note("limit: memory read", bench.bandwidth / 1e9, "GB/s", "machine", torch.float32)
+
+
+def flop_of(module: nn.Module, *inputs: Tensor) -> float:
+    """Floating-point operations of one call, counted by PyTorch."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operation, which the counter does not know
+    try:
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            module(*inputs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return float(counter.get_total_flops())
+
+
+# -------------------------------------------------------------------------------------------------- the tasks
+
+
+def tower(bench: Bench, compiled: bool = False) -> None:
+    """Images a second through the tower, from decoded bytes to float16 features on the CPU."""
+    config = ImageEncoderConfig(bench.sizes.tower, None)
+    encoder = ImageEncoder(config, torch.Generator().manual_seed(0))
+    pixels = features.Preprocessing.of(config).pixels
+    flop = flop_of(encoder.tower.visual, torch.zeros(1, 3, pixels, pixels))
+    encoder.to(bench.device)
+    generator = torch.Generator().manual_seed(0)
+    for batch in bench.sizes.images[-2:] if compiled else bench.sizes.images:
+        torch.compiler.reset()  # compiled for this batch, and not for any
+        images = torch.randint(256, (batch, 3, pixels, pixels), generator=generator, dtype=torch.uint8)
+        if bench.device.type == "cuda":
+            images = images.pin_memory()
+        for dtype, name in ((bench.dtype, "auto"), (torch.float32, "fp32")):
+            if name == "fp32" and (dtype == bench.dtype or batch != 8):
+                continue
+            run = features.Tower(encoder, features.Preprocessing.of(config), batch, name_of(dtype), compiled)
+            taken = bench.seconds(lambda run=run, images=images: run(images))
+            bench.add(
+                "image tower" + ", compiled" * compiled, taken, size=batch, items=batch, flop=batch * flop, dtype=dtype,
+                note=f"{flop / 1e9:.0f} GFLOP an image",
+            )  # fmt: skip
+            if batch == 8 or (compiled and batch == bench.sizes.images[-1]):
+                single = features.Tower(encoder, features.Preprocessing.of(config), 8, "fp32", False)
+                cosine = torch.cosine_similarity(run(images)[:8].float(), single(images[:8]).float()).min().item()
+                bench.note("image tower, least cosine to fp32", cosine, "cosine", dtype=dtype)
+    del encoder
+    bench.free()
+
+
+def decoding(bench: Bench, workers: int) -> None:
+    """Images a second of `embed` as a whole: JPEGs of 1024 × 768 from files, decoded, through the tower, to disk."""
+    from PIL import Image
+
+    from geoclip.sources import open_source
+
+    n = bench.sizes.photos
+    generator = np.random.default_rng(0)
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as name:
+        folder = Path(name)
+        rows = ["IMG_FILE,LAT,LON"]
+        for i in range(n):
+            if i < 64:  # pictures with the detail of a photo: a coarse pattern and fine noise
+                coarse = generator.integers(0, 255, (24, 32, 3), dtype=np.uint8)
+                picture = np.asarray(Image.fromarray(coarse).resize((1024, 768), Image.Resampling.BICUBIC), np.int16)
+                picture = np.clip(picture + generator.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
+                Image.fromarray(picture).save(folder / f"{i}.jpg", quality=85)
+            else:
+                os.link(folder / f"{i % 64}.jpg", folder / f"{i}.jpg")
+            rows.append(f"{i}.jpg,{i % 90},{i % 180}")
+        (folder / "photos.csv").write_text("\n".join(rows) + "\n")
+        encoder = ImageEncoder(ImageEncoderConfig(bench.sizes.tower, None), torch.Generator().manual_seed(0))
+        encoder.to(bench.device)
+        source = open_source(str(folder / "photos.csv"), photos_a_part=max(8, n // (4 * max(1, workers))))
+        batch = max(bench.sizes.images)
+        taken = []
+        for run in range(3):
+            report = features.embed(source, encoder, folder / f"out{run}", Views(), min(batch, 256), workers)
+            taken.append(report.seconds)
+        megabytes = sum((folder / f"{i}.jpg").stat().st_size for i in range(min(64, n))) / min(64, n) / 1e6
+        bench.add(
+            "embed JPEGs, decoding in", taken, size=n, items=n,
+            note=f"{workers} decoding processes, 1024 × 768, {megabytes:.2f} MB each",
+        )  # fmt: skip
+        started = time.perf_counter()
+        chunks = sum(len(chunk.ids) for chunk in source.chunks(0, Views(), 32))
+        bench.add("decode JPEGs, one process", [time.perf_counter() - started], size=chunks, items=chunks)
+    bench.free()
+
+
+def places(bench: Bench) -> None:
+    """Encoding places, beside the floating-point limit, and how near bfloat16 stays to single precision."""
+    encoder = LocationEncoder(generator=torch.Generator().manual_seed(0)).to(bench.device).eval()
+    flop = place_flop(encoder.config)
+    block = 1 << 16 if bench.device.type == "cuda" else 4096
+    for n in bench.sizes.encoded:
+        latlon = earth.sample_sphere(n, torch.Generator().manual_seed(1))
+        for dtype in dict.fromkeys((bench.dtype, torch.float32)):
+            taken = bench.seconds(
+                lambda latlon=latlon, dtype=dtype: gallery.embed(encoder, latlon, block, dtype), 3, 1
+            )
+            bench.add("encode a gallery", taken, size=n, items=n, flop=n * flop, dtype=dtype)
+    latlon = earth.sample_sphere(min(n, 20_000), torch.Generator().manual_seed(2))
+    single = gallery.embed(encoder, latlon)
+    low = gallery.embed(encoder, latlon, dtype=bench.dtype).float()
+    bench.note("encode a gallery, least cosine to fp32", torch.cosine_similarity(single, low).min().item(), "cosine", dtype=bench.dtype)
+    bench.free()
+
+
+def searching(bench: Bench) -> None:
+    """The five best of galleries of growing size, for 1 and 64 queries, beside reading the gallery once."""
+    dim = LocationEncoderConfig().dim
+    generator = torch.Generator(bench.device).manual_seed(0)
+    for n in bench.sizes.places:
+        for dtype in dict.fromkeys((torch.float32, bench.dtype)):
+            size = n * dim * dtype.itemsize
+            if size > 0.85 * free_memory(bench.device):
+                bench.say(f"search {n:,} {name_of(dtype)}: {size / 1e9:.0f} GB do not fit, not measured")
+                continue
+            rows = torch.empty(n, dim, dtype=dtype, device=bench.device)
+            for part in rows.split(1 << 20):
+                part.copy_(nn.functional.normalize(
+                    torch.randn(part.shape, generator=generator, device=bench.device), dim=1
+                ))  # fmt: skip
+            for q in (1, 64):
+                query = nn.functional.normalize(torch.randn(q, dim, generator=generator, device=bench.device), dim=1)
+                taken = bench.seconds(lambda query=query, rows=rows: gallery.search(query, rows, 5), 5, 1)
+                bench.add(
+                    f"search, {q} quer{'y' if q == 1 else 'ies'}", taken, size=n, items=q, read_bytes=size,
+                    dtype=dtype, note=f"{size / 1e6:,.0f} MB",
+                )  # fmt: skip
+            del rows
+            bench.free()
+
+
+def free_memory(device: torch.device) -> float:
+    """Bytes that can be taken on the device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable"))
+
+
+def place_flop(config: LocationEncoderConfig) -> float:
+    """Floating-point operations of encoding one place: its matrix products."""
+    widths = [2 * config.frequencies] + [config.width] * config.hidden_layers + [config.dim]
+    return 2 * len(config.sigmas) * sum(a * b for a, b in itertools.pairwise(widths))
+
+
+def step_flop(batch: int, queue: int, feature_dim: int = 768) -> float:
+    """Floating-point operations of one training step on features: forward, and twice that backward."""
+    config, head = LocationEncoderConfig(), ImageEncoderConfig()
+    place = place_flop(config)
+    image = 2 * (feature_dim * head.hidden + head.hidden * head.dim)
+    return 3 * (batch * image + (batch + queue) * place + 2 * batch * (batch + queue) * config.dim)
+
+
+def training_step(bench: Bench, compiled: str = "") -> None:
+    """One step on features, 512 images against 512 + 4,096 places, with optimiser, as training does it."""
+    from geoclip import training
+
+    batch, queue = 512, 4096
+    with made_features(4 * batch, 1) as folder:
+        config = training.TrainConfig(data=str(folder), image=ImageEncoderConfig(TOWER, None), batch_size=batch, queue=queue)
+        data = training.training_set(config)
+        data.keep_on(bench.device)
+        module = training.build(config, data).to(bench.device).train()
+        if compiled:
+            module.contrast = torch.compile(module.contrast, mode=compiled)
+        (optimizer,), _ = module.configure_optimizers()
+        steps = iter(range(10**9))
+
+        def step() -> None:
+            number = next(steps)
+            keys = [(0, (number * batch + i) % len(data)) for i in range(batch)]
+            loaded = {name: value.to(bench.device) for name, value in data.__getitems__(keys).items()}
+            with precision.arithmetic(bench.dtype if bench.device.type == "cuda" else torch.float32, bench.device):
+                loss = module.loss(loaded, training.seeded(0, number))["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        runs = bench.sizes.steps if bench.device.type == "cuda" else 3
+
+        def several() -> None:
+            for _ in range(runs):
+                step()
+
+        dtype = bench.dtype if bench.device.type == "cuda" else torch.float32
+        taken = [seconds / runs for seconds in bench.seconds(several, 3, 1)]
+        bench.add(
+            "training step on features, 512 + 4,096" + f", compiled ({compiled})" * bool(compiled), taken,
+            items=batch, flop=step_flop(batch, queue), dtype=dtype, note=f"mean of {runs} steps",
+        )  # fmt: skip
+    bench.free()
+
+
+def epoch(bench: Bench) -> None:
+    """`train` on as many made features as MP-16 has photos: seconds of each of two epochs, and what that means."""
+    from geoclip import training
+
+    n = bench.sizes.epoch
+    with made_features(n, 1) as folder:
+        config = training.TrainConfig(
+            data=str(folder), image=ImageEncoderConfig(TOWER, None), epochs=2, workers=0,
+            precision="auto" if bench.device.type == "cuda" else "32-true",
+        )  # fmt: skip
+        began = time.perf_counter()
+        run = training.train(config, folder / "run")
+        whole = time.perf_counter() - began
+        seconds = run.result["epoch_seconds"]
+    bench.add("epoch on features", seconds[-1:], size=n, items=n, flop=step_flop(512, 4096) * (n // 512),
+              note=f"second epoch; the first took {seconds[0]:.1f} s with compilation, all {whole:.1f} s with loading")  # fmt: skip
+    epochs = training.TrainConfig().epochs
+    bench.note("whole training on features, projected", epochs * seconds[-1] + whole - sum(seconds),
+               f"seconds: {epochs} epochs of {n:,} at the measured pace, and the measured start")  # fmt: skip
+
+
+class made_features(tempfile.TemporaryDirectory):
+    """A folder of n random features of ViT-L/14's width at random places, as `embed` would leave it."""
+
+    def __init__(self, n: int, views: int):
+        super().__init__()
+        self.n, self.views = n, views
+
+    def __enter__(self) -> Path:
+        out = Path(super().__enter__()) / "features"
+        image, a_shard = ImageEncoderConfig(TOWER, None), 1 << 16
+        info = features.FeatureInfo(
+            TOWER, None, "made", features.Preprocessing.of(image), Views(number=self.views), 768, "made", "made", "made",
+            -(-self.n // a_shard),
+        )  # fmt: skip
+        out.mkdir()
+        features.claim(out, info)
+        generator = torch.Generator().manual_seed(0)
+        block = torch.randn(min(a_shard, self.n), self.views, 768, generator=generator).half().numpy()
+        for part in range(info.shards):
+            shard, rows = features.Shard(part), min(a_shard, self.n - part * a_shard)
+            # each shard another view of the same random numbers: drawing 3.6 billion would take longer than training
+            shard.features = [np.roll(block, part, axis=-1)[:rows]]
+            shard.ids = [str(i) for i in range(rows)]
+            shard.latlon = earth.sample_sphere(rows, generator).numpy()
+            shard.write(out, info, torch.float32)
+        return out
+
+
+def whole_model(bench: Bench) -> GeoCLIP:
+    """The paper's model with random weights and a gallery of 100 K places."""
+    config = ImageEncoderConfig(bench.sizes.tower, None)
+    model = GeoCLIP.build(config, None, torch.Generator().manual_seed(0))
+    return model.use_gallery(gallery.Gallery(earth.sample_sphere(100_000, torch.Generator().manual_seed(3)))).eval()
+
+
+def gpu(bench: Bench) -> None:
+    """All that a GPU is asked, the surest first."""
+    limits(bench)
+    tower(bench)
+    for mode in ("", "default", "reduce-overhead"):
+        attempt(bench, f"training step {mode}", lambda mode=mode: training_step(bench, mode))
+    attempt(bench, "epoch", lambda: epoch(bench))
+    attempt(bench, "compiled tower", lambda: tower(bench, compiled=True))
+    attempt(bench, "places", lambda: places(bench))
+    attempt(bench, "decoding", lambda: decoding(bench, len(os.sched_getaffinity(0))))
+    attempt(bench, "searching", lambda: searching(bench))
+
+
+def attempt(bench: Bench, task: str, work: Callable[[], None]) -> None:
+    """Measure a task; one that fails is named, with the reason, and the others go on."""
+    try:
+        work()
+    except (RuntimeError, OSError, ValueError) as error:
+        bench.note(f"{task}: not measured", float("nan"), str(error).splitlines()[0][:200])
+    bench.free()
+
+
+def table(bench: Bench):
+    """The rows as a pandas table, with the machine in every row."""
+    import pandas as pd
+
+    about = machine(bench.device) | {"sizes": dataclasses.astuple(bench.sizes)[0]}
+    return pd.DataFrame(bench.rows).assign(**about)
