@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning
-import numpy as np
 import torch
 import yaml
 from filelock import FileLock
@@ -404,6 +403,11 @@ def run_key(config: TrainConfig) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def is_kept(config: TrainConfig) -> bool:
+    """Whether a run of this configuration, code and data has ended and is kept in the cache."""
+    return (paths.CACHE / "runs" / run_key(config) / "result.json").is_file()
+
+
 def code_hash(model: str) -> str:
     """Hash of the modules that a training run of this model goes through."""
     package = Path(__file__).parent
@@ -646,13 +650,3 @@ def tile_errors(
     images, latlon = module.test_tiles(split)
     answers = torch.cat([module.locate(part) for part in images.split(block)])
     return earth.haversine_km(answers, latlon)
-
-
-def seeds_interval(values) -> tuple[float, float]:
-    """Mean and half width of the 95 % t interval of a quantity over seeds; the width is NaN for one seed."""
-    from scipy import stats
-
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return float(values.mean()), float("nan")
-    return float(values.mean()), float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))

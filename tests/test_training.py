@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import signal
 import subprocess
 import sys
@@ -224,9 +223,3 @@ def test_the_command_line_trains_and_says_where(unbroken, tmp_path):
     wrong = subprocess.run([*command, "--queue", "3"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "larger than the queue of 3" in wrong.stderr
     assert "Traceback" not in wrong.stderr
-
-
-def test_interval_over_seeds():
-    mean, half = training.seeds_interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.303 / math.sqrt(3), rel=1e-3)
-    assert math.isnan(training.seeds_interval([1.0])[1])
