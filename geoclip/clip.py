@@ -6,6 +6,7 @@ the Hugging Face hub (safetensors, so without code in it), at a fixed revision a
 
 import hashlib
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -69,6 +70,15 @@ def released_file() -> Path:
             f"{path} is not the released CLIP: its SHA-256 is {found}, expected {SHA256}; delete it and run again"
         )
     return path
+
+
+def at_hand() -> bool:
+    """Whether released_file() needs no network: the file is in the hub's cache."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its progress bar asks a notebook for widgets, which nothing here needs
+        from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(REPOSITORY, FILE, revision=REVISION), str)
 
 
 def read(path: Path | str) -> dict[str, Tensor]:

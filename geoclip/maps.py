@@ -75,9 +75,10 @@ class Grid:
             raise ValueError(
                 f"{len(self.latlon)} values are needed, one a pixel of the map; got shape {values.shape}"
             )
-        picture = np.ma.masked_all(self.inside.shape, dtype=values.dtype)
+        # zeros under the mask: matplotlib computes there too, and would warn of whatever the memory held
+        picture = np.zeros(self.inside.shape, dtype=values.dtype)
         picture[self.inside] = values
-        return picture
+        return np.ma.masked_array(picture, mask=~self.inside)
 
 
 def figure(width_in: float = 7.0, height_in: float = 3.6, data: str | None = None) -> Figure:

@@ -1,0 +1,62 @@
+"""What the place embeddings know without an image: how far similarity reaches, and what distant places share."""
+
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn import functional
+
+from geoclip import earth
+
+BOUNDS_KM = (0, 1, 5, 25, 200, 750, 2500, 10_000, 20_100)
+
+
+def similarity_by_distance(
+    latlon: Float[Tensor, "n 2"],
+    embeddings: Float[Tensor, "n d"],
+    queries: int = 300,
+    bounds_km: Sequence[float] = BOUNDS_KM,
+) -> pd.DataFrame:
+    """Cosine of pairs of places by their distance: from_km, to_km, pairs, and the quantiles p5, median, p95.
+
+    The first `queries` places are paired with all; embeddings unit-norm; a distance counts where it is
+    > from_km and ≤ to_km, so that a place is not paired with itself. A class without pairs is left out.
+    """
+    distance_km = earth.haversine_km(latlon[:queries, None], latlon[None])
+    cosine = embeddings[:queries] @ embeddings.T
+    rows = []
+    for low, high in itertools.pairwise(bounds_km):
+        inside = cosine[(distance_km > low) & (distance_km <= high)].numpy()
+        if inside.size:
+            p5, median, p95 = np.quantile(inside, [0.05, 0.5, 0.95])
+            rows.append(
+                {"from_km": low, "to_km": high, "pairs": inside.size, "p5": p5, "median": median, "p95": p95}
+            )
+    return pd.DataFrame(rows)
+
+
+def mean_query(embeddings: Float[Tensor, "n d"], chosen: Bool[Tensor, " n"]) -> Float[Tensor, " d"]:
+    """One unit-norm query from several places; ValueError where none is chosen."""
+    if not chosen.any():
+        raise ValueError("no place was chosen for the query")
+    return functional.normalize(embeddings[chosen].mean(0), dim=0)
+
+
+def ranking(
+    score: Float[Tensor, " n"], relevant: Bool[Tensor, " n"], among: Bool[Tensor, " n"]
+) -> dict[str, float]:
+    """How well `score` puts the relevant places first: n, share (percent relevant) and auc (0.5 = chance).
+
+    auc is the probability that a relevant place scores higher than another. Only places `among` count.
+    Raises ValueError where they are all relevant, or none is.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    relevant, score = relevant[among], score[among]
+    if relevant.all() or not relevant.any():
+        raise ValueError("a ranking needs both relevant and other places")
+    share = 100 * relevant.double().mean().item()
+    return {"n": len(relevant), "share": share, "auc": float(roc_auc_score(relevant.numpy(), score.numpy()))}

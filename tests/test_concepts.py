@@ -1,0 +1,50 @@
+"""Similarity by distance against a plain loop, and rankings whose result is known."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from geoclip import earth
+from geoclip.concepts import mean_query, ranking, similarity_by_distance
+
+
+def test_similarity_by_distance_is_what_a_plain_loop_gives():
+    generator = torch.Generator().manual_seed(0)
+    latlon = torch.cat([earth.sample_sphere(40, generator), torch.zeros(2, 2)])  # two places are one
+    embeddings = functional.normalize(torch.randn(42, 5, generator=generator), dim=1)
+    table = similarity_by_distance(latlon, embeddings, queries=7, bounds_km=(0, 3000, 20_100))
+    for row in table.itertuples():
+        cosines = []
+        for i in range(7):
+            for j in range(42):
+                distance = earth.haversine_km(latlon[i], latlon[j]).item()
+                if row.from_km < distance <= row.to_km:
+                    cosines.append(float(embeddings[i] @ embeddings[j]))
+        assert row.pairs == len(cosines)
+        assert row.median == pytest.approx(np.median(cosines), abs=1e-6)
+        assert row.p5 <= row.median <= row.p95
+    assert table["pairs"].sum() == 7 * 41  # all but each with itself
+
+
+def test_a_class_of_distances_without_pairs_is_left_out():
+    latlon = torch.tensor([[0.0, 0.0], [0.0, 90.0]])
+    table = similarity_by_distance(latlon, torch.eye(2), bounds_km=(0, 1, 20_100))
+    assert table["from_km"].tolist() == [1] and table["median"].tolist() == [0.0]
+
+
+def test_mean_query_is_a_unit_vector_between_its_places():
+    query = mean_query(torch.eye(3), torch.tensor([True, True, False]))
+    assert torch.allclose(query, torch.tensor([0.5**0.5, 0.5**0.5, 0.0]))
+    with pytest.raises(ValueError, match="no place"):
+        mean_query(torch.eye(3), torch.zeros(3, dtype=torch.bool))
+
+
+def test_ranking():
+    score = torch.tensor([4.0, 3.0, 2.0, 1.0, 99.0])
+    relevant = torch.tensor([True, False, True, False, False])
+    among = torch.tensor([True, True, True, True, False])
+    # of the four pairs (relevant, other) three are in the right order; the last place does not count
+    assert ranking(score, relevant, among) == {"n": 4, "share": 50.0, "auc": 0.75}
+    with pytest.raises(ValueError, match="both"):
+        ranking(score, torch.zeros(5, dtype=torch.bool), among)
