@@ -134,6 +134,15 @@ def clip_feature_dim(tower: str) -> int:
     return config["embed_dim"]
 
 
+def clip_input(tower: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
+    """Side in pixels, mean and standard deviation of RGB that a CLIP tower expects (OpenAI's)."""
+    import open_clip
+
+    clip_feature_dim(tower)
+    side = open_clip.get_model_config(tower)["vision_cfg"].get("image_size", 224)
+    return side, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
 def load_conv(checkpoint: str) -> ConvTower:
     """The "conv" tower of a checkpoint of `python -m geoclip train`; nothing in the file is executed.
 

@@ -28,11 +28,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from geoclip import earth, features, paths
 from geoclip.datasets import blue_marble
+from geoclip.datasets.augmented import PhotoTraining
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
 from geoclip.features import FeatureData
 from geoclip.gallery import Gallery
 from geoclip.gps_queue import GPSQueue
-from geoclip.image_encoder import ImageEncoderConfig
+from geoclip.image_encoder import CONV_TOWER, ImageEncoderConfig, clip_input
 from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.model import GeoCLIP
 
@@ -214,7 +215,21 @@ def training_set(config: TrainConfig) -> Dataset:
         return TileTraining(training_places(config), config)
     if on_features(config):
         return FeatureData(config.data, config.image, config.views, config.fraction, config.seed)
-    raise FileNotFoundError(f'data {config.data!r} is neither "blue_marble" nor a folder of features')
+    if Path(config.data).is_file():
+        return photo_training(config)
+    raise FileNotFoundError(
+        f'data {config.data!r} is neither "blue_marble" nor a folder of features nor a CSV of photos'
+    )
+
+
+def photo_training(config: TrainConfig) -> PhotoTraining:
+    """The photos of a CSV, sized and normalised as the configuration's tower wants them."""
+    side, mean, std = config.tiles.pixels, (0.5,) * 3, (0.5,) * 3  # RGB in [-1, 1], as tiles are
+    if config.image.tower != CONV_TOWER:
+        side, mean, std = clip_input(config.image.tower)
+    return PhotoTraining(
+        config.data, config.images, side, mean, std, config.views, config.fraction, config.seed
+    )
 
 
 def on_features(config: TrainConfig) -> bool:

@@ -162,7 +162,7 @@ def test_stopped_early_and_resumed_is_the_same(unbroken, tmp_path):
 
 
 def test_a_folder_with_another_configuration_is_refused(unbroken):
-    with pytest.raises(ValueError, match="another configuration.*queue: 100 there, 64 here"):
+    with pytest.raises(ValueError, match=r"another configuration.*queue: 100 there, 64 here"):
         training.train(dataclasses.replace(TINY, queue=64), unbroken.directory)
     assert training.train(TINY, unbroken.directory).result == unbroken.result  # it was left as it was
 
@@ -223,3 +223,48 @@ def test_the_command_line_trains_and_says_where(unbroken, tmp_path):
     wrong = subprocess.run([*command, "--queue", "3"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "larger than the queue of 3" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+@pytest.fixture
+def photo_csv(tmp_path):
+    import numpy as np
+    from PIL import Image
+
+    generator = np.random.default_rng(0)
+    rows = ["IMG_FILE,LAT,LON"]
+    for i in range(40):
+        pixels = generator.integers(0, 255, (24, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+        rows.append(f"{i}.png,{generator.uniform(-60, 70):.4f},{generator.uniform(-170, 170):.4f}")
+    path = tmp_path / "mine.csv"
+    path.write_text("\n".join(rows) + "\n")
+    return path
+
+
+def test_photos_of_a_csv_train_like_any_other_data(photo_csv, tmp_path):
+    config = dataclasses.replace(TINY, data=str(photo_csv), views=2, batch_size=20, epochs=2)
+    run = training.train(config, tmp_path / "run")
+    assert run.result["steps"] == 4 and run.result["samples"] == 40
+    data = training.training_set(config)
+    batch = data.__getitems__([(0, 3), (0, 5)])
+    assert batch["image"].shape == (2, 2, 3, 16, 16) and batch["image"].abs().max() <= 1.3
+    assert torch.equal(batch["image"][1], data.__getitems__([(0, 5)])["image"][0])  # whatever the batch
+    assert not torch.equal(batch["image"][0, 0], batch["image"][0, 1])  # two views
+    assert not torch.equal(data.__getitems__([(1, 3)])["image"][0], batch["image"][0])  # two epochs
+    assert torch.equal(run.load().queue.contents()[-20:], last_batch(data))
+
+
+def last_batch(data):
+    sampler = EpochSampler(40, 20, TINY.seed)
+    sampler.set_epoch(1)
+    return data.latlon[[index for _, index in sampler][-20:]]
+
+
+def test_a_photo_that_is_missing_or_unreadable_is_named(photo_csv, tmp_path):
+    config = dataclasses.replace(TINY, data=str(photo_csv), batch_size=20, epochs=1)
+    (photo_csv.parent / "7.png").write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"7\.png"):
+        training.train(config, tmp_path / "unreadable")
+    (photo_csv.parent / "7.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"mine\.csv: 1 of 40 photos.*7\.png"):
+        training.train(config, tmp_path / "missing")
