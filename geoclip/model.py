@@ -70,9 +70,9 @@ class GeoCLIP(nn.Module):
 
     def encode_images(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of preprocessed images."""
-        with precision.arithmetic(self.dtype, images.device):
-            features = self.image_encoder.features(images)
-        return self.encode_features(features if self.dtype == torch.float32 else features.float())
+        if self.dtype == torch.float32:
+            return self.encode_features(self.image_encoder.features(images))
+        return self.encode_features(self.image_encoder.features(images.to(self.dtype)).float())
 
     def encode_features(self, features: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of tower features that were computed before."""
@@ -121,7 +121,7 @@ class GeoCLIP(nn.Module):
         self.dtype, self._places = precision.choose(chosen, self.log_scale.device), None
         if self.dtype != torch.float32:
             tower = self.image_encoder.tower
-            precision.convert(getattr(tower, "visual", tower), self.dtype)
+            getattr(tower, "visual", tower).to(self.dtype)
         return self
 
     def places(self, keep: bool = False) -> Float[Tensor, "m d"]:

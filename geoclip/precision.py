@@ -9,13 +9,12 @@ import sys
 from typing import Literal
 
 import torch
-from torch import nn
 
 Precision = Literal["auto", "fp32", "bf16"]
 CHOICES = ("auto", "fp32", "bf16")
 
 
-def choose(precision: Precision = "auto", device: torch.device | str = "cpu") -> torch.dtype:
+def choose(precision: str = "auto", device: torch.device | str = "cpu") -> torch.dtype:
     """float32 or bfloat16 for inference on `device`; "auto" looks at the processor and says once what it chose.
 
     Raises ValueError for another name, and for "bf16" on a GPU that has none.
@@ -54,16 +53,3 @@ def arithmetic(dtype: torch.dtype, device: torch.device | str = "cpu") -> contex
         return contextlib.nullcontext()
     # Without the cache: it keeps copies only of weights that need a gradient, and those here do not.
     return torch.autocast(torch.device(device).type, dtype, cache_enabled=False)
-
-
-def convert(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """`module` with the weights of its matrix products in `dtype`, in place; for use inside `arithmetic`.
-
-    Autocast would otherwise convert every weight again in every call, 1.8 GB of traffic for ViT-L/14.
-    """
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.to(dtype)
-        elif isinstance(layer, nn.MultiheadAttention):
-            layer.to(dtype)
-    return module

@@ -1,0 +1,150 @@
+"""bfloat16 changes answers by less than it may, and only where it should."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional
+
+from geoclip import earth, features, gallery, precision
+from geoclip.gallery import Gallery
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.location_encoder import LocationEncoder
+from geoclip.model import GeoCLIP
+
+BF16 = torch.bfloat16
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small CLIP tower and the paper's location encoder, random, over 2,000 places."""
+    image = ImageEncoderConfig("ViT-B-32-quickgelu", None)
+    torch.manual_seed(0)  # open_clip draws from the global state
+    return GeoCLIP.build(image, None, seeded(1), Gallery(earth.sample_sphere(2000, seeded(2)))).eval()
+
+
+def unit(n, seed, dim=512):
+    return functional.normalize(torch.randn(n, dim, generator=seeded(seed)), dim=1)
+
+
+def test_automatic_choice_is_said_once_and_can_be_set(capsys, monkeypatch):
+    precision._automatic.cache_clear()
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: True)
+    assert precision.choose("auto") == precision.choose("auto") == BF16
+    assert capsys.readouterr().err.count("bf16") == 1
+    precision._automatic.cache_clear()
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: False)
+    assert precision.choose() == torch.float32
+    assert "fp32" in capsys.readouterr().err
+    precision._automatic.cache_clear()
+    assert (precision.choose("bf16"), precision.choose("fp32")) == (BF16, torch.float32)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="no precision 'fp16': give one of auto, fp32, bf16"):
+        precision.choose("fp16")
+
+
+def test_bf16_is_found_by_the_processors_own_flags(monkeypatch):
+    for flags, fast in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False), ({}, False)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
+        assert precision.has_fast_bf16("cpu") == fast
+
+
+def test_places_in_bf16_stay_within_a_ten_thousandth():
+    """Of the released encoder, whose phases at σ = 256 would be destroyed in bf16 (cosines down to 0.08)."""
+    encoder = LocationEncoder.pretrained()
+    latlon = earth.sample_sphere(600, seeded(3))
+    latlon = torch.cat([latlon, torch.tensor([[90.0, 0.0], [-90.0, 10.0], [0.0, -180.0], [0.0, 179.999]])])
+    single, low = gallery.embed(encoder, latlon), gallery.embed(encoder, latlon, dtype=BF16)
+    assert low.dtype == BF16
+    assert torch.cosine_similarity(single, low.float()).min() >= 0.9999
+    with torch.inference_mode(), torch.autocast("cpu", BF16):
+        level = encoder.levels[2]
+        assert torch.equal(level.features(encoder.project(latlon)), level.features(encoder.project(latlon)).float())
+
+
+def test_images_in_bf16_stay_within_a_thousandth(model):
+    images = torch.randint(256, (6, 3, 224, 224), generator=seeded(4), dtype=torch.uint8)
+    preprocessing = features.Preprocessing.of(model.image_encoder.config)
+    single = features.Tower(model.image_encoder, preprocessing, 4, "fp32", False)(images)
+    low = features.Tower(model.image_encoder, preprocessing, 4, "bf16", False)(images)
+    assert torch.cosine_similarity(single.float(), low.float()).min() >= 0.999
+    assert not torch.equal(single, low)
+
+
+def test_top_1_is_the_same_place_or_near():
+    """Queries as far from their place as photos are, among 5,000 real places of the released encoder.
+
+    The rounding of a query is that of the tower in bfloat16, which the test above bounds (0.001 in cosine).
+    """
+    latlon = Gallery.official().latlon[::20]
+    encoder = LocationEncoder.pretrained()
+    single, low = (gallery.embed(encoder, latlon, dtype=dtype) for dtype in (torch.float32, BF16))
+    towards = single[torch.randperm(len(latlon), generator=seeded(7))[:1000]]
+    query = functional.normalize(towards + 1.5 * unit(1000, 8), dim=1)
+    rounded = functional.normalize(query + 0.01 * unit(1000, 9), dim=1)
+    assert 0.9998 < torch.cosine_similarity(query, rounded).mean() < 0.99999
+    one, other = (
+        latlon[gallery.search(q, places, 1)[1][:, 0]] for q, places in ((query, single), (rounded, low))
+    )
+    apart_km = earth.haversine_km(one, other)
+    assert (apart_km <= 25).double().mean() >= 0.99
+    assert (apart_km == 0).double().mean() >= 0.9
+
+
+def test_a_model_answers_in_bf16_nearly_as_in_fp32(model):
+    images = torch.randn(5, 3, 224, 224, generator=seeded(5))
+    with torch.inference_mode():
+        expected = model.encode_images(images)
+    other = GeoCLIP(model.image_encoder, model.location_encoder, model.gallery)
+    other.load_state_dict(model.state_dict())
+    other.image_encoder = ImageEncoder(model.image_encoder.config)
+    other.image_encoder.load_state_dict(model.image_encoder.state_dict())
+    other.eval().use_precision("bf16")
+    with torch.inference_mode():
+        got = other.encode_images(images)
+    assert got.dtype == torch.float32 and other.places().dtype == BF16
+    assert torch.cosine_similarity(got, expected).min() >= 0.999
+    one, other_answer = model.locate(expected, 3), other.locate(expected, 3)
+    assert torch.allclose(one[1], other_answer[1], rtol=0.02)
+
+
+@pytest.mark.parametrize("n", [50, 5_000, 70_001])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_search_is_exact_in_blocks(n, queries, monkeypatch):
+    query, places = unit(queries, 0, 16), unit(n, 1, 16)
+    expected = (query.double() @ places.double().T).topk(5)
+    monkeypatch.setattr(gallery, "SCORES_AT_ONCE", 1)  # so that blocks are as small as they get
+    score, index = gallery.search(query, places, 5)
+    assert torch.equal(index, expected.indices)
+    assert torch.allclose(score.double(), expected.values, atol=1e-6)
+    _, _, total = gallery.scan(query, places, 5, scale=30.0)
+    assert torch.allclose(total.double(), (30 * query.double() @ places.double().T).logsumexp(1), atol=1e-4)
+    low_score, low_index = gallery.search(query, places.to(BF16), 5)
+    exact = (query.double() @ places.double().T).gather(1, low_index)
+    assert (expected.values - exact).max() < 4e-3  # what it found is as near, to three digits
+    assert torch.allclose(low_score.double(), exact, atol=4e-3)
+
+
+def test_groups_hold_the_best_whatever_their_place():
+    scores = torch.randn(7, 10_003, generator=seeded(6))
+    scores[0, -3:], scores[1, 64:70] = 9.0 + torch.arange(3), 9.0 + torch.arange(6)  # in the rest; all in one group
+    assert torch.equal(gallery.top(scores, 6)[1], scores.topk(6).indices)
+
+
+def test_gallery_in_bf16_is_kept_apart_and_mapped(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery.paths, "CACHE", tmp_path)
+    monkeypatch.setattr(gallery, "KEPT_AT_ONCE", 64)  # written in four parts
+    encoder = LocationEncoder(generator=seeded(0))
+    places = Gallery(earth.sample_sphere(200, seeded(1)))
+    single, low = (places.embed(encoder, keep=True, dtype=dtype) for dtype in (torch.float32, BF16))
+    files = {path.name: path.stat().st_size for path in (tmp_path / "galleries").iterdir()}
+    assert sorted(files.values()) == [200 * 512 * 2 + 128, 200 * 512 * 4 + 128]
+    assert torch.equal(low, gallery.embed(encoder, places.latlon, dtype=BF16))
+    assert torch.allclose(single, gallery.embed(encoder, places.latlon), atol=1e-6)
+    monkeypatch.setattr(gallery, "embed", lambda *_, **__: pytest.fail("computed again"))
+    assert torch.equal(places.embed(encoder, keep=True, dtype=BF16), low)
+    assert math.isclose(low.float().norm(dim=1).mean(), 1, abs_tol=1e-3)
