@@ -276,7 +276,7 @@ def probe(
         return {"seed": seed} | score(fitted, embedding, target, train, test, measure)
 
     # Matrices this small gain little from threads of their own; two seeds at a time gain nearly twice.
-    with _expected_warnings(), threadpool_limits(1):
+    with expected_warnings(), threadpool_limits(1):
         run = Parallel(n_jobs=min(JOBS, os.cpu_count() or 1), prefer="threads")
         return pd.DataFrame(run(delayed(one)(*rows) for rows in splits(latlon, split, config)))
 
@@ -406,7 +406,7 @@ def learning_curve(
     target = np.asarray(target)
     check_rows(embedding, target, measure)
     rows = []
-    with _expected_warnings():
+    with expected_warnings(), threadpool_limits(1):
         for seed, train, test in splits(latlon, split, config):
             order = np.random.default_rng(seed).permutation(train)
             for size in sizes:
@@ -438,7 +438,7 @@ def held_out_prediction(
     own, new = (fold_of[np.searchsorted(names, block)] for block in (own, new))
     target = np.asarray(target)
     answer = np.empty(len(places), dtype=target.dtype)
-    with _expected_warnings():
+    with expected_warnings(), threadpool_limits(1):
         for fold in range(folds):
             model = RidgeProbe(measure).fit(embedding[own != fold], target[own != fold])
             answer[new == fold] = model.predict(places[new == fold])
@@ -475,7 +475,7 @@ def label_probe(
     if len(x_train) != len(labels_train):
         raise ValueError(f"{len(x_train)} training embeddings but {len(labels_train)} rows of labels")
     model = hidden_layer("labels", config, seed)
-    with _expected_warnings():
+    with expected_warnings():
         return model.fit(x_train, labels_train).predict_proba(x_test)
 
 
@@ -530,7 +530,7 @@ def nus_wide_table(embedding: Callable, config: HiddenLayerConfig | None = None,
 
 
 @contextlib.contextmanager
-def _expected_warnings():
+def expected_warnings():
     """Silences what the protocols bring about: rare classes, absent from some inner folds, and a fixed number of
     epochs, which is no failure to converge. Around threads, never in one: the filters are the process's.
     """

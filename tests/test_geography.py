@@ -21,7 +21,7 @@ def small(tmp_path_factory):
         patch.setattr(socket, "getaddrinfo", no_network)
         # Reading the 43,200 × 21,600 mask takes seconds and has a test of its own.
         patch.setattr(real_geography, "surface", lambda latlon: np.where(latlon[:, 0] > 0, "land", "sea"))
-        return *real_geography.tasks(1500), cache
+        return *real_geography.tasks(1500, 1500), cache
 
 
 def no_network(*_, **__):
@@ -110,7 +110,7 @@ def test_the_cache_gives_back_the_same_tasks(small, monkeypatch):
     monkeypatch.setattr(paths, "CACHE", cache)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
     monkeypatch.setattr(real_geography, "on_land", lambda latlon: pytest.fail("the cache was not used"))
-    again, _ = real_geography.tasks(1500)
+    again, _ = real_geography.tasks(1500, 1500)
     for name, task in tasks.items():
         assert (again[name].target == task.target).all() and (again[name].latlon == task.latlon).all()
 

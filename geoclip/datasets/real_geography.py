@@ -76,12 +76,13 @@ class Task:
         return row | {"values": values, "source": self.source, "sampling": self.sampling}
 
 
-def tasks(n: int = 12_000, seed: int = 0) -> tuple[dict[str, Task], dict[str, str]]:
+def tasks(n: int = 12_000, elsewhere: int = 10_000, seed: int = 0) -> tuple[dict[str, Task], dict[str, str]]:
     """Every task that can be built here, by name, and the reason for each that cannot.
 
-    n: places that are drawn on land, on the sphere and among the towns.
+    n: places drawn on land; elsewhere: on the whole sphere, and among the towns.
     """
-    land, sphere, towns = (_kept(n, seed, kind) for kind in ("land", "sphere", "towns"))
+    land = _kept(n, seed, "land")
+    sphere, towns = (_kept(elsewhere, seed, kind) for kind in ("sphere", "towns"))
     bare = land[(land["climate"] != ICE_CAP) & land["elevation"].notna()]
     on_land = f"uniform on the sphere, kept where a country and a climate are known (seed {seed})"
     found = [
