@@ -8,9 +8,12 @@ import dataclasses
 import datetime
 import gc
 import itertools
+import json
 import os
 import platform
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from geoclip import earth, features, gallery, precision
+from geoclip import earth, features, gallery, paths, precision, weights
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
@@ -53,7 +56,7 @@ class Sizes:
 
 
 SIZES = {
-    "cpu": Sizes(TOWER, (1, 8, 32), (1_000, 10_000, 100_000, 1_000_000, 10_000_000), (100_000,), 5, 0, 48, 5, 2048, 256),
+    "cpu": Sizes(TOWER, (1, 8, 32), (1_000, 10_000, 100_000, 1_000_000, 10_000_000), (100_000,), 3, 0, 48, 5, 2048, 256),
     "gpu": Sizes(
         TOWER, (1, 64, 256, 512), (1_000, 10_000, 100_000, 1_000_000, 10_000_000, 100_000_000),
         (100_000, 1_000_000), 200, 4_723_695, 8192, 20, 8192, 4096,
@@ -271,7 +274,7 @@ def searching(bench: Bench) -> None:
     for n in bench.sizes.places:
         for dtype in dict.fromkeys((torch.float32, bench.dtype)):
             size = n * dim * dtype.itemsize
-            if size > 0.85 * free_memory(bench.device):
+            if size > free_memory(bench.device) * (0.85 if bench.device.type == "cuda" else 0.5):
                 bench.say(f"search {n:,} {name_of(dtype)}: {size / 1e9:.0f} GB do not fit, not measured")
                 continue
             rows = torch.empty(n, dim, dtype=dtype, device=bench.device)
@@ -400,11 +403,169 @@ class made_features(tempfile.TemporaryDirectory):
         return out
 
 
-def whole_model(bench: Bench) -> GeoCLIP:
-    """The paper's model with random weights and a gallery of 100 K places."""
-    config = ImageEncoderConfig(bench.sizes.tower, None)
-    model = GeoCLIP.build(config, None, torch.Generator().manual_seed(0))
-    return model.use_gallery(gallery.Gallery(earth.sample_sphere(100_000, torch.Generator().manual_seed(3)))).eval()
+# Their package, in a process of its own: its import name is ours too. CLIP has random weights, as ours has.
+AUTHORS_PROCESS = """
+import json, resource, sys, time
+sys.path.insert(0, sys.argv[1])
+began = time.perf_counter()
+import torch
+import geoclip
+imported = time.perf_counter() - began
+torch.set_num_threads(int(sys.argv[2]))
+model = geoclip.GeoCLIP(clip_pretrained=False).eval()
+model.image_encoder.CLIP.requires_grad_(False)  # as it is with released weights
+ready = time.perf_counter() - began
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+print(json.dumps({"import": imported, "ready": ready}), flush=True)
+trained = [p for p in model.parameters() if p.requires_grad]
+for line in sys.stdin:
+    task, value = json.loads(line)
+    began = time.perf_counter()
+    if task == "predict":
+        model.predict(value, 5)
+    elif task == "gallery":
+        with torch.no_grad():
+            model.location_encoder(model.gps_gallery)
+    elif task == "step":
+        images, places = torch.randn(value, 3, 224, 224), model.gps_gallery[:512 + 4096]
+        optimizer = torch.optim.Adam(trained, lr=3e-5)
+        loss = torch.nn.functional.cross_entropy(model(images, places), torch.arange(value))
+        loss.backward()
+        optimizer.step()
+    print(json.dumps({"seconds": time.perf_counter() - began, "peak_mb": peak()}), flush=True)
+"""
+
+# One photo in a new process, from the start of Python to the answer; CLIP has random weights.
+OUR_PROCESS = """
+import json, resource, sys, time
+import torch
+from geoclip import weights
+from geoclip.gallery import Gallery
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.location_encoder import LocationEncoder
+from geoclip.model import GeoCLIP
+torch.set_num_threads(int(sys.argv[2]))
+model = GeoCLIP(ImageEncoder(ImageEncoderConfig(sys.argv[3], None)), LocationEncoder.pretrained(), Gallery.official())
+model.eval().use_precision("auto").predict(sys.argv[1], 5)
+print(json.dumps(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+"""
+
+
+class Authors:
+    """The authors' released package at work in its own process, asked for one task at a time."""
+
+    def __init__(self):
+        threads = str(torch.get_num_threads())
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", AUTHORS_PROCESS, str(weights.authors_package()), threads],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        self.start = json.loads(self.process.stdout.readline())
+        self.peak_mb = 0.0
+
+    def seconds(self, task: str, value=None) -> float:
+        """Seconds of one task, measured in its process."""
+        self.process.stdin.write(json.dumps([task, value]) + "\n")
+        self.process.stdin.flush()
+        answer = json.loads(self.process.stdout.readline())
+        self.peak_mb = answer["peak_mb"]
+        return answer["seconds"]
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.stdin.close()
+        self.process.wait(60)
+
+
+def starting(bench: Bench) -> None:
+    """Seconds to import and to show the help, in new processes, alternating."""
+    package = str(weights.authors_package())
+    commands = {
+        ("import torch", "PyTorch"): ["-c", "import torch"],
+        ("import geoclip", OURS): ["-c", "import geoclip"],
+        ("python -m geoclip --help", OURS): ["-m", "geoclip", "--help"],
+        ("import geoclip", AUTHORS): ["-c", f"import sys; sys.path.insert(0, {package!r}); import geoclip"],
+    }
+    taken: dict[tuple[str, str], list[float]] = {key: [] for key in commands}
+    for _ in range(bench.sizes.runs):
+        for key, arguments in commands.items():
+            began = time.perf_counter()
+            subprocess.run([sys.executable, *arguments], check=True, capture_output=True, cwd=paths.ROOT)
+            taken[key].append(time.perf_counter() - began)
+    for (task, system), seconds in taken.items():
+        bench.add(task, seconds, system, note="new process")
+
+
+def answering(bench: Bench) -> None:
+    """One photo, cold and warm, 64 photos, the gallery, and a training step: ours and theirs, alternating."""
+    photo = str(weights.kauai())
+    threads = torch.get_num_threads()
+    cold = {}
+    with tempfile.TemporaryDirectory() as cache:
+        # the gallery's embedding is not kept yet in the first, and is in the second
+        for state in ("gallery not kept yet", "gallery kept"):
+            link = Path(cache) / "authors"
+            if not link.exists():
+                link.symlink_to(weights.AUTHORS)
+            began = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-c", OUR_PROCESS, photo, str(threads), bench.sizes.tower], check=True,
+                capture_output=True, text=True, cwd=paths.ROOT, env=os.environ | {"GEOCLIP_CACHE": cache},
+            )  # fmt: skip
+            cold[state] = time.perf_counter() - began
+            peak = float(done.stdout.splitlines()[-1])
+            bench.add("predict a photo, new process", [cold[state]], note=state)
+        bench.note("predict a photo, peak memory", peak, "MB")
+    began = time.perf_counter()
+    authors = Authors()
+    first = authors.seconds("predict", photo)
+    bench.add("predict a photo, new process", [time.perf_counter() - began], AUTHORS)
+    bench.note("predict a photo, peak memory", authors.peak_mb, "MB", AUTHORS)
+    bench.say(f"their first answer took {first:.1f} s after {authors.start['ready']:.1f} s of start")
+
+    model = GeoCLIP(
+        ImageEncoder(ImageEncoderConfig(bench.sizes.tower, None)), LocationEncoder.pretrained(), gallery.Gallery.official()
+    ).eval()  # fmt: skip
+    flop, places_flop = flop_of(model.image_encoder.tower.visual, torch.zeros(1, 3, 224, 224)), place_flop(model.location_encoder.config)
+    model.use_precision("auto").predict(photo)
+    image = model.views(photo)
+    rounds = max(3, bench.sizes.runs - 2)
+    taken: dict[tuple[str, str], list[float]] = {}
+    for _ in range(rounds):
+        for task, system, work in (
+            ("predict a photo", OURS, lambda: model.predict(photo)),
+            ("image tower alone", OURS, lambda: model.encode_images(image)),
+            ("encode a gallery, first time", OURS, lambda: model.gallery.embed(model.location_encoder, dtype=model.dtype)),
+            ("encode a gallery, after", OURS, lambda: model.gallery.embed(model.location_encoder, True, dtype=model.dtype).sum()),
+            ("predict a photo", AUTHORS, None),
+            ("encode a gallery, first time", AUTHORS, None),
+        ):
+            with torch.inference_mode():
+                seconds = bench.seconds(work, 1, 0)[0] if work else authors.seconds("predict" if "photo" in task else "gallery", photo)
+            taken.setdefault((task, system), []).append(seconds)
+    for (task, system), seconds in taken.items():
+        dtype = bench.dtype if system == OURS else torch.float32
+        tower_work = flop if "photo" in task or "tower" in task else 0
+        again = "after" in task or (system == OURS and "photo" in task)
+        encoding = 0 if again or "tower" in task else 100_000 * places_flop
+        bench.add(task, seconds, system, 100_000 if "gallery" in task else 1, 1, tower_work + encoding, dtype=dtype)
+    bench.add("predict 64 photos", bench.seconds(lambda: model.predict([photo] * 64), 2, 0), size=64, items=64, flop=64 * flop)
+    one = statistics.median(taken["predict a photo", AUTHORS])
+    bench.add("predict 64 photos", [64 * one], AUTHORS, 64, 64, note="64 times the measured one: it takes one photo", dtype=torch.float32)
+    few, more = authors.seconds("step", 2), authors.seconds("step", 6)
+    whole = few + (more - few) / 4 * 510
+    bench.add("training step, 512 + 4,096, tower in it", [whole], AUTHORS, items=512, dtype=torch.float32,
+              note=f"from steps of 2 ({few:.1f} s) and 6 ({more:.1f} s) images, linear in images")  # fmt: skip
+    authors.close()
+    bench.free()
+
+
+def cpu(bench: Bench) -> None:
+    """All that a CPU is asked, the table of the README first."""
+    limits(bench)
+    for work in (starting, answering, training_step, tower, searching, places):
+        attempt(bench, work.__name__, lambda work=work: work(bench))
+    attempt(bench, "decoding", lambda: decoding(bench, len(os.sched_getaffinity(0))))
 
 
 def gpu(bench: Bench) -> None:
