@@ -1,0 +1,215 @@
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from geoclip import ablations, earth, features, paths, sources, training
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+
+IMAGES = 500
+TINY = {
+    "image": {"tower": "conv", "weights": None, "frozen": False, "hidden": 16, "dim": 8},
+    "location": {"sigmas": [1.0, 4.0], "frequencies": 8, "width": 16, "hidden_layers": 1, "dim": 8},
+    "queue": 64,
+    "batch_size": 64,
+    "epochs": 2,
+    "learning_rate": 0.01,
+}
+
+
+@pytest.fixture(scope="module")
+def mp16(tmp_path_factory):
+    """500 photos in MP-16's format (IMG_FILE, LAT, LON) whose colour tells the place, and their features."""
+    folder = tmp_path_factory.mktemp("mp16")
+    (folder / "images").mkdir()
+    places = earth.sample_sphere(IMAGES, torch.Generator().manual_seed(0)).numpy()
+    for row, (lat, lon) in enumerate(places):
+        colour = (int((lat + 90) / 180 * 255), int((lon + 180) / 360 * 255), row % 256)
+        Image.new("RGB", (40, 32), colour).save(folder / "images" / f"{row}.jpg")
+    table = pd.DataFrame(
+        {"IMG_FILE": [f"{row}.jpg" for row in range(IMAGES)], "LAT": places[:, 0], "LON": places[:, 1]}
+    )
+    table.to_csv(folder / "mp16.csv", index=False)
+    table.head(100).to_csv(folder / "test.csv", index=False)
+    encoder = ImageEncoder(ImageEncoderConfig(**TINY["image"]), torch.Generator().manual_seed(0))
+    for name, out in (("mp16", "features"), ("test", "test_features")):
+        source = sources.open_source(str(folder / f"{name}.csv"), folder / "images")
+        features.embed(source, encoder, folder / out, sources.Views(number=2), arithmetic="fp32")
+    table[["LAT", "LON"]].to_csv(folder / "gallery.csv", index=False)
+    (folder / "reference.yaml").write_text(yaml.safe_dump(TINY))
+    return folder
+
+
+@pytest.fixture
+def study(mp16, tmp_path, monkeypatch):
+    """A study on the 500 photos, with a cache of its own."""
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    return ablations.open_study(
+        mp16 / "reference.yaml", mp16 / "features", {"random": mp16 / "test_features"}, mp16 / "gallery.csv"
+    )
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """Configurations that were really trained, in order."""
+    trained, fit = [], training.fit
+    monkeypatch.setattr(training, "fit", lambda run, *rest: (trained.append(run.config), fit(run, *rest)))
+    return trained
+
+
+def test_each_setting_and_seed_is_trained_once_and_a_changed_one_alone_again(study, fitted):
+    settings = {"paper": {}, "no queue": {"queue": 0}}
+    first = ablations.run(study, settings, [0, 1], workers=1)
+    assert [(config.queue, config.seed) for config in fitted] == [(64, 0), (64, 1), (0, 0), (0, 1)]
+    again = ablations.run(study, settings, [0, 1], workers=1)
+    assert len(fitted) == 4
+    pd.testing.assert_frame_equal(first, again)
+    ablations.run(study, {"paper": {}, "no queue": {"queue": 0, "noise_m": 0}}, [0, 1], workers=1)
+    assert [(config.queue, config.noise_m) for config in fitted[4:]] == [(0, 0.0)] * 2
+    assert list(first["setting"]) == ["paper", "paper", "no queue", "no queue"]
+    assert first["steps"].eq(2 * (IMAGES // 64)).all() and first["samples"].eq(IMAGES).all()
+    assert first["n"].eq(100).all()
+
+
+def test_errors_are_those_of_a_search_by_hand(study):
+    run = training.train(ablations.changed(study.reference, {"seed": 3}))
+    module = ablations.load(run)
+    found = ablations.errors_km(module, study)["random"]
+    tests, latlon = study.tests["random"]
+    with torch.inference_mode():
+        places = torch.nn.functional.normalize(module.model.location_encoder(study.gallery), dim=-1)
+        for row in range(0, 100, 7):
+            views = torch.nn.functional.normalize(module.model.image_encoder.head(tests[row].float()), dim=-1)
+            best = int((views @ places.T).mean(0).argmax())  # the mean of the views' similarities
+            by_hand = float(earth.haversine_km(study.gallery[best], latlon[row]))
+            assert found[row] == pytest.approx(by_hand, abs=1e-3)
+
+
+def test_scores_follow_the_tests_and_the_gallery(study, fitted):
+    whole = ablations.run(study, {"paper": {}}, [0], workers=1)
+    smaller = dataclasses.replace(study, gallery=study.gallery[400:])
+    other = ablations.run(smaller, {"paper": {}}, [0], workers=1)
+    assert len(fitted) == 1  # another gallery asks for no other training
+    assert other["mean_km"].iloc[0] > whole["mean_km"].iloc[0]
+    assert study.hash() != smaller.hash()
+
+
+def test_two_workers_give_the_table_of_one(study, monkeypatch):
+    settings = {"paper": {}, "σ 4": {"location": {"sigmas": [4.0]}}}
+    alone = ablations.run(study, settings, [0, 1], workers=1)
+    for kept in (paths.CACHE / "runs").glob("*/errors-*.npz"):
+        kept.unlink()  # so that the workers score again what was trained; training is tested above
+    together = ablations.run(study, settings, [0, 1], workers=2)
+    pd.testing.assert_frame_equal(alone, together)
+    assert alone["mean_km"].nunique() == 4
+
+
+def test_changes_are_merged_into_what_they_change(study):
+    changed = ablations.changed(study.reference, {"location": {"projection": "sphere"}, "seed": 5})
+    assert changed.location == dataclasses.replace(study.reference.location, projection="sphere")
+    assert changed.seed == 5 and changed.image == study.reference.image
+    with pytest.raises(ValueError, match="quque"):
+        ablations.changed(study.reference, {"quque": 0})
+    with pytest.raises(ValueError, match="larger than the queue"):
+        ablations.changed(study.reference, {"queue": 3})
+
+
+def test_a_fraction_trains_on_part_of_the_photos(study):
+    runs = ablations.run(study, {"20 %": {"fraction": 0.2}}, [0], workers=1)
+    assert runs["samples"].tolist() == [100] and runs["steps"].tolist() == [2]
+
+
+def test_features_of_another_tower_are_refused(mp16, tmp_path):
+    encoder = ImageEncoder(ImageEncoderConfig(**TINY["image"]), torch.Generator().manual_seed(1))
+    source = sources.open_source(str(mp16 / "test.csv"), mp16 / "images")
+    features.embed(source, encoder, tmp_path / "other", sources.Views(number=1), arithmetic="fp32")
+    reference = mp16 / "reference.yaml"
+    with pytest.raises(ValueError, match=r"other \(random\) holds features of another tower"):
+        ablations.open_study(
+            reference, mp16 / "features", {"random": tmp_path / "other"}, mp16 / "gallery.csv"
+        )
+    with pytest.raises(ValueError, match="name folders of test features too"):
+        ablations.open_study(reference, mp16 / "features")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        ablations.open_study(reference, mp16 / "nowhere", {"random": mp16 / "test_features"})
+
+
+@pytest.fixture(scope="module")
+def tile_config(tmp_path_factory):
+    """A configuration of tiles whose tower is kept in a checkpoint, with small splits."""
+    image = ImageEncoderConfig("conv", None, frozen=False)
+    encoder = ImageEncoder(image, torch.Generator().manual_seed(0))
+    prefix = "model.image_encoder.tower."
+    path = tmp_path_factory.mktemp("tower") / "last.ckpt"
+    torch.save(
+        {"state_dict": {prefix + name: value for name, value in encoder.tower.state_dict().items()}}, path
+    )
+    return training.as_config(
+        {
+            "image": dataclasses.asdict(dataclasses.replace(image, weights=str(path))),
+            "splits": {"train": 500, "val": 10, "test": 20, "gallery": 1000},
+        }
+    )
+
+
+def test_ten_crops_are_five_and_their_mirror_images(tile_config):
+    one, five, ten = (ablations.tile_tests(tile_config, crops)["random"] for crops in ("one", "five", "ten"))
+    encoder = ImageEncoder(tile_config.image, with_tower=False)
+    shapes = [tuple(tests.shape) for tests, _ in (one, five, ten)]
+    assert shapes == [(20, views, encoder.feature_dim) for views in (1, 5, 10)]
+    assert torch.equal(one[1], ten[1])
+    torch.testing.assert_close(ten[0][:, :5], five[0])
+    assert not torch.allclose(ten[0][:, 5:], five[0])
+    # the centre of the five shows the same place as the tile, from a little nearer
+    centre, tile = (torch.nn.functional.normalize(x, dim=-1) for x in (five[0][:, 4], one[0][:, 0]))
+    assert (centre @ tile.T).argmax(1).eq(torch.arange(20)).sum() >= 18
+
+
+def test_galleries_hold_the_smaller_ones(study, tile_config):
+    tiles = ablations.Study(ablations.blue_marble.LABEL, tile_config, {}, torch.empty(0, 2))
+    for some in (tiles, study):
+        large, small = ablations.gallery_of(some, 400), ablations.gallery_of(some, 100)
+        assert torch.equal(large[:100], small) and len(large.unique(dim=0)) == 400
+    with pytest.raises(ValueError, match="there are 500 different places"):
+        ablations.gallery_of(study, 501)
+
+
+def test_tiles_are_embedded_for_the_standard_split_alone(tile_config):
+    with pytest.raises(ValueError, match="standard split"):
+        ablations.tile_folder(tile_config, 1)
+
+
+def summary():
+    rows = [
+        {"split": split, "setting": f"queue {queue}", "queue": queue}
+        | {
+            f"acc_{km}km{end}": 10.0 + change
+            for km in (1, 25, 200, 750, 2500)
+            for end, change in ENDS.items()
+        }
+        for split in ("random", "blocked")
+        for queue in (0, 256, 1024)
+    ]
+    return pd.DataFrame(rows)
+
+
+ENDS = {"": 0.0, "_low": -3.0, "_high": 2.0}
+
+
+def test_figures_show_every_distance_and_its_interval():
+    curves = ablations.draw_curves(summary(), "queue", "places in the queue")
+    assert [axis.get_title("left") for axis in curves.axes] == ["random", "blocked"]
+    for axis in curves.axes:
+        assert len(axis.lines) == 5 and len(axis.collections) == 5
+        band = axis.collections[0].get_paths()[0].vertices[:, 1]
+        assert (band.min(), band.max()) == (7.0, 12.0)
+        assert list(axis.lines[0].get_xdata()) == [0, 256, 1024]
+    settings = ablations.draw_settings(summary())
+    labels = [text.get_text() for text in settings.axes[0].get_yticklabels()]
+    assert labels == ["queue 1024", "queue 256", "queue 0"]  # the first setting on top
+    segments = settings.axes[0].collections[0].get_segments()
+    assert np.allclose(segments[0][:, 0], [7.0, 12.0])
