@@ -22,6 +22,7 @@ import yaml
 from filelock import FileLock
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -458,8 +459,11 @@ def train(
     """
     directory = Path(directory) if directory else paths.CACHE / "runs" / run_key(config)
     paths.make_folder(directory)
+    run = Run(directory, config)
+    if rank_zero_only.rank > 0:  # the first rank holds the lock, and prepares and ends the run for all
+        fit(run, progress, epochs, devices, accelerator)
+        return run
     with FileLock(directory / "lock"):
-        run = Run(directory, config)
         if not resume:
             (directory / "result.json").unlink(missing_ok=True)
             run.checkpoint.unlink(missing_ok=True)
