@@ -40,12 +40,18 @@ def environment() -> dict[str, str]:
     }
 
 
-def run(path: Path, parameters: Mapping[str, object] | None = None, out: Path | None = None) -> Path:
+def run(
+    path: Path,
+    parameters: Mapping[str, object] | None = None,
+    out: Path | None = None,
+    cell_timeout_s: int | None = CELL_TIMEOUT_S,
+) -> Path:
     """Execute the notebook `path` in its own folder and write it with its outputs; returns where that is.
 
     `parameters` override those of its cell tagged `parameters`. `out`: data/results/runs/NAME.ipynb unless
     given; it is replaced only when all cells went well, otherwise the notebook up to the failure is
-    NAME.failed.ipynb beside it and the failure (papermill's, or a cell beyond 1,200 s) is raised.
+    NAME.failed.ipynb beside it and the failure (papermill's, or a cell beyond `cell_timeout_s`, None for no
+    limit) is raised.
     Raises ValueError for a parameter that the notebook does not have.
     """
     import nbformat
@@ -70,7 +76,7 @@ def run(path: Path, parameters: Mapping[str, object] | None = None, out: Path | 
                 language="python",
                 progress_bar=False,
                 start_timeout=KERNEL_TIMEOUT_S,
-                execution_timeout=CELL_TIMEOUT_S,
+                execution_timeout=cell_timeout_s,
                 # The kernel's notices about its sockets are not what a notebook says.
                 extra_arguments=["--log-level=CRITICAL"],
             )
