@@ -59,8 +59,8 @@ class ProbeConfig:
 class HiddenLayerConfig:
     """The hidden-layer probe: the paper's comparison on NUS-WIDE has 512 units, lr 0.001, batch 32.
 
-    epochs: passes over the training set; neither paper gives a number. Adam, no weight decay, columns
-    standardised, for the same reason.
+    What the papers leave open is chosen here: epochs (passes over the training set), Adam, no weight decay, and
+    columns standardised.
     """
 
     hidden: int = 512
