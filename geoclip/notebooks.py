@@ -37,6 +37,8 @@ def environment() -> dict[str, str]:
         "MPLBACKEND": "module://matplotlib_inline.backend_inline",
         "PYTHONHASHSEED": "0",
         "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+        # lightning's progress bars look for a widget that no executed notebook can show
+        "PYTHONWARNINGS": "ignore:IProgress not found",
     }
 
 
