@@ -403,10 +403,14 @@ class Run:
         return json.loads((self.directory / "result.json").read_text())
 
     def metrics(self):
-        """Logged values as a pandas table: epoch, step, train/loss, val/loss, …"""
+        """Logged values as a pandas table: epoch, step, train/loss, val/loss, …; of all parts of a resumed run."""
         import pandas as pd
 
-        return pd.read_csv(self.directory / "metrics.csv")
+        files = [*sorted(self.directory.glob("metrics-*.csv")), self.directory / "metrics.csv"]
+        parts = [pd.read_csv(file) for file in files]
+        for i in range(len(parts) - 1):  # what was done after the last checkpoint was done again
+            parts[i] = parts[i][parts[i]["step"] < parts[i + 1]["step"].min()]
+        return pd.concat(parts, ignore_index=True)
 
     def load(self) -> TrainingModule:
         """The trained module, in evaluation mode, with the gallery of its data."""
@@ -513,6 +517,9 @@ def fit(run: Run, progress: bool, epochs: int | None, devices: int | str, accele
     last = min(epochs or config.epochs, config.epochs)
     stopwatch = Stopwatch()
     callbacks.append(stopwatch)
+    resumed = run.checkpoint if run.checkpoint.is_file() else None
+    if rank_zero_only.rank == 0:
+        set_metrics_aside(run, resumed is not None)
     start = time.monotonic()
     with quiet():
         trainer = lightning.Trainer(
@@ -533,7 +540,6 @@ def fit(run: Run, progress: bool, epochs: int | None, devices: int | str, accele
         )
         if compiling_pays(config, len(data), trainer.strategy.root_device):
             module.contrast = torch.compile(module.contrast, mode="reduce-overhead")
-        resumed = run.checkpoint if run.checkpoint.is_file() else None
         loaders = Loaders(config, data)
         trainer.fit(module, datamodule=loaders, ckpt_path=resumed, weights_only=True)
     if trainer.interrupted:
@@ -545,6 +551,17 @@ def fit(run: Run, progress: bool, epochs: int | None, devices: int | str, accele
         result["parameters"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
         with paths.atomic(run.directory / "result.json") as temporary:
             temporary.write_text(json.dumps(result, indent=1))
+
+
+def set_metrics_aside(run: Run, resumed: bool) -> None:
+    """Keep what an interrupted part has logged, which the logger would overwrite; or drop that of an old run."""
+    aside = sorted(run.directory.glob("metrics-*.csv"))
+    logged = run.directory / "metrics.csv"
+    if resumed and logged.is_file() and logged.stat().st_size:
+        logged.rename(run.directory / f"metrics-{len(aside):03}.csv")
+    elif not resumed:
+        for file in aside:
+            file.unlink()
 
 
 class Stopwatch(lightning.Callback):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
 
@@ -157,8 +158,10 @@ def test_killed_and_resumed_ends_with_the_weights_of_the_unbroken_run(unbroken, 
 def test_stopped_early_and_resumed_is_the_same(unbroken, tmp_path):
     stopped = training.train(TINY, tmp_path / "stopped", epochs=1)
     assert not (stopped.directory / "result.json").exists()
-    kept, ours = weights_of(unbroken.checkpoint), weights_of(training.train(TINY, stopped.directory).checkpoint)
+    resumed = training.train(TINY, stopped.directory)
+    kept, ours = weights_of(unbroken.checkpoint), weights_of(resumed.checkpoint)
     assert all(torch.equal(kept[name], ours[name]) for name in kept)
+    pd.testing.assert_frame_equal(resumed.metrics(), unbroken.metrics())  # the curves have no gap and no seam
 
 
 def test_a_folder_with_another_configuration_is_refused(unbroken):
