@@ -596,3 +596,67 @@ def table(bench: Bench):
 
     about = machine(bench.device) | {"sizes": dataclasses.astuple(bench.sizes)[0]}
     return pd.DataFrame(bench.rows).assign(**about)
+
+
+# ------------------------------------------------------------------------------------------------ what it means
+
+
+def measured(name: str):
+    """The rows of data/results/NAME.csv where `bench` made them here, else those of data/measured; their origin."""
+    import pandas as pd
+
+    for folder in (paths.RESULTS, paths.DATA / "measured"):
+        path = folder / f"{name}.csv"
+        if path.is_file():
+            return pd.read_csv(path), folder.name
+    raise FileNotFoundError(f"no {name}.csv in data/results or data/measured: not measured yet, `make bench` does it")
+
+
+def one(rows, task: str, column: str, **where) -> float:
+    """The value in `column` of the first row of `task` (and of these other columns); KeyError where none is."""
+    chosen = rows[rows["task"] == task]
+    for name, value in where.items():
+        chosen = chosen[chosen[name] == value]
+    if chosen.empty:
+        raise KeyError(f"no row {task!r} with {where}")
+    return float(chosen[column].iloc[0])
+
+
+def growth_in_images(rows, counts=(100_000, 4_723_695, 100_000_000), views: int = 8, gpus=(1, 8, 64)):
+    """What n training images cost: gigabytes of features, hours to embed them, minutes of an epoch.
+
+    Hours and minutes are the measured rates of one GPU, divided by the number of GPUs: shards are divided with no
+    communication, and an epoch's gradients (42 MB a step) are not counted. An estimate, but for one GPU.
+    """
+    import pandas as pd
+
+    tower = rows[rows["task"].isin(["image tower", "image tower, compiled"])]["rate"].max()
+    decoded = one(rows, "embed JPEGs, decoding in", "rate")
+    trained = one(rows, "epoch on features", "rate")
+    table = []
+    for n in counts:
+        for k in gpus:
+            table.append({
+                "images": n, "gpus": k, "features_gb": n * views * 768 * 2 / 1e9,
+                "embed_hours": n * views / tower / k / 3600, "embed_decoding_hours": n / decoded / k / 3600,
+                "epoch_minutes": n / trained / k / 60,
+            })  # fmt: skip
+    return pd.DataFrame(table)
+
+
+def growth_in_places(rows, counts=(100_000, 1_000_000, 10_000_000, 100_000_000)):
+    """What m places cost: gigabytes in float32 and bfloat16, seconds to encode, milliseconds of a search.
+
+    Encoding is the measured rate at the largest gallery that was encoded; searches are measured (NaN where not).
+    """
+    import pandas as pd
+
+    encoded = rows[(rows["task"] == "encode a gallery") & (rows["precision"] == "bf16")]["rate"].max()
+    table = []
+    for m in counts:
+        row = {"places": m, "fp32_gb": m * 512 * 4 / 1e9, "bf16_gb": m * 512 * 2 / 1e9, "encode_s": m / encoded}
+        for q in ("1 query", "64 queries"):
+            found = rows[(rows["task"] == f"search, {q}") & (rows["size"] == m) & (rows["precision"] == "bf16")]
+            row[f"search_{q.replace(' ', '_')}_ms"] = 1000 * found["median_s"].min()
+        table.append(row)
+    return pd.DataFrame(table)
