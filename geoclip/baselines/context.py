@@ -188,7 +188,7 @@ class ContextModel(nn.Module):
         lat, lon = (output.float() * DEGREES.to(output.device)).unbind(-1)
         return torch.stack([lat.clamp(-90, 90), earth.wrap_lon(lon)], -1)
 
-    def caption_loss(self, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "n w"]) -> Float[Tensor, ""]:
+    def caption_loss(self, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "n t"]) -> Float[Tensor, ""]:
         """Symmetric cross-entropy of image–caption similarities; equal captions in the batch are all right."""
         seen = functional.normalize(self.image_projection(self.tower(images)), dim=-1)
         read = functional.normalize(self.text(tokens), dim=-1)

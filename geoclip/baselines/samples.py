@@ -174,7 +174,7 @@ class LabelledPhotos(Dataset):
         # a map may be smaller than its photo, and rounding must not put the box beyond its edge
         size = np.array([drawn.width, drawn.height] * 2)
         box = np.minimum(np.array(box) * size / np.array([*photo.size] * 2), size)
-        drawn = crop(drawn, box, self.pixels.side, mirror, Image.Resampling.NEAREST)
+        drawn = crop(drawn, tuple(box), self.pixels.side, mirror, Image.Resampling.NEAREST)
         return torch.cat([image, self.maps.planes(drawn)])
 
 
