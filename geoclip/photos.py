@@ -16,6 +16,11 @@ SUFFIXES = frozenset(
 )
 # Resizing makes the short side 224 px; a strip of 1 × 60,000 px would become gigabytes.
 LONGEST_SIDES = 50
+# Pillow's own limit, twice 89 megapixels, kept here because a package that is only imported may lift Pillow's.
+MOST_PIXELS = 178_956_970
+
+
+BOMB = f"more than {MOST_PIXELS:,} pixels, a decompression bomb or not a photo"
 
 
 class PhotoError(ValueError):
@@ -110,8 +115,7 @@ def _reasons(name: str) -> Iterator[None]:
         except PhotoError:
             raise
         except Image.DecompressionBombError as error:
-            reason = f"more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels, a decompression bomb or not a photo"
-            raise PhotoError(name, reason) from error
+            raise PhotoError(name, BOMB) from error
         except PermissionError as error:
             raise PhotoError(name, "may not be read") from error
         except Exception as error:
@@ -127,7 +131,11 @@ def _open_file(path: Path) -> Image.Image:
         raise PhotoError(str(path), "empty (0 bytes)")
     Image.init()
     try:
-        return Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+        image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+        if image.width * image.height > MOST_PIXELS:  # known from the header, before a pixel is decoded
+            image.close()
+            raise PhotoError(str(path), BOMB)
+        return image
     except Image.UnidentifiedImageError as error:
         heic = start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"msf1")
         reason = "a HEIC photo; convert it to JPEG first" if heic else "not an image in a known format"

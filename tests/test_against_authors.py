@@ -8,9 +8,11 @@ after CLIP (head, location encoder, temperature, gallery) is what was released.
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +195,24 @@ def test_e_location_encoder(both):
     assert (ours["places"] - theirs["places"]).abs().max() <= 1e-5
     assert theirs["places"].abs().max() > 1e-2
     assert (model.location_encoder(torch.tensor(EDGES)) - theirs["edges"]).abs().max() <= 1e-5
+
+
+def test_the_examples_of_their_readme_run_with_our_package(both, monkeypatch, capsys):
+    _, ours, model, _ = both
+    monkeypatch.setattr(GeoCLIP, "pretrained", lambda: model)  # CLIP's own weights are not at hand
+    with zipfile.ZipFile(weights.authors_wheel()) as wheel:
+        readme = wheel.read(f"{weights.NAME}-{weights.VERSION}.dist-info/METADATA").decode()
+    examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        # the one difference: ours says by name that the weights are the released ones
+        example = re.sub(r"\b(GeoCLIP|LocationEncoder)\(\)", r"\1.pretrained()", example)
+        exec(example.replace('"image.png"', repr(photos()[0])), {})
+    printed = capsys.readouterr().out
+    lat, lon = ours["latlon"][0].tolist()
+    assert f"Prediction 1: ({lat:.6f}, {lon:.6f})" in printed
+    assert f"Probability: {ours['probability'][4]:.6f}" in printed
+    assert "torch.Size([2, 512])" in printed
 
 
 def test_without_quickgelu_the_features_are_others(both):

@@ -100,7 +100,7 @@ def test_photos_become_features_and_the_others_are_listed(photos, tmp_path, enco
     data = FeatureData(out, CONV)
     assert data.ids() == [f"{n}.jpg" for n in range(PHOTOS) if n not in (3, 7, 11, 15)]
     assert data.latlon[0].tolist() == pytest.approx([-50, -170])
-    assert (len(data), data.views, data.dim) == (20, 3, 256)
+    assert (len(data), data.views, data.dim) == (20, 3, encoder.feature_dim)
     listed = pd.read_csv(out / "unreadable.csv")
     assert listed["id"].tolist() == ["3.jpg", "7.jpg", "11.jpg", "15.jpg"]
     reasons = listed["reason"].tolist()
@@ -164,6 +164,7 @@ def serving(folder):
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
+        server.server_close()
 
 
 @pytest.mark.parametrize("cut", [100, 512 + 700, -1024 - 512])
@@ -196,9 +197,7 @@ KILLED = """
     import torch
     import torchvision.transforms.functional  # imported once here, and not in every process to be killed
     from geoclip import features, sources
-    from geoclip.gallery import Gallery
-from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
-from geoclip.location_encoder import LocationEncoderConfig
+    from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 
     csv = sys.argv[1]
     torch.set_num_threads(1)

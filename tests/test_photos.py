@@ -197,7 +197,9 @@ def test_truncated_png(tmp_path):
         open_photo(path)
 
 
-def test_decompression_bomb(tmp_path):
+@pytest.mark.parametrize("limit", [Image.MAX_IMAGE_PIXELS, None])  # None: a package has lifted Pillow's own
+def test_decompression_bomb(tmp_path, monkeypatch, limit):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
     path = tmp_path / "bomb.png"
     Image.new("1", (14_000, 14_000)).save(path)
     assert path.stat().st_size < 100_000
