@@ -287,7 +287,7 @@ def errors_km(module: training.GeoCLIPTraining, study: Study) -> dict[str, np.nd
 def draw_settings(summary: pd.DataFrame):
     """Figure: accuracy at the five distances of each setting, with intervals; a panel a split.
 
-    summary: of seeds.over_seeds, with columns split and setting.
+    summary: of seeds.over_seeds, with columns data, split and setting.
     """
     import matplotlib.pyplot as plt
 
@@ -308,6 +308,7 @@ def draw_settings(summary: pd.DataFrame):
             axis.set(title=f"{split} test split", xlabel="found within the distance, %", xlim=(-2, 102))
             axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
             axis.set_yticks(range(len(names)), names)
+        figure.suptitle(_about(summary), fontsize=8, color="#555555")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
@@ -338,6 +339,7 @@ def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str]
             axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
         for axis in axes[:, 0]:
             axis.set_ylabel("found within the distance, %")
+        figure.suptitle(_about(summary), fontsize=8, color="#555555")
         figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     return figure
 
@@ -345,6 +347,13 @@ def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str]
 def _threshold(values: np.ndarray, positive: np.ndarray) -> dict[str, float]:
     """Where a logarithmic axis that holds 0 turns linear: below the smallest value that is not 0."""
     return {"linthresh": float(positive.min()), "linscale": 0.6} if (values == 0).any() else {}
+
+
+def _about(summary: pd.DataFrame) -> str:
+    """What a figure says of its data: their names, and over how many seeds its intervals are."""
+    return (
+        f"{', '.join(summary['data'].unique())}; means and 95 % intervals over {summary['seeds'].max()} seeds"
+    )
 
 
 def _style() -> dict[str, Any]:
