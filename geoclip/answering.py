@@ -18,7 +18,7 @@ from geoclip.datasets import cards
 from geoclip.datasets.folder import Geotagged
 from geoclip.gallery import Gallery
 from geoclip.model import GeoCLIP
-from geoclip.photos import PhotoError, open_photo
+from geoclip.photos import PhotoError, centre_crop, open_photo
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def centre(path: Path, pixels: Pixels) -> Float[Tensor, "1 3 h w"]:
     from torchvision.transforms import functional
 
     whole = functional.resize(open_photo(path), pixels.side, functional.InterpolationMode.BICUBIC)
-    return pixels.tensor(functional.center_crop(whole, [pixels.side, pixels.side]))[None]
+    return pixels.tensor(centre_crop(whole, pixels.side))[None]
 
 
 @dataclass(frozen=True)

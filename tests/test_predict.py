@@ -433,3 +433,30 @@ def test_a_gallery_of_ones_own(files, checkpoint, capsys, tmp_path):
     [photo] = json.loads(capsys.readouterr().out)["photos"]
     assert {(place["lat"], place["lon"]) for place in photo["places"]} == {(10.0, 30.0), (-20.0, 40.0)}
     assert sum(place["probability"] for place in photo["places"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_baseline_answers_with_one_place_and_no_probability(tmp_path, capsys):
+    from geoclip import training
+    from geoclip.baselines.geocells import GeocellsConfig
+
+    config = GeocellsConfig(
+        image=ImageEncoderConfig("conv", None, frozen=False),
+        splits=SplitConfig(train=600, val=50, test=100, gallery=1000),
+        img_min=3,
+        img_max=(100, 40, 15),
+        batch_size=64,
+        epochs=1,
+    )
+    checkpoint = str(training.train(config, tmp_path / "run").checkpoint)
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 40), (10, 90, 60)).save(tmp_path / name)
+    names = [str(tmp_path / name) for name in ("a.png", "b.png")]
+    assert main(["predict", *names, "--checkpoint", checkpoint, "--format", "json", "--map", str(tmp_path / "m.png")]) == 0
+    said = capsys.readouterr()
+    found = json.loads(said.out)["photos"]
+    assert [photo["file"] for photo in found] == names
+    assert [len(photo["places"]) for photo in found] == [1, 1]
+    assert found[0]["places"][0]["probability"] is None and abs(found[0]["places"][0]["lat"]) <= 90
+    assert "one place, without probability" in said.err and (tmp_path / "m.png").stat().st_size > 10_000
+    assert main(["predict", names[0], "--checkpoint", checkpoint, "--gallery", "official"]) == 2
+    assert "answers from no gallery" in capsys.readouterr().err

@@ -48,8 +48,13 @@ def run(options) -> int:
         raise ValueError(f"--map {options.map}: a map is written as {', '.join(MAP_SUFFIXES)}")
     found = list(dict.fromkeys(photos.find_photos(options.photos)))
     model = load_model(options)
-    gallery.check_k(options.top_k, len(model.gallery))
-    answers, failed = answer(model, found, options.top_k, options.ten_crop)
+    if isinstance(model, OnePlace):
+        top_k = 1
+        print(f"geoclip: {model.asked.name} answers with one place, without probability", file=sys.stderr)
+    else:
+        top_k = options.top_k
+        gallery.check_k(top_k, len(model.gallery))
+    answers, failed = answer(model, found, top_k, options.ten_crop)
     if hasattr(sys.stdout, "reconfigure"):  # towns and files have names that a terminal may not know
         sys.stdout.reconfigure(errors="backslashreplace")
     print_answers(answers, failed, options.format, model.gallery)
@@ -62,19 +67,39 @@ def run(options) -> int:
     return 1 if failed else 0
 
 
+class OnePlace:
+    """A baseline (geo-cells, context) asked as predict asks GeoCLIP: one place a photo, no probability."""
+
+    gallery = None
+
+    def __init__(self, asked):
+        """asked: the answering.Asked of a baseline's checkpoint."""
+        self.asked = asked
+
+    def views(self, path: Path, ten_crop: bool):
+        return self.asked.views(ten_crop)(path)
+
+    def locate_views(self, views, _):
+        import torch
+
+        return self.asked.locate(views)[:, None], torch.full((len(views), 1), float("nan"))
+
+
 def load_model(options):
     """The model that the options name, with a gallery."""
+    from geoclip import answering
     from geoclip.gallery import Gallery, load
-    from geoclip.model import GeoCLIP, load_checkpoint
+    from geoclip.model import GeoCLIP
 
     if options.checkpoint is None:
         model = GeoCLIP.pretrained(options.clip_weights)
     else:
-        model = load_checkpoint(options.checkpoint)
-        if not isinstance(model, GeoCLIP):
-            raise ValueError(
-                f"{options.checkpoint} holds a {type(model).__name__}; predict needs a GeoCLIP model"
-            )
+        asked = answering.load(options.checkpoint)
+        if asked.geoclip is None:
+            if options.gallery:
+                raise ValueError(f"{options.checkpoint} holds a baseline, which answers from no gallery")
+            return OnePlace(asked)
+        model = asked.geoclip
     if options.gallery not in (None, "official"):
         model.use_gallery(load(options.gallery))
     elif model.gallery is None or (options.gallery == "official" and options.checkpoint):
@@ -90,7 +115,8 @@ def answer(model, found: list[Path], top_k: int, ten_crop: bool):
 
     from geoclip import photos, places
 
-    model.places(keep=True)
+    if model.gallery is not None:
+        model.places(keep=True)
     step = max(1, BATCH // 10) if ten_crop else BATCH
     parts, failed = [], []
     quiet = len(found) < PROGRESS_FROM or not sys.stderr.isatty()
@@ -160,7 +186,8 @@ def print_answers(answers, failed: list[tuple[str, str]], style: str, gallery) -
     elif len(answers):
         for name, one in answers.groupby("file", sort=False):
             print(f"{name}\n{as_text(one)}\n")
-        print(f"Probabilities are shares of the gallery ({gallery.source}) and not calibrated.")
+        if gallery is not None:
+            print(f"Probabilities are shares of the gallery ({gallery.source}) and not calibrated.")
 
 
 def as_text(one) -> str:
@@ -173,7 +200,7 @@ def as_text(one) -> str:
         "rank": list(one["rank"]),
         "lat": [f"{lat:.4f}" for lat in one["lat"]],
         "lon": [f"{lon:.4f}" for lon in one["lon"]],
-        "probability": [f"{probability:.2%}" for probability in one["probability"]],
+        "probability": [f"{p:.2%}" if p == p else "–" for p in one["probability"]],
         "near": [
             places.describe(*place) for place in zip(one["town"], one["country"], one["town_km"], strict=True)
         ],
@@ -194,7 +221,8 @@ def as_json(answers, failed: list[tuple[str, str]]) -> dict:
     for name, one in answers.groupby("file", sort=False) if len(answers) else ():
         first, known = one.iloc[0], bool(one["error_km"].notna().all())
         columns = ["rank", "lat", "lon", "probability", "town", "country", "town_km", "map"]
-        places = one[columns + ["error_km"] * known].to_dict("records")
+        kept = one[columns + ["error_km"] * known]
+        places = kept.astype(object).where(kept.notna(), None).to_dict("records")  # JSON knows no NaN
         truth = {"lat": first["truth_lat"], "lon": first["truth_lon"]} if known else None
         found.append({"file": name, "truth": truth, "places": places})
     return {"photos": found, "failed": [{"file": name, "reason": reason} for name, reason in failed]}
@@ -204,17 +232,18 @@ def draw(model, answers, found: list[Path], options) -> None:
     """One photo: similarity everywhere and its numbered answers. Several: each one's best place, and arcs to truth."""
     from geoclip import maps, paths
 
-    figure = maps.figure(data=f"answers from {model.gallery.source}")
+    one_place = model.gallery is None
+    figure = maps.figure(data=f"answers from {model.asked.name if one_place else model.gallery.source}")
     best = answers[answers["rank"] == 1]
     truth = best[["truth_lat", "truth_lon"]].to_numpy()
-    if len(best) == 1:
+    if len(best) == 1 and not one_place:
         axes = maps.earth_axes(figure, title=Path(best["file"].iloc[0]).name, filled=False)
         pixels = maps.grid(axes, 300)
         values = similarity(model, best["file"].iloc[0], pixels.latlon, options.ten_crop)
         known = truth[0] if best["error_km"].notna().all() else None
         maps.similarity(axes, pixels, values, top_k=answers[["lat", "lon"]].to_numpy(), truth=known)
     else:
-        axes = maps.earth_axes(figure, title=f"{len(best)} photos, best place of each")
+        axes = maps.earth_axes(figure, title=f"Best place of each photo ({len(best)})")
         known = best["error_km"].notna().to_numpy()
         maps.points(axes, best[["lat", "lon"]].to_numpy(), "answer", size=14)
         if known.any():
