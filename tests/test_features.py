@@ -252,6 +252,7 @@ def test_sigkill_at_random_moments_loses_and_repeats_nothing(photos, tmp_path):
 
     ended, _ = embedding(out, 60)
     process.stdin.close()
+    process.stdout.close()
     process.wait(10)
     assert ended and whole(out) == unbroken
     assert (out / "unreadable.csv").read_text() == (tmp_path / "unbroken" / "unreadable.csv").read_text()
