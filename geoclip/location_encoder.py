@@ -3,6 +3,7 @@
 Paper, section 3.2, figure 2 (right).
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -49,7 +50,7 @@ class FourierLevel(nn.Module):
         self.register_buffer("frequencies", frequencies)
         widths = [inputs] + [config.width] * config.hidden_layers
         layers: list[nn.Module] = []
-        for before, after in zip(widths[:-1], widths[1:], strict=True):
+        for before, after in itertools.pairwise(widths):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], config.dim))
 

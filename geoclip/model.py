@@ -6,6 +6,7 @@ Paper, section 3 and figure 2.
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -17,6 +18,9 @@ from geoclip import photos, precision
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
+
+if TYPE_CHECKING:
+    from geoclip.place_index import PlaceIndex
 
 
 class GeoCLIP(nn.Module):
@@ -37,6 +41,7 @@ class GeoCLIP(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.gallery = gallery
         self._places: Tensor | None = None  # the gallery's embedding, made at first use
+        self.index: PlaceIndex | None = None  # searched instead of all places, see use_index
         self.dtype = torch.float32
 
     @classmethod
@@ -53,12 +58,15 @@ class GeoCLIP(nn.Module):
         return cls(images, LocationEncoder(location, generator), gallery)
 
     @classmethod
-    def pretrained(cls, clip_weights: Path | str | None = None) -> "GeoCLIP":
+    def pretrained(
+        cls, clip_weights: Path | str | None = None, precision: precision.Precision = "auto"
+    ) -> "GeoCLIP":
         """The authors' released model with its 100 K gallery, in evaluation mode.
 
         Head, location encoder and temperature are fetched at first use (40 MB), CLIP ViT-L/14 too (1.7 GB)
-        unless `clip_weights` names a local file of it. Raises OSError that says what is missing, where it
-        would be put and what still works, and ValueError for a file that is not the released one.
+        unless `clip_weights` names a local file of it. precision: of use_precision; "fp32" is the authors'.
+        Raises OSError that says what is missing, where it would be put and what still works, and ValueError for
+        a file that is not the released one.
         """
         from geoclip import weights
 
@@ -66,7 +74,7 @@ class GeoCLIP(nn.Module):
         model = cls(ImageEncoder(config), LocationEncoder.pretrained(), Gallery.official())
         model.image_encoder.head.load_state_dict(weights.head_state())
         model.log_scale.data.fill_(weights.log_temperature())
-        return model.eval()
+        return model.eval().use_precision(precision)
 
     def encode_images(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of preprocessed images."""
@@ -104,24 +112,28 @@ class GeoCLIP(nn.Module):
     def train(self, mode: bool = True) -> "GeoCLIP":
         """As nn.Module.train; what is known of the gallery is dropped, since training changes it."""
         if mode:
-            self._places = None
+            self._forget_places()
         return super().train(mode)
 
     def use_gallery(self, gallery: Gallery) -> "GeoCLIP":
         """Answer from `gallery` from now on."""
-        self.gallery, self._places = gallery, None
+        self.gallery = gallery
+        self._forget_places()
         return self
+
+    def _forget_places(self) -> None:
+        self._places = self.index = None
 
     def use_precision(self, chosen: precision.Precision = "auto") -> "GeoCLIP":
         """Answer in this precision from now on, on the present device; "auto" says once what it takes.
 
-        bfloat16 converts the image tower for good, so it is for answering, not for training. The head, the
+        bfloat16 replaces the image tower for good, so it is for answering, not for training. The head, the
         Fourier phase and the comparison of the best places stay in float32.
         """
-        self.dtype, self._places = precision.choose(chosen, self.log_scale.device), None
+        self.dtype = precision.choose(chosen, self.log_scale.device)
+        self._forget_places()
         if self.dtype != torch.float32:
-            tower = self.image_encoder.tower
-            getattr(tower, "visual", tower).to(self.dtype)
+            self.image_encoder.to_bf16()
         return self
 
     def places(self, keep: bool = False) -> Float[Tensor, "m d"]:
@@ -133,46 +145,59 @@ class GeoCLIP(nn.Module):
         self._places = self._places.to(self.log_scale.device)
         return self._places
 
+    def use_index(self, probes: int = 32) -> "GeoCLIP":
+        """Search this gallery approximately from now on (place_index); worth it beyond a few million places.
+
+        The index is kept on disk. Raises ImportError without faiss.
+        """
+        from geoclip.place_index import PlaceIndex
+
+        path = self.gallery.kept_at(self.location_encoder, self.dtype).with_suffix(".faiss")
+        self.index = PlaceIndex(self.places(keep=True).cpu(), probes, path=path)
+        return self
+
     @torch.inference_mode()
     def locate(
         self, query: Float[Tensor, "n d"], k: int = 1
     ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
         """The k best places of unit-norm queries (encode_images, encode_features): (lat, lon), probability.
 
-        Probabilities are the softmax over the whole gallery; they are not calibrated, and duplicates share.
-        Raises ValueError for k larger than the gallery.
+        Probabilities are the softmax over the whole gallery (with an index: over what it found, so too high);
+        they are not calibrated, and duplicates share. Raises ValueError for k larger than the gallery.
         """
         scale = self.log_scale.exp().item()
-        score, index, total = galleries.scan(query, self.places(), k, scale)
+        if self.index is not None:
+            score, index, total = self.index.scan(query, k, scale)
+        else:
+            score, index, total = galleries.scan(query, self.places(), k, scale)
         probability = (score * scale - total[:, None]).exp()
         return self.gallery.latlon[index.cpu()], probability
 
     def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "v 3 h w"]:
         """What the tower sees of a photo: the centre, or the four corners and the centre, each also mirrored.
 
-        The photo is whatever photos.open_photo takes. For ten crops its short side is resized to 256 where
-        one crop has 224 pixels. Raises photos.PhotoError.
+        The photo is whatever photos.open_photo takes. Raises photos.PhotoError.
         """
-        from torchvision.transforms import functional as transforms
-
         image = photos.open_photo(photo)
         centre = self.image_encoder.preprocess(image)
         if not ten_crop:
             return centre[None]
-        side = centre.shape[-1]
-        image = transforms.resize(image, side * 256 // 224, transforms.InterpolationMode.BICUBIC)
-        return torch.stack([self.image_encoder.preprocess(crop) for crop in transforms.ten_crop(image, side)])
+        crops = photos.ten_crop(image, centre.shape[-1])
+        return torch.stack([self.image_encoder.preprocess(crop) for crop in crops])
 
     @torch.inference_mode()
     def locate_views(
         self, views: Float[Tensor, "n v 3 h w"], k: int = 1
     ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
         """As locate, from v views of each photo: the mean of their logits, then the softmax."""
+        latlon, probability = self.locate(self.encode_views(views), k)
+        return latlon, probability.cpu()
+
+    def encode_views(self, views: Float[Tensor, "n v 3 h w"]) -> Float[Tensor, "n d"]:
+        """One query of each photo's views, the mean of their embeddings; of one view it is unit-norm."""
         views = views.to(self.log_scale.device)
         # logits are linear in the query, so the mean of the queries gives the mean of the logits
-        query = self.encode_images(views.flatten(0, 1)).unflatten(0, views.shape[:2]).mean(1)
-        latlon, probability = self.locate(query, k)
-        return latlon, probability.cpu()
+        return self.encode_images(views.flatten(0, 1)).unflatten(0, views.shape[:2]).mean(1)
 
     def predict(
         self, photo, top_k: int = 5, ten_crop: bool = False, batch_size: int = 16

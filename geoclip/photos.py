@@ -61,6 +61,17 @@ def centre_crop(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
+def ten_crop(image: Image.Image, side: int) -> list[Image.Image]:
+    """The ten views of the paper's evaluation: four corners and the centre, each also mirrored, side × side.
+
+    The photo's short side is resized to 256 where a view has 224 pixels.
+    """
+    from torchvision.transforms import functional
+
+    image = functional.resize(image, side * 256 // 224, functional.InterpolationMode.BICUBIC)
+    return list(functional.ten_crop(image, side))
+
+
 def exif_latlon(photo: str | Path | Image.Image) -> tuple[float, float] | None:
     """Where EXIF says that the photo was taken, (lat, lon) in degrees; None where it says nothing.
 

@@ -47,6 +47,13 @@ def _automatic(device_type: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def packs(device: torch.device | str) -> bool:
+    """Whether bfloat16 networks run there as geoclip.cpu_bf16 lays them out: on a CPU for which oneDNN has bf16."""
+    if torch.device(device).type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def arithmetic(dtype: torch.dtype, device: torch.device | str = "cpu") -> contextlib.AbstractContextManager:
     """A context in which matrix products are done in `dtype`; normalisations and sums stay in float32."""
     if dtype == torch.float32:

@@ -7,7 +7,7 @@ not there yet, with any number of processes. Each part is read in chunks of phot
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from geoclip import photos
-from geoclip.datasets import blue_marble, folder, places365
+from geoclip.datasets import blue_marble, cards, folder, places365
 from geoclip.photos import PhotoError
 
 PHOTOS_A_PART = 4096
@@ -36,6 +36,7 @@ class Views:
     pixels: side of the views. number: v; view 0 is the whole photo as in prediction (short side resized,
     centre cut out), the others are random crops of area `crop_area` of the photo and side ratio within
     `crop_ratio`, half of them mirrored. seed: of these crops; photo i has the same ones in every run.
+    ten_crop: instead the ten views of the paper's evaluation (photos.ten_crop), for which number must be 10.
     """
 
     pixels: int = 224
@@ -43,6 +44,11 @@ class Views:
     crop_area: tuple[float, float] = (0.6, 1.0)
     crop_ratio: float = 4 / 3
     seed: int = 0
+    ten_crop: bool = False
+
+    def __post_init__(self):
+        if self.ten_crop and self.number != 10:
+            raise ValueError(f"ten crops are 10 views of a photo, not {self.number}")
 
 
 @dataclass
@@ -170,8 +176,13 @@ def open_source(name: str, images: Path | str | None = None, photos_a_part: int 
     """The source that `name` names.
 
     A CSV with its folder of images (default: the CSV's own folder); tar shards, by path, http address or a
-    pattern such as `shards/{00000..00999}.tar`; or `blue_marble:SPLIT`. Raises ValueError or FileNotFoundError.
+    pattern such as `shards/{00000..00999}.tar`; a data set of datasets.cards, such as `im2gps3k`, in the folder
+    that GEOCLIP_DATA names; or `blue_marble:SPLIT`. Raises ValueError or FileNotFoundError.
     """
+    if name in cards.CARDS:
+        data = cards.load(name, images=images)
+        digest = hashlib.sha256(data.table.to_csv(index=False).encode()).hexdigest()
+        return PhotoTable(data, digest, photos_a_part)
     if name.startswith("blue_marble:"):
         return Tiles(name.partition(":")[2], tiles_a_part=photos_a_part)
     if name.endswith(".tar"):
@@ -183,7 +194,7 @@ def open_source(name: str, images: Path | str | None = None, photos_a_part: int 
         return PhotoTable(data, digest, photos_a_part)
     raise ValueError(
         f"{name!r} is no source: give a CSV, tar shards (a path or address that ends in .tar, with braces for "
-        f"many), or blue_marble:SPLIT"
+        f"many), one of {', '.join(cards.CARDS)}, or blue_marble:SPLIT"
     )
 
 
@@ -230,10 +241,12 @@ def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
 
 
 def photo_views(photo: Image.Image, views: Views, generator: np.random.Generator) -> Tensor:
-    """(v, 3, p, p) uint8: the whole photo as in prediction, then random crops (see Views)."""
+    """(v, 3, p, p) uint8: the whole photo as in prediction, then random crops; or its ten crops (see Views)."""
     from torchvision.transforms import functional
 
     p = views.pixels
+    if views.ten_crop:
+        return as_bytes(photos.ten_crop(photo, p))
     whole = functional.resize(photo, p, functional.InterpolationMode.BICUBIC)
     made = [photos.centre_crop(whole, p)]
     for _ in range(views.number - 1):
@@ -242,7 +255,12 @@ def photo_views(photo: Image.Image, views: Views, generator: np.random.Generator
         if generator.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         made.append(crop)
-    return torch.from_numpy(np.stack([np.asarray(view) for view in made])).permute(0, 3, 1, 2).contiguous()
+    return as_bytes(made)
+
+
+def as_bytes(views: Sequence[Image.Image]) -> Tensor:
+    """(v, 3, p, p) uint8 of RGB views of one size."""
+    return torch.from_numpy(np.stack([np.asarray(view) for view in views])).permute(0, 3, 1, 2).contiguous()
 
 
 def random_box(size: tuple[int, int], views: Views, generator: np.random.Generator) -> tuple[float, ...]:

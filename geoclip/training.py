@@ -169,7 +169,9 @@ class EpochSampler(Sampler):
         order = torch.randperm(self.n, generator=seeded(self.seed, "order", self.epoch))
         whole = order[: self.n // self.batch_size * self.batch_size]
         mine = whole.view(-1, self.ranks, self.batch_size // self.ranks)[:, self.rank].flatten()
-        return ((self.epoch, index) for index in mine.tolist())
+        for part in mine.split(1 << 16):  # a list of all is 36 bytes an image, 4 GB for 100 M
+            for index in part.tolist():
+                yield self.epoch, index
 
 
 class TileTraining(Dataset):
@@ -434,7 +436,8 @@ def code_hash(model: str) -> str:
     names = ["earth", "location_encoder", "image_encoder", "model", "gps_queue", "training"]
     files = [package / f"{name}.py" for name in names] + [package / "datasets" / "blue_marble.py"]
     if model != "geoclip":
-        files += [package / "datasets" / "real_geography.py", *sorted((package / "baselines").glob("*.py"))]
+        baselines = sorted(set((package / "baselines").glob("*.py")) - {package / "baselines" / "comparison.py"})
+        files += [package / "datasets" / "real_geography.py", *baselines]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

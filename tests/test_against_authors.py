@@ -95,7 +95,7 @@ def both():
         random_clip(folder / "clip")
         theirs = run_authors(folder)
         patch.setattr(paths, "CACHE", folder / "cache")  # so that the gallery is embedded here and now
-        model = GeoCLIP.pretrained(folder / "clip/model.safetensors")
+        model = GeoCLIP.pretrained(folder / "clip/model.safetensors", "fp32")
         encoded = []
         hook = model.location_encoder.register_forward_hook(lambda _, given, made: encoded.append(made))
         ours = dict(zip(("latlon", "probability"), model.predict(photos()[0], top_k=5), strict=True))

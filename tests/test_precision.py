@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch.nn import functional
 
-from geoclip import earth, features, gallery, precision
+from geoclip import cpu_bf16, earth, features, gallery, precision
 from geoclip.gallery import Gallery
-from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, in_bf16
 from geoclip.location_encoder import LocationEncoder
 from geoclip.model import GeoCLIP
 
@@ -117,7 +117,7 @@ def test_a_model_answers_in_bf16_nearly_as_in_fp32(model):
 def test_search_is_exact_in_blocks(n, queries, monkeypatch):
     query, places = unit(queries, 0, 16), unit(n, 1, 16)
     expected = (query.double() @ places.double().T).topk(5)
-    monkeypatch.setattr(gallery, "SCORES_AT_ONCE", 1)  # so that blocks are as small as they get
+    monkeypatch.setitem(gallery.SCORES_AT_ONCE, "cpu", 1)  # so that blocks are as small as they get
     score, index = gallery.search(query, places, 5)
     assert torch.equal(index, expected.indices)
     assert torch.allclose(score.double(), expected.values, atol=1e-6)
@@ -132,7 +132,7 @@ def test_search_is_exact_in_blocks(n, queries, monkeypatch):
 def test_groups_hold_the_best_whatever_their_place():
     scores = torch.randn(7, 10_003, generator=seeded(6))
     scores[0, -3:], scores[1, 64:70] = 9.0 + torch.arange(3), 9.0 + torch.arange(6)  # in the rest; all in one group
-    assert torch.equal(gallery.top(scores, 6)[1], scores.topk(6).indices)
+    assert torch.equal(gallery.top(scores.T.contiguous(), 6)[1], scores.topk(6).indices)
 
 
 def test_gallery_in_bf16_is_kept_apart_and_mapped(tmp_path, monkeypatch):
@@ -148,3 +148,29 @@ def test_gallery_in_bf16_is_kept_apart_and_mapped(tmp_path, monkeypatch):
     monkeypatch.setattr(gallery, "embed", lambda *_, **__: pytest.fail("computed again"))
     assert torch.equal(places.embed(encoder, keep=True, dtype=BF16), low)
     assert math.isclose(low.float().norm(dim=1).mean(), 1, abs_tol=1e-3)
+
+
+@pytest.mark.skipif(not precision.packs("cpu"), reason="oneDNN has no bfloat16 for this processor")
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "ViT-B-32"])
+def test_the_cpus_own_layout_is_the_same_tower(name, monkeypatch):
+    """In float32 the other order of work gives the open_clip tower's features; quick and exact GELU."""
+    tower = ImageEncoder(ImageEncoderConfig(name, None), seeded(0)).tower.visual
+    images = torch.randn(5, 3, 224, 224, generator=seeded(6))
+    with torch.inference_mode():
+        expected = tower(images)
+    assert cpu_bf16.is_plain(tower)
+    low = cpu_bf16.Tower(tower)(images)
+    assert low.dtype == BF16 and torch.cosine_similarity(low.float(), expected).min() >= 0.9999
+    monkeypatch.setattr(cpu_bf16, "DTYPE", torch.float32)  # the same code without the rounding
+    single = cpu_bf16.Tower(tower)(images)
+    assert (single - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_towers_that_are_not_plain_run_as_they_are():
+    tower = ImageEncoder(ImageEncoderConfig("ViT-B-32-quickgelu", None), seeded(0)).tower.visual
+    tower.pool_type = "avg"
+    assert not cpu_bf16.is_plain(tower) and not cpu_bf16.is_plain(torch.nn.Flatten())
+    with pytest.raises(ValueError, match="no plain CLIP vision transformer"):
+        cpu_bf16.Tower(tower)
+    other = in_bf16(tower, torch.device("cpu"))
+    assert type(other) is type(tower) and other.proj.dtype == BF16 and tower.proj.dtype == torch.float32

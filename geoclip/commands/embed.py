@@ -10,11 +10,12 @@ def parser() -> ArgumentParser:
     """The options of `python -m geoclip embed`."""
     parser = ArgumentParser(prog="python -m geoclip embed", description=__doc__)
     parser.add_argument(
-        "source", type=str, help="a CSV, tar shards (path or address, braces for many), or blue_marble:SPLIT"
+        "source", type=str, help="a CSV, tar shards (path or address, braces for many), a benchmark, or blue_marble:SPLIT"
     )
     parser.add_argument("--out", type=str, required=True, help="folder of features; an unfinished one is completed")
     parser.add_argument("--images", type=str | None, default=None, help="folder of a CSV's photos, default its own")
     parser.add_argument("--views", type=int, default=8, help="views of each photo: the whole, then random crops")
+    parser.add_argument("--ten-crop", action="store_true", help="instead the ten crops of the paper's evaluation")
     parser.add_argument("--tower", type=str, default="ViT-L-14-quickgelu", help="an open_clip model")
     parser.add_argument(
         "--weights", type=str | None, default="openai", help="open_clip tag or file; null for random weights"
@@ -59,9 +60,10 @@ def run(options) -> int:
     workers = options.workers
     if workers is None:
         workers = max(1, len(os.sched_getaffinity(0)) // max(1, torch.cuda.device_count()))
+    number = 10 if options.ten_crop else options.views
     report = features.embed(
-        source, encoder, options.out, Views(number=options.views, seed=options.seed), options.batch_size, workers,
-        options.precision, rank, world, options.compile, progress=sys.stderr.isatty(),
+        source, encoder, options.out, Views(number=number, seed=options.seed, ten_crop=options.ten_crop),
+        options.batch_size, workers, options.precision, rank, world, options.compile, progress=sys.stderr.isatty(),
     )  # fmt: skip
     rate = report.embedded / report.seconds if report.embedded else 0
     print(

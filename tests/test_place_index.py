@@ -1,0 +1,61 @@
+"""The index finds what an exact search finds, but for a part that it measures itself."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from geoclip import gallery, place_index
+from geoclip.gallery import Gallery
+from geoclip.location_encoder import LocationEncoder
+from geoclip.place_index import PlaceIndex
+
+
+@pytest.fixture(scope="module")
+def places():
+    """5,000 real places in the released encoder's embedding, all different."""
+    latlon = torch.unique(Gallery.official().latlon, dim=0)
+    latlon = latlon[torch.randperm(len(latlon), generator=torch.Generator().manual_seed(0))[:5000]]
+    return gallery.embed(LocationEncoder.pretrained(), latlon)
+
+
+@pytest.fixture(scope="module")
+def query(places):
+    """Queries as far from their place as photos are: cosines of 0.3 to 0.6."""
+    generator = torch.Generator().manual_seed(1)
+    noise = functional.normalize(torch.randn(200, places.shape[1], generator=generator), dim=1)
+    return functional.normalize(places[torch.randperm(len(places), generator=generator)[:200]] + 1.5 * noise, dim=1)
+
+
+def test_all_lists_give_the_exact_answer_and_few_give_most_of_it(places, query):
+    whole = PlaceIndex(places, probes=10**6, lists=50)
+    score, index, _ = whole.scan(query, 5)
+    expected, exact, _ = gallery.scan(query, places, 5)
+    assert torch.equal(index, exact) and torch.allclose(score, expected, atol=1e-6)
+    assert whole.recall(query) == 1
+    recalls = [PlaceIndex(places, probes=probes, lists=50).recall(query) for probes in (1, 4, 16)]
+    assert recalls == sorted(recalls) and recalls[0] < 0.9 and recalls[-1] > 0.95, recalls
+
+
+def test_probabilities_are_bounds_from_above(places, query):
+    score, _, total = PlaceIndex(places, probes=8, lists=50).scan(query, 1, scale=40.0)
+    best, _, whole = gallery.scan(query, places, 1, scale=40.0)
+    assert (total <= whole + 1e-4).all()
+    same = torch.isclose(score, best)[:, 0]
+    assert ((40 * score[:, 0] - total).exp() >= (40 * best[:, 0] - whole).exp() - 1e-4)[same].all()
+
+
+def test_kept_and_mapped_and_of_low_precision(places, query, tmp_path, monkeypatch):
+    low = places.to(torch.bfloat16)
+    first = PlaceIndex(low, probes=16, lists=50, path=tmp_path / "places.faiss")
+    monkeypatch.setattr(place_index, "build", lambda *_: pytest.fail("built again"))
+    again = PlaceIndex(low, probes=16, path=tmp_path / "places.faiss")
+    assert torch.equal(first.scan(query, 5)[1], again.scan(query, 5)[1])
+    assert again.recall(query) > 0.9
+    with pytest.raises(ValueError, match="the gallery has 5000 places"):
+        again.scan(query, 5001)
+
+
+def test_without_faiss_it_says_what_to_install(places, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "faiss", None)
+    with pytest.raises(ImportError, match="pip install faiss-cpu, or search exactly"):
+        PlaceIndex(places)
