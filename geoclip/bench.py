@@ -226,6 +226,36 @@ def tower(bench: Bench, compiled: bool = False) -> None:
     bench.free()
 
 
+def agreement(bench: Bench) -> None:
+    """How often bfloat16 gives the place that float32 gives: crops of two real photos, random CLIP weights.
+
+    The released head, location encoder and gallery answer; with random weights of the tower photos lie closer
+    together than with CLIP's, so that rounding moves more answers.
+    """
+    from sklearn.datasets import load_sample_image
+
+    from geoclip import photos
+
+    config, generator = ImageEncoderConfig(bench.sizes.tower, None), np.random.default_rng(0)
+    whole = [photos.open_photo(load_sample_image("china.jpg")), photos.open_photo(str(weights.kauai()))]
+    crops = []
+    for i in range(bench.sizes.photos):
+        photo = whole[i % len(whole)]
+        left, top = generator.integers(0, (photo.width // 2, photo.height // 2))
+        crops.append(photo.crop((left, top, left + photo.width // 2, top + photo.height // 2)))
+    answers = {}
+    for name in ("fp32", "bf16"):
+        torch.manual_seed(0)  # open_clip draws its random weights from the global state
+        images = ImageEncoder(config, torch.Generator().manual_seed(0))
+        if images.feature_dim == 768:  # other towers keep a random head
+            images.head.load_state_dict(weights.head_state())
+        model = GeoCLIP(images, LocationEncoder.pretrained(), gallery.Gallery.official())
+        answers[name] = model.eval().use_precision(name).predict(crops, 1)[0][:, 0]
+    apart = earth.haversine_km(answers["fp32"], answers["bf16"])
+    bench.note("top-1 in bf16 is that of fp32", 100 * (apart == 0).double().mean().item(), f"% of {len(crops)} crops")
+    bench.note("top-1 in bf16 is within 25 km of that of fp32", 100 * (apart <= 25).double().mean().item(), f"% of {len(crops)} crops")
+
+
 def decoding(bench: Bench, workers: int) -> None:
     """Images a second of `embed` as a whole: JPEGs of 1024 × 768 from files, decoded, through the tower, to disk."""
     from PIL import Image
@@ -605,7 +635,7 @@ def answering(bench: Bench) -> None:
 def cpu(bench: Bench) -> None:
     """All that a CPU is asked, the table of the README first."""
     limits(bench)
-    for work in (starting, answering, training_step, tower, searching, places, indexing):
+    for work in (starting, answering, training_step, tower, searching, places, indexing, agreement):
         attempt(bench, work.__name__, lambda work=work: work(bench))
     attempt(bench, "decoding", lambda: decoding(bench, len(os.sched_getaffinity(0))))
 
@@ -652,6 +682,54 @@ def measured(name: str):
         if path.is_file():
             return pd.read_csv(path), folder.name
     raise FileNotFoundError(f"no {name}.csv in data/results or data/measured: not measured yet, `make bench` does it")
+
+
+STEP, AUTHORS_STEP = "training step on features, 512 + 4,096", "training step, 512 + 4,096, tower in it"
+
+
+def beside_authors(rows):
+    """Seconds of ours and of the authors' package for what both were asked in one run, and how many times faster."""
+    import pandas as pd
+
+    tasks = ["predict a photo, new process", "predict a photo", "predict 64 photos", "encode a gallery, first time", STEP]
+    table = []
+    for task in tasks:
+        theirs = one(rows, AUTHORS_STEP if task == STEP else task, "median_s", system=AUTHORS)
+        kept = {"note": "gallery kept"} if "new process" in task else {}
+        ours = one(rows, task, "median_s", system=OURS, **kept)
+        table.append({"task": task, "ours_s": ours, "authors_s": theirs, "times_faster": theirs / ours})
+    return pd.DataFrame(table)
+
+
+def aims(rows):
+    """What was aimed at on two cores, what was measured, and whether it was reached."""
+    import pandas as pd
+
+    authors = beside_authors(rows).set_index("task")["times_faster"]
+    predict = one(rows, "predict a photo", "median_s", system=OURS)
+    new = {task: one(rows, task, "median_s", system=OURS) for task in ("import geoclip", "python -m geoclip --help")}
+    search = {
+        q: 1 / rows.query("task == @task and size == 100_000 and precision == 'bf16'")["share_of_limit"].max()
+        for q, task in ((1, "search, 1 query"), (64, "search, 64 queries"))
+    }
+    share = [100 * one(rows, "image tower", "share_of_limit", size=n, precision="bf16") for n in (8, 32)]
+    table = [
+        ("predict a photo, warm: times the authors' speed", ">=", 15, authors["predict a photo"]),
+        ("… times the image tower alone", "<=", 1.3, predict / one(rows, "image tower alone", "median_s")),
+        ("image tower, batch 8: % of the matrix rate", ">=", 85, share[0]),
+        ("image tower, batch 32: % of the matrix rate", ">=", 85, share[1]),
+        ("100 K gallery, first time: times its limit", "<=", 1.2, 1 / one(rows, "encode a gallery", "share_of_limit", precision="bf16")),
+        ("… after, seconds", "<=", 0.3, one(rows, "encode a gallery, after", "median_s")),
+        ("search 100 K, 1 query: times its limit", "<=", 2, search[1]),
+        ("search 100 K, 64 queries: times its limit", "<=", 2, search[64]),
+        ("training step: times the authors' speed", ">=", 200, authors[STEP]),
+        ("import geoclip: seconds beyond torch's import", "<=", 0.2, new["import geoclip"] - one(rows, "import torch", "median_s")),
+        ("python -m geoclip --help, seconds", "<=", 1, new["python -m geoclip --help"]),
+    ]  # fmt: skip
+    table = pd.DataFrame(table, columns=["what", "sense", "aim", "measured"])
+    above = table["sense"] == ">="
+    table["reached"] = (table["measured"] >= table["aim"]).where(above, table["measured"] <= table["aim"])
+    return table.assign(aim=table["sense"] + " " + table["aim"].astype(str)).drop(columns="sense")
 
 
 def one(rows, task: str, column: str, **where) -> float:

@@ -39,8 +39,8 @@ class Profile:
 
     parameters: given to every notebook whose parameters cell names them. notebooks: stem → its own
     `parameters`, and its `grid`. seeds: how many, where the command line does not say. data: what the
-    notebooks read: name → `parameter` that names it (and `key`, where that is a mapping; no parameter: it is
-    always there), `samples` and their `source`, and `make`, the command that makes it.
+    notebooks read: name → `parameter` that names it (and `key`, where that is a mapping, `outer/inner` in nested ones; no parameter: it
+    is always there), `samples` and their `source`, and `make`, the command that makes it.
     """
 
     name: str
@@ -218,8 +218,8 @@ def describe(notebook: Path, profile: Profile, jobs: Sequence[Job]) -> list[str]
         if parameter is not None and parameter not in known:
             continue
         place = None if parameter is None else given[parameter]
-        if key is not None:
-            place = (place or {}).get(key)
+        for part in () if key is None else key.split("/") if isinstance(key, str) else (key,):
+            place = (place or {}).get(part)
         lines.append(
             f"    {name}: " + "; ".join(_about_data(place, about, fractions if key is None else [1]))
         )

@@ -457,18 +457,20 @@ def train(
     epochs: int | None = None,
     devices: int | str = "auto",
     accelerator: str = "auto",
+    nodes: int = 1,
 ) -> Run:
     """Train, or return the run that is there already; each run is kept by the hash of what it is made from.
 
     directory: where the run is kept; by default data/cache/runs/<run_key>. resume: go on from the last epoch
     of a run that was interrupted; False starts again. epochs: stop after this many, to be resumed later.
+    devices, nodes: processes on each machine, and machines (started by torchrun or SLURM, on a shared disk).
     Raises ValueError for a directory that holds a run of another configuration.
     """
     directory = Path(directory) if directory else paths.CACHE / "runs" / run_key(config)
     paths.make_folder(directory)
     run = Run(directory, config)
     if rank_zero_only.rank > 0:  # the first rank holds the lock, and prepares and ends the run for all
-        fit(run, progress, epochs, devices, accelerator)
+        fit(run, progress, epochs, devices, accelerator, nodes)
         return run
     with FileLock(directory / "lock"):
         if not resume:
@@ -476,7 +478,7 @@ def train(
             run.checkpoint.unlink(missing_ok=True)
         check_same_configuration(run)
         if not (directory / "result.json").is_file():
-            fit(run, progress, epochs, devices, accelerator)
+            fit(run, progress, epochs, devices, accelerator, nodes)
     return run
 
 
@@ -507,7 +509,9 @@ def plain(value):
     return [plain(entry) for entry in value] if isinstance(value, tuple | list) else value
 
 
-def fit(run: Run, progress: bool, epochs: int | None, devices: int | str, accelerator: str) -> None:
+def fit(
+    run: Run, progress: bool, epochs: int | None, devices: int | str, accelerator: str, nodes: int
+) -> None:
     """One Lightning fit, from the last checkpoint where there is one; writes result.json when it is whole."""
     config = run.config
     data = training_set(config)
@@ -528,6 +532,7 @@ def fit(run: Run, progress: bool, epochs: int | None, devices: int | str, accele
         trainer = lightning.Trainer(
             accelerator=accelerator,
             devices=devices,
+            num_nodes=nodes,
             max_epochs=last,
             precision=precision(config, accelerator),
             logger=[

@@ -1,33 +1,21 @@
 """Two ranks on a CPU do what one does with the same global batch."""
 
 import dataclasses
-import json
+import functools
 import os
+import socket
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
+import yaml
 
 from geoclip import training
 from geoclip.features import embed
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.sources import Views, open_source
-
-# Lightning starts the second rank as this script again, so it is a script, as it is with `python -m geoclip train`.
-SCRIPT = """
-    import json, sys
-    import torch
-    from geoclip import training
-
-    torch.set_num_threads(1)
-    directory, devices, values = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
-    config = training.as_config(values)
-    run = training.train(config, directory, devices=devices, accelerator="cpu")
-"""
-
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
@@ -45,28 +33,53 @@ def config(tmp_path_factory):
     )  # fmt: skip
 
 
-def trained(config, directory, devices):
-    script = directory.parent / "train_it.py"
-    script.write_text(textwrap.dedent(SCRIPT))
-    values = json.dumps(training.plain(dataclasses.asdict(config)))
+RANKS = {
+    "one": [[]],
+    "two on one machine": [["--devices", "2"]],
+    "two machines": [["--devices", "1", "--nodes", "2"]] * 2,
+}
+
+
+def trained(config, directory, ranks):
+    """What `python -m geoclip train` leaves in `directory`; two machines are two torchrun on this one."""
+    yaml_file = directory.parent / "train.yaml"
+    yaml_file.write_text(yaml.safe_dump(training.plain(dataclasses.asdict(config))))
     env = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "WORLD", "LOCAL_RANK", "MASTER", "NODE"))}
-    done = subprocess.run(
-        [sys.executable, script, directory, str(devices), values], env=env | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=120, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
+    started = []
+    for node, options in enumerate(RANKS[ranks]):
+        command = [sys.executable]
+        if "--nodes" in options:
+            where = ["--nnodes=2", f"--node-rank={node}", "--nproc-per-node=1", f"--master-port={free_port()}"]
+            command += ["-m", "torch.distributed.run", "--master-addr=127.0.0.1", *where]
+        command += ["-m", "geoclip", "train", "--config", yaml_file, "--out", directory, "--accelerator", "cpu", *options]
+        started.append(subprocess.Popen(
+            command, env=env | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ))  # fmt: skip
+    said = [process.communicate(timeout=180)[0] for process in started]
+    assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)[-3000:]
+    assert "".join(said).count("evaluate it with") == 1  # one rank speaks for all
     return torch.load(directory / "last.ckpt", weights_only=True)["state_dict"]
 
 
+@functools.cache
+def free_port():
+    """A port that nobody listens on, the same for both machines."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def test_two_ranks_give_the_weights_queue_and_loss_of_one(config, tmp_path):
-    one, two = (trained(config, tmp_path / str(devices), devices) for devices in (1, 2))
-    assert one.keys() == two.keys()
-    for name in one:
-        assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
+    one, *others = (trained(config, tmp_path / ranks.replace(" ", "-"), ranks) for ranks in RANKS)
     start = training.build(config, training.training_set(config)).state_dict()
     moved = [(one[name] - start[name]).abs().max().item() for name in one if name.endswith("weight")]
-    assert min(moved) > 1e-3  # a hundred times more than the two may differ
-    assert torch.equal(one["queue.places"], two["queue.places"]) and torch.equal(one["queue.oldest"], two["queue.oldest"])
+    assert min(moved) > 1e-3  # a hundred times more than they may differ
+    for two in others:
+        assert one.keys() == two.keys()
+        for name in one:
+            assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
+        for name in ("places", "oldest"):
+            assert torch.equal(one[f"queue.{name}"], two[f"queue.{name}"])
 
 
 def test_each_rank_sees_the_others_places_as_negatives(config, monkeypatch):

@@ -22,10 +22,12 @@ from PIL import Image
 
 from geoclip import features, sources
 from geoclip.__main__ import main
+from geoclip.datasets import cards
 from geoclip.features import FeatureData, embed
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
-from geoclip.location_encoder import LocationEncoderConfig
+from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
+from geoclip.model import GeoCLIP
 from geoclip.sources import Views, open_source
 from geoclip.training import TrainConfig, train
 
@@ -422,6 +424,43 @@ def test_random_crops_stay_inside_and_cover_the_stated_area():
                 assert 0.6 - 1e-9 <= area <= 1 + 1e-9 and 3 / 4 - 1e-9 <= ratio <= 4 / 3 + 1e-9
 
 
+def test_ten_crops_are_those_of_prediction(photos, tmp_path, encoder):
+    out = tmp_path / "out"
+    command = [
+        "embed", str(photos), "--out", str(out), "--ten-crop", "--tower", "conv", "--weights", "null", "--workers", "0",
+        "--precision", "fp32",
+    ]  # fmt: skip
+    assert main(command) == 1  # four photos are unreadable
+    data = FeatureData(out)
+    assert (data.views, data.info.views.ten_crop) == (10, True)
+    encoder = ImageEncoder(ImageEncoderConfig("conv", None, frozen=False), torch.Generator().manual_seed(0))
+    model = GeoCLIP(encoder, LocationEncoder(LocationEncoderConfig(frequencies=2, width=2)))
+    for row in (0, 4, 19):
+        views = model.views(photos.parent / data.ids()[row], ten_crop=True)
+        with torch.no_grad():
+            assert torch.allclose(encoder.features(views), data.tensor()[row].float(), atol=4e-3)
+    with pytest.raises(ValueError, match="ten crops are 10 views of a photo, not 8"):
+        Views(number=8, ten_crop=True)
+
+
+def test_a_benchmark_is_embedded_by_its_name(tmp_path, monkeypatch):
+    """Im2GPS's metadata with a photo for each of its rows, as GEOCLIP_DATA holds them."""
+    columns = "IMG_ID,AUTHOR,LAT,LON,S3_Label,S16_Label,S365_Label,Prob_indoor,Prob_natural,Prob_urban"
+    n = cards.card("im2gps").n
+    rows = [f"{i}.jpg,a,{40 + i / 50:.4f},{-100 + i / 10:.4f},1,1,1,0,1,0" for i in range(n)]
+    images = tmp_path / "images" / "im2gps"
+    images.mkdir(parents=True)
+    (tmp_path / cards.card("im2gps").csv).write_text("\n".join([columns, *rows]) + "\n")
+    for i in range(n):
+        (images / f"{i}.jpg").write_bytes(jpeg(i))
+    monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
+    source = open_source("im2gps", photos_a_part=100)
+    assert source.name == "Im2GPS" and source.parts == -(-n // 100)
+    assert source.hash == open_source("im2gps", photos_a_part=100).hash != open_source("im2gps").hash
+    report = embed(source, ImageEncoder(CONV, torch.Generator().manual_seed(1)), tmp_path / "out")
+    assert (report.embedded, report.unreadable) == (n, 0)
+
+
 def test_draft_decoding_changes_less_than_a_level(tmp_path):
     x, y = np.meshgrid(np.linspace(0, 40, 2400), np.linspace(0, 25, 1600))
     large = Image.fromarray(((np.stack([np.sin(x), np.sin(y), np.sin(x + y)], -1) + 1) * 127).astype(np.uint8))
@@ -451,3 +490,22 @@ def test_torchrun_and_slurm_are_recognised(monkeypatch):
         }.items():  # fmt: skip
             torchrun.setenv(name, value)
         assert features.rank_and_world() == (3, 8, 1)
+    for name, value in {
+        "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_NAME": "embed", "SLURM_NODEID": "1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    assert features.rank_and_world() == (9, 16, 1)
+
+
+def test_torchrun_divides_the_shards_among_processes(photos, tmp_path):
+    """Two processes, as on one machine with two GPUs, leave what one leaves."""
+    options = ["--tower", "conv", "--weights", "null", "--views", "2", "--shard-size", "5", "--workers", "0"]
+    for name, devices in (("one", "1"), ("two", "2")):
+        command = ["embed", str(photos), "--out", str(tmp_path / name), *options, "--devices", devices]
+        done = subprocess.run(
+            [sys.executable, "-m", "geoclip", *command], capture_output=True, text=True, check=False,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert done.returncode == 1, done.stderr  # four photos are unreadable
+    assert whole(tmp_path / "one") == whole(tmp_path / "two")
+    assert (tmp_path / "one/unreadable.csv").read_text() == (tmp_path / "two/unreadable.csv").read_text()

@@ -1,10 +1,11 @@
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import nbformat
 import pandas as pd
@@ -121,21 +122,29 @@ def test_a_failing_setting_is_listed_and_the_rest_goes_on(made):
 
 def kill_all(process):
     """SIGKILL to the sweep and whatever it started, at once: what a lost machine does."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has come to its end
+        os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     process.stdout.close()
 
 
 def test_a_killed_sweep_continues_and_two_at_once_share_the_work(made):
-    chance = random.Random(0)
-    for _ in range(3):
+    chance, killed, halfway = random.Random(0), 0, 0
+    while killed < 10:
         process = made.start("--set", "SLOW=0.2")
-        time.sleep(chance.uniform(1.5, 4.5))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(chance.uniform(0.5, 6))
+        killed += process.poll() is None
         kill_all(process)
         for job in made.jobs(SLOW=0.2):  # nothing half-written counts as done
             if job.output.exists():
                 assert len(pd.read_csv(job.runs)) == 2
-    done = [job.output for job in made.jobs(SLOW=0.2) if job.output.exists()]
+        done = [job.output for job in made.jobs(SLOW=0.2) if job.output.exists()]
+        halfway += 0 < len(done) < len(EVERY)
+        if len(done) > 4 and killed < 10:  # nearly all is there: once more from the start, so that kills hit runs
+            shutil.rmtree(made.results)
+            made.journal.unlink()
+    assert halfway >= 2
     times = [path.stat().st_mtime_ns for path in done]
     before = len(made.ran())
     two = [made.start("--set", "SLOW=0.2") for _ in range(2)]

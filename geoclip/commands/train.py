@@ -36,6 +36,7 @@ def options_of(model: str) -> ArgumentParser:
     )
     parser.add_argument("--resume", type=bool, default=True, help="go on with an interrupted run")
     parser.add_argument("--devices", type=int | str, default="auto", help='number of devices, or "auto"')
+    parser.add_argument("--nodes", type=int, default=1, help="machines, each started by torchrun or SLURM")
     parser.add_argument("--accelerator", type=str, default="auto", help='"auto", "cpu" or "gpu"')
     return parser
 
@@ -60,6 +61,8 @@ def model_named(arguments: list[str] | None) -> str:
 def run(options) -> int:
     import sys
 
+    from lightning.pytorch.utilities.rank_zero import rank_zero_only
+
     from geoclip import training
 
     config = training.from_namespace(options_of(options.model), options)
@@ -70,7 +73,10 @@ def run(options) -> int:
         progress=sys.stderr.isatty(),
         devices=options.devices,
         accelerator=options.accelerator,
+        nodes=options.nodes,
     )
+    if rank_zero_only.rank > 0:  # the first process speaks for all
+        return 0
     result = run.result
     print(f"{result['steps']} steps in {result['seconds']} s; checkpoint {run.checkpoint}")
     print(f"evaluate it with: python -m geoclip evaluate --checkpoint {run.checkpoint}")
