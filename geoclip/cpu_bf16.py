@@ -23,11 +23,14 @@ def is_plain(visual: nn.Module) -> bool:
 
     if type(visual) is not VisionTransformer or visual.attn_pool is not None or visual.pool_type != "tok":
         return False
-    return visual.proj is not None and not visual.final_ln_after_pool and all(
+    if visual.proj is None or visual.final_ln_after_pool or not isinstance(visual.ln_pre, nn.LayerNorm):
+        return False
+    return all(
         type(block) is ResidualAttentionBlock
         and isinstance(block.ls_1, nn.Identity)
         and isinstance(block.ls_2, nn.Identity)
         and isinstance(block.mlp.gelu, QuickGELU | nn.GELU)
+        and getattr(block.mlp.gelu, "approximate", "none") == "none"
         for block in visual.transformer.resblocks
     )
 
@@ -35,7 +38,8 @@ def is_plain(visual: nn.Module) -> bool:
 class Tower(nn.Module):
     """images (n, 3, p, p) → (n, c) bfloat16, as the open_clip tower `visual`, whose weights are copied.
 
-    ValueError for a tower that is not plain (is_plain). For answering alone: it has no parameters to train.
+    ValueError for a tower that is not plain (is_plain). For answering alone, on this CPU: it has no parameters to
+    train, and RuntimeError where it is moved or converted.
     """
 
     def __init__(self, visual: nn.Module):
@@ -55,6 +59,12 @@ class Tower(nn.Module):
     @torch.inference_mode()
     def forward(self, images: Float[Tensor, "n 3 p p"]) -> Float[Tensor, "n c"]:
         return torch.cat([self._few(part) for part in images.split(IMAGES_AT_ONCE)])
+
+    def _apply(self, fn, recurse: bool = True) -> "Tower":
+        probe = torch.empty(0)
+        if (moved := fn(probe)).device != probe.device or moved.dtype != probe.dtype:
+            raise RuntimeError("this image tower is laid out for the CPU in bfloat16: load the model again to move it")
+        return super()._apply(fn, recurse)
 
     def _few(self, images: Tensor) -> Tensor:
         n = len(images)
@@ -131,7 +141,10 @@ class Places:
 
     def _few(self, latlon: Tensor) -> Tensor:
         xy = self.encoder.project(latlon)
-        return sum(self._level(level, layers, xy) for level, layers in self.levels)
+        # without Fourier features the coordinates themselves would be rounded
+        return sum(
+            level(xy) if level.frequencies is None else self._level(level, layers, xy) for level, layers in self.levels
+        )
 
     @staticmethod
     def _level(level: FourierLevel, layers: list[Linear], xy: Tensor) -> Tensor:

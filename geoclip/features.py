@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from geoclip import paths, precision
 from geoclip.image_encoder import CONV_TOWER, ImageEncoder, ImageEncoderConfig, in_bf16
-from geoclip.sources import Chunk, Source, Views
+from geoclip.sources import Chunk, Source, Tiles, Views
 
 INFO = "features.json"
 UNREADABLE = "unreadable.csv"
@@ -141,8 +141,8 @@ def tower_hash(tower: nn.Module) -> str:
 def code_hash() -> str:
     """Hash of the modules that decide what the features are."""
     folder = Path(__file__).parent
-    modules = ("features.py", "sources.py", "photos.py", "image_encoder.py", "datasets/blue_marble.py")
-    return hashlib.sha256(b"".join((folder / module).read_bytes() for module in modules)).hexdigest()[:16]
+    modules = ["features", "sources", "photos", "image_encoder", "cpu_bf16", "datasets/blue_marble"]
+    return hashlib.sha256(b"".join((folder / f"{module}.py").read_bytes() for module in modules)).hexdigest()[:16]
 
 
 def rank_and_world() -> tuple[int, int, int]:
@@ -177,6 +177,8 @@ def embed(
     otherwise or no photo can be read, OSError where the disk is full; whole shards stay in every case.
     """
     began = time.perf_counter()
+    if views and views.ten_crop and isinstance(source, Tiles):
+        raise ValueError("tiles are rendered in views of their own, not in ten crops: those are for photos")
     out = paths.make_folder(Path(out))
     views = dataclasses.replace(views or Views(), pixels=Preprocessing.of(encoder.config).pixels)
     info = FeatureInfo.of(source, encoder, views)
@@ -484,6 +486,14 @@ def merge_unreadable(out: Path) -> int:
         with paths.atomic(out / UNREADABLE) as temporary:
             temporary.write_bytes(_csv_bytes([("shard", "id", "reason"), *rows]))
     return len(rows)
+
+
+def count_unreadable(out: Path) -> int:
+    """How many photos OUT/unreadable.csv lists; 0 without it."""
+    if not (out / UNREADABLE).is_file():
+        return 0
+    with (out / UNREADABLE).open(newline="") as file:
+        return sum(1 for _ in csv.reader(file)) - 1
 
 
 def nothing_readable(source: Source, shard: Shard) -> str:

@@ -13,7 +13,7 @@ from torch.nn import functional
 from geoclip import cpu_bf16, earth, paths, precision
 
 KEPT_AT_ONCE = 1 << 18  # places embedded in memory before they are written
-SCORES_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 25}  # a CPU's stay in its cache; a GPU pays for each launch
+SCORES_AT_ONCE = {"cpu": 1 << 23}  # they stay in its cache; a GPU, which pays for each launch, has four times as many
 GROUP = 64
 SPARE = 32  # candidates beyond k that bfloat16 scores choose for the comparison in float32
 
@@ -131,9 +131,9 @@ def scan(
     So exp(scale × cosine − it) is a place's probability, without keeping the scores of a large gallery.
     """
     check_k(k, len(places))
-    low = places.dtype != torch.float32
-    wanted = min(len(places), k + SPARE) if low else k
-    rows = max(1 << 14, SCORES_AT_ONCE[places.device.type] // max(1, len(query)))
+    rounds = places.dtype != torch.float32
+    wanted = min(len(places), k + SPARE) if rounds else k
+    rows = max(1 << 14, SCORES_AT_ONCE.get(places.device.type, 1 << 25) // max(1, len(query)))
     best: list[tuple[Tensor, Tensor]] = []
     total = torch.full((len(query),), -math.inf, device=query.device)
     for start in range(0, len(places), rows):
@@ -143,10 +143,13 @@ def scan(
         score, index = top(scores, min(wanted, len(scores)))
         best.append((score.float(), index + start))
     score, index = (torch.cat(parts, 1) for parts in zip(*best, strict=True))
-    if low:  # the scores themselves were rounded to three digits
+    if rounds:  # the scores themselves were rounded to three digits
         score, order = score.topk(min(wanted, score.shape[1]), dim=-1)
-        index = index.gather(1, order)
+        index, rounded = index.gather(1, order), score
         score = (places[index].float() @ query[:, :, None].float())[..., 0]
+        if scale is not None:  # the sum counts them as they are too: shares add up to 1
+            low, high = (((s.double() * scale) - total.double()[:, None]).exp().sum(1) for s in (rounded, score))
+            total = (total.double() + ((1 - low).clamp(min=0) + high).log()).float()
     score, order = score.topk(k, dim=-1)
     return score, index.gather(1, order), total
 

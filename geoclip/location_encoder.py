@@ -64,6 +64,10 @@ class FourierLevel(nn.Module):
 
     def forward(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
         features = self.features(xy)
+        if self.frequencies is None:  # in bfloat16 coordinates are 0.7 degrees apart
+            with torch.autocast(xy.device.type, enabled=False):
+                features = self.mlp[0](features)
+            return self.mlp[1:](features)
         if not torch.is_autocast_enabled(xy.device.type):
             features = features.to(self.mlp[0].weight.dtype)
         return self.mlp(features)

@@ -22,6 +22,8 @@ from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 if TYPE_CHECKING:
     from geoclip.place_index import PlaceIndex
 
+NO_GALLERY = "the model has no gallery: give it one with use_gallery(Gallery(latlon))"
+
 
 class GeoCLIP(nn.Module):
     """Image encoder, location encoder and temperature; with a gallery it answers where an image was taken.
@@ -64,7 +66,8 @@ class GeoCLIP(nn.Module):
         """The authors' released model with its 100 K gallery, in evaluation mode.
 
         Head, location encoder and temperature are fetched at first use (40 MB), CLIP ViT-L/14 too (1.7 GB)
-        unless `clip_weights` names a local file of it. precision: of use_precision; "fp32" is the authors'.
+        unless `clip_weights` names a local file of it. On the GPU where there is one. precision: of
+        use_precision; "fp32" is the authors'.
         Raises OSError that says what is missing, where it would be put and what still works, and ValueError for
         a file that is not the released one.
         """
@@ -74,7 +77,8 @@ class GeoCLIP(nn.Module):
         model = cls(ImageEncoder(config), LocationEncoder.pretrained(), Gallery.official())
         model.image_encoder.head.load_state_dict(weights.head_state())
         model.log_scale.data.fill_(weights.log_temperature())
-        return model.eval().use_precision(precision)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return model.to(device).eval().use_precision(precision)
 
     def encode_images(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of preprocessed images."""
@@ -128,9 +132,15 @@ class GeoCLIP(nn.Module):
         """Answer in this precision from now on, on the present device; "auto" says once what it takes.
 
         bfloat16 replaces the image tower for good, so it is for answering, not for training. The head, the
-        Fourier phase and the comparison of the best places stay in float32.
+        Fourier phase and the comparison of the best places stay in float32. Raises ValueError for float32 on a
+        model that is in bfloat16.
         """
-        self.dtype = precision.choose(chosen, self.log_scale.device)
+        dtype = precision.choose(chosen, self.log_scale.device)
+        if dtype == self.dtype:
+            return self
+        if dtype == torch.float32:
+            raise ValueError("the model's tower is in bfloat16; load the model again to answer in float32")
+        self.dtype = dtype
         self._forget_places()
         if self.dtype != torch.float32:
             self.image_encoder.to_bf16()
@@ -139,7 +149,7 @@ class GeoCLIP(nn.Module):
     def places(self, keep: bool = False) -> Float[Tensor, "m d"]:
         """The gallery's unit-norm embedding, computed once; `keep` keeps it on disk too."""
         if self.gallery is None:
-            raise ValueError("the model has no gallery: give it one with use_gallery(Gallery(latlon))")
+            raise ValueError(NO_GALLERY)
         if self._places is None:
             self._places = self.gallery.embed(self.location_encoder, keep, dtype=self.dtype)
         self._places = self._places.to(self.log_scale.device)
@@ -148,12 +158,15 @@ class GeoCLIP(nn.Module):
     def use_index(self, probes: int = 32) -> "GeoCLIP":
         """Search this gallery approximately from now on (place_index); worth it beyond a few million places.
 
-        The index is kept on disk. Raises ImportError without faiss.
+        Embeddings and index are kept on disk, and both mapped from there. Raises ImportError without faiss.
         """
         from geoclip.place_index import PlaceIndex
 
+        if self.gallery is None:
+            raise ValueError(NO_GALLERY)
         path = self.gallery.kept_at(self.location_encoder, self.dtype).with_suffix(".faiss")
-        self.index = PlaceIndex(self.places(keep=True).cpu(), probes, path=path)
+        places = self.gallery.embed(self.location_encoder, keep=True, dtype=self.dtype)
+        self.index = PlaceIndex(places, probes, path=path)
         return self
 
     @torch.inference_mode()

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from geoclip import photos
-from geoclip.datasets import blue_marble, cards, folder, places365
+from geoclip.datasets import blue_marble, cards, folder
 from geoclip.photos import PhotoError
 
 PHOTOS_A_PART = 4096
@@ -188,8 +188,7 @@ def open_source(name: str, images: Path | str | None = None, photos_a_part: int 
     if name.endswith(".tar"):
         return TarShards(name)
     if name.endswith(".csv"):
-        read = places365.read if name.endswith("_places365.csv") else folder.read
-        data = read(name, images if images is not None else Path(name).parent)
+        data = cards.read_csv(name, images if images is not None else Path(name).parent)
         digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
         return PhotoTable(data, digest, photos_a_part)
     raise ValueError(

@@ -470,7 +470,8 @@ def train(
     paths.make_folder(directory)
     run = Run(directory, config)
     if rank_zero_only.rank > 0:  # the first rank holds the lock, and prepares and ends the run for all
-        fit(run, progress, epochs, devices, accelerator, nodes)
+        if not (resume and (directory / "result.json").is_file()):
+            fit(run, resume, progress, epochs, devices, accelerator, nodes)
         return run
     with FileLock(directory / "lock"):
         if not resume:
@@ -478,7 +479,7 @@ def train(
             run.checkpoint.unlink(missing_ok=True)
         check_same_configuration(run)
         if not (directory / "result.json").is_file():
-            fit(run, progress, epochs, devices, accelerator, nodes)
+            fit(run, resume, progress, epochs, devices, accelerator, nodes)
     return run
 
 
@@ -510,7 +511,7 @@ def plain(value):
 
 
 def fit(
-    run: Run, progress: bool, epochs: int | None, devices: int | str, accelerator: str, nodes: int
+    run: Run, resume: bool, progress: bool, epochs: int | None, devices: int | str, accelerator: str, nodes: int
 ) -> None:
     """One Lightning fit, from the last checkpoint where there is one; writes result.json when it is whole."""
     config = run.config
@@ -524,7 +525,7 @@ def fit(
     last = min(epochs or config.epochs, config.epochs)
     stopwatch = Stopwatch()
     callbacks.append(stopwatch)
-    resumed = run.checkpoint if run.checkpoint.is_file() else None
+    resumed = run.checkpoint if resume and run.checkpoint.is_file() else None
     if rank_zero_only.rank == 0:
         set_metrics_aside(run, resumed is not None)
     start = time.monotonic()

@@ -4,6 +4,7 @@ img2dataset runs in an environment of its own, since its requirements are many; 
 more than one machine. What can no longer be had is listed with the reason and counted.
 """
 
+import hashlib
 import json
 import os
 import subprocess
@@ -13,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
+from filelock import FileLock
 
 from geoclip import paths
 
 IMG2DATASET = "img2dataset==1.47.0"
-LIST, UNAVAILABLE = "list.jsonl", "unavailable.csv"
+LIST, CLAIM, UNAVAILABLE = "list.jsonl", "list.sha256", "unavailable.csv"
 ID_COLUMNS = ("id", "image_id", "img_id", "img_file")
 
 # Runs in img2dataset's environment, which reads its parquet files.
@@ -52,7 +54,12 @@ def read_urls(path: Path | str) -> pd.DataFrame:
 
     Raises ValueError that names file, line and value for a row without an http address or an id that comes twice.
     """
-    table = pd.read_csv(path, header=None, dtype=str, keep_default_na=False, skipinitialspace=True)
+    try:
+        table = pd.read_csv(
+            path, header=None, dtype=str, keep_default_na=False, skipinitialspace=True, skip_blank_lines=False
+        )
+    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
+        raise ValueError(f"{path} is no list of addresses: {str(error).strip()}") from error
     first = [name.strip().lower() for name in table.iloc[0]]
     headed = "url" in first
     if headed:
@@ -63,6 +70,8 @@ def read_urls(path: Path | str) -> pd.DataFrame:
     elif table.shape[1] != 2:
         raise ValueError(f"{path}: {table.shape[1]} columns and no header; an address list has image id and url")
     table = table.set_axis(["id", "url"], axis=1)
+    if table.empty:
+        raise ValueError(f"{path} lists no address")
     for wrong, what in (
         (~table["url"].str.match(r"https?://\S+$"), "is no http address"),
         (table["id"].str.strip() == "", "has no image id"),
@@ -96,20 +105,24 @@ def environment() -> Path:
 
     Raises OSError that says what to do where it cannot be installed.
     """
-    folder = paths.CACHE / "img2dataset"
+    folder = paths.make_folder(paths.CACHE) / "img2dataset"
     python = folder / "bin" / "python"
-    if (folder / "ready").is_file():
-        return python
-    print(f"geoclip: installing {IMG2DATASET} into {folder} (once)", file=sys.stderr)
-    venv.create(folder, clear=True, with_pip=True)
-    pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", IMG2DATASET, "setuptools<81"]
-    done = subprocess.run(pip, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise OSError(
-            f"{IMG2DATASET} could not be installed ({done.stderr.strip().splitlines()[-1]}). Install it where there "
-            f"is a network, and name the Python that has it with --python"
-        )
-    (folder / "ready").touch()
+    with FileLock(folder.with_suffix(".lock")):
+        if (folder / "ready").is_file():
+            return python
+        print(f"geoclip: installing {IMG2DATASET} into {folder} (once)", file=sys.stderr)
+        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", IMG2DATASET, "setuptools<81"]
+        try:
+            venv.create(folder, clear=True, with_pip=True)
+            subprocess.run(pip, capture_output=True, text=True, check=True)
+        except subprocess.CalledProcessError as error:
+            said = (error.stderr or error.stdout or str(error)).strip()
+            said = said.decode(errors="replace") if isinstance(said, bytes) else said
+            raise OSError(
+                f"{IMG2DATASET} could not be installed ({said.splitlines()[-1]}). Install it where there is a network, "
+                f"and name the Python that has it with --python"
+            ) from error
+        (folder / "ready").touch()
     return python
 
 
@@ -131,38 +144,57 @@ def download(
     where img2dataset ends in an error.
     """
     out = paths.make_folder(Path(out).resolve())
-    text = listed.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
-    kept = out / LIST
-    cut = out / "photos_a_shard"
-    if kept.is_file():
-        if kept.read_text() != text or cut.read_text() != str(photos_a_shard):
-            raise ValueError(f"{out} holds the shards of another list, or cut otherwise; name another folder")
-    else:
-        for path, content in ((cut, str(photos_a_shard)), (kept, text)):
-            with paths.atomic(path) as temporary:
-                temporary.write_text(content)
     python = Path(python) if python else environment()
-    settings = {
-        "url_list": kept, "input_format": "jsonl", "output_folder": out, "output_format": "webdataset",
-        "save_additional_columns": json.dumps(["id", "LAT", "LON"]), "disable_all_reencoding": True,
-        "extract_exif": False, "number_sample_per_shard": photos_a_shard, "processes_count": processes,
-        "thread_count": threads, "timeout": timeout, "retries": retries, "incremental_mode": "incremental",
-    }  # fmt: skip
-    arguments = [f"--{name}={value}" for name, value in settings.items()]
-    with (out / "log.txt").open("a") as log:
-        done = subprocess.run(
-            [python, "-m", "img2dataset.main", *arguments], stdout=log, stderr=subprocess.STDOUT, check=False,
-            env=os.environ | {"WANDB_MODE": "disabled", "NO_ALBUMENTATIONS_UPDATE": "1"},
-        )  # fmt: skip
-    shards = -(-len(listed) // photos_a_shard)
-    counts = [json.loads(path.read_text()) for path in sorted(out.glob("*_stats.json"))]
-    if done.returncode or len(counts) < shards:
-        raise OSError(
-            f"img2dataset ended with {len(counts)} of {shards} shards (see {out / 'log.txt'}); give the same command "
-            f"again to go on"
-        )
-    with paths.atomic(out / UNAVAILABLE) as temporary:
-        subprocess.run([python, "-c", FAILED, out, temporary], check=True)
+    with FileLock(out / ".lock"):  # two on one list would write the same shards
+        claim(out, listed, photos_a_shard)
+        for path in out.glob("*_stats.json"):  # a shard is whole when its statistics are
+            if not is_json(path):
+                path.unlink()
+        settings = {
+            "url_list": out / LIST, "input_format": "jsonl", "output_folder": out, "output_format": "webdataset",
+            "save_additional_columns": json.dumps(["id", "LAT", "LON"]), "disable_all_reencoding": True,
+            "extract_exif": False, "number_sample_per_shard": photos_a_shard, "processes_count": processes,
+            "thread_count": threads, "timeout": timeout, "retries": retries, "incremental_mode": "incremental",
+        }  # fmt: skip
+        arguments = [f"--{name}={value}" for name, value in settings.items()]
+        with (out / "log.txt").open("a") as log:
+            done = subprocess.run(
+                [python, "-m", "img2dataset.main", *arguments], stdout=log, stderr=subprocess.STDOUT, check=False,
+                env=os.environ | {"WANDB_MODE": "disabled", "NO_ALBUMENTATIONS_UPDATE": "1"},
+            )  # fmt: skip
+        shards = -(-len(listed) // photos_a_shard)
+        counts = [json.loads(path.read_text()) for path in sorted(out.glob("*_stats.json")) if is_json(path)]
+        with paths.atomic(out / UNAVAILABLE) as temporary:
+            told = subprocess.run([python, "-c", FAILED, out, temporary], capture_output=True, check=False)
+            if done.returncode or told.returncode or len(counts) < shards:
+                raise OSError(
+                    f"img2dataset ended with {len(counts)} of {shards} shards (see {out / 'log.txt'}); give the same "
+                    f"command again to go on"
+                )
     reasons = pd.read_csv(out / UNAVAILABLE)["reason"].value_counts().sort_index()
     reasons = reasons.sort_values(ascending=False, kind="stable")
     return Downloaded(len(listed), sum(count["successes"] for count in counts), reasons.to_dict(), shards, out)
+
+
+def claim(out: Path, listed: pd.DataFrame, photos_a_shard: int) -> None:
+    """Say in `out` what is downloaded there. ValueError where something else is, or was cut otherwise."""
+    text = json.dumps({"photos_a_shard": photos_a_shard}) + "\n"
+    text += listed.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
+    kept = out / CLAIM
+    other = any(out.glob("*.tar")) or any(out.glob("*_stats.json"))
+    if kept.is_file() or other:
+        if not kept.is_file() or kept.read_text() != hashlib.sha256(text.encode()).hexdigest():
+            raise ValueError(f"{out} holds the shards of another list, or cut otherwise; name another folder")
+    with paths.atomic(out / LIST) as temporary:
+        temporary.write_text(text.partition("\n")[2])
+    with paths.atomic(kept) as temporary:
+        temporary.write_text(hashlib.sha256(text.encode()).hexdigest())
+
+
+def is_json(path: Path) -> bool:
+    """Whether a file holds JSON, and not the first half of some."""
+    try:
+        json.loads(path.read_text())
+    except ValueError:
+        return False
+    return True

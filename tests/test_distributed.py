@@ -17,6 +17,7 @@ from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.sources import Views, open_source
 
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A tiny model on the features of 640 tiles, whose batch holds the same place twice."""
@@ -74,6 +75,11 @@ def test_two_ranks_give_the_weights_queue_and_loss_of_one(config, tmp_path):
     start = training.build(config, training.training_set(config)).state_dict()
     moved = [(one[name] - start[name]).abs().max().item() for name in one if name.endswith("weight")]
     assert min(moved) > 1e-3  # a hundred times more than they may differ
+    for ranks in RANKS:  # given again, what has ended is left as it is, by all ranks
+        folder = tmp_path / ranks.replace(" ", "-")
+        before = (folder / "result.json").read_text()
+        trained(config, folder, ranks)
+        assert (folder / "result.json").read_text() == before
     for two in others:
         assert one.keys() == two.keys()
         for name in one:

@@ -31,7 +31,7 @@ def test_all_lists_give_the_exact_answer_and_few_give_most_of_it(places, query):
     score, index, _ = whole.scan(query, 5)
     expected, exact, _ = gallery.scan(query, places, 5)
     assert torch.equal(index, exact) and torch.allclose(score, expected, atol=1e-6)
-    assert whole.recall(query) == 1
+    assert whole.recall(query) == whole.measured == 1
     recalls = [PlaceIndex(places, probes=probes, lists=50).recall(query) for probes in (1, 4, 16)]
     assert recalls == sorted(recalls) and recalls[0] < 0.9 and recalls[-1] > 0.95, recalls
 
@@ -48,9 +48,11 @@ def test_kept_and_mapped_and_of_low_precision(places, query, tmp_path, monkeypat
     low = places.to(torch.bfloat16)
     first = PlaceIndex(low, probes=16, lists=50, path=tmp_path / "places.faiss")
     monkeypatch.setattr(place_index, "build", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(place_index, "made_queries", lambda *_: pytest.fail("measured again"))
     again = PlaceIndex(low, probes=16, path=tmp_path / "places.faiss")
     assert torch.equal(first.scan(query, 5)[1], again.scan(query, 5)[1])
-    assert again.recall(query) > 0.9
+    assert again.measured == first.measured == pytest.approx(again.recall(query), abs=0.1)
+    assert again.measured > 0.9
     with pytest.raises(ValueError, match="the gallery has 5000 places"):
         again.scan(query, 5001)
 
@@ -59,3 +61,12 @@ def test_without_faiss_it_says_what_to_install(places, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ImportError, match="pip install faiss-cpu, or search exactly"):
         PlaceIndex(places)
+
+
+def test_where_the_lists_hold_too_few_all_places_are_compared(places, query):
+    index = PlaceIndex(places, probes=1, lists=200)
+    score, found, total = index.scan(query, 300, scale=40.0)
+    _, exact, whole = gallery.scan(query, places, 300, scale=40.0)
+    assert (found >= 0).all() and torch.isfinite(score).all()
+    same = (found == exact).all(1)
+    assert same.any() and torch.allclose(total[same], whole[same], atol=1e-4)

@@ -9,7 +9,7 @@ from torch.nn import functional
 from geoclip import cpu_bf16, earth, features, gallery, precision
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, in_bf16
-from geoclip.location_encoder import LocationEncoder
+from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
 
 BF16 = torch.bfloat16
@@ -129,6 +129,17 @@ def test_search_is_exact_in_blocks(n, queries, monkeypatch):
     assert torch.allclose(low_score.double(), exact, atol=4e-3)
 
 
+@pytest.mark.parametrize("n", [20, 3000])
+def test_probabilities_of_a_bf16_gallery_add_up(n):
+    query, places = unit(3, 2), unit(n, 3)
+    scores = 40 * query.double() @ places.to(BF16).double().T
+    score, _, total = gallery.scan(query, places.to(BF16), min(n, 5), scale=40.0)
+    assert torch.allclose((40 * score - total[:, None]).exp().double(), scores.softmax(1).topk(min(n, 5)).values, rtol=2e-3)
+    if n == 20:
+        score, _, total = gallery.scan(query, places.to(BF16), n, scale=40.0)
+        assert torch.allclose((40 * score - total[:, None]).exp().sum(1), torch.ones(3), atol=1e-5)
+
+
 def test_groups_hold_the_best_whatever_their_place():
     scores = torch.randn(7, 10_003, generator=seeded(6))
     scores[0, -3:], scores[1, 64:70] = 9.0 + torch.arange(3), 9.0 + torch.arange(6)  # in the rest; all in one group
@@ -174,3 +185,25 @@ def test_towers_that_are_not_plain_run_as_they_are():
         cpu_bf16.Tower(tower)
     other = in_bf16(tower, torch.device("cpu"))
     assert type(other) is type(tower) and other.proj.dtype == BF16 and tower.proj.dtype == torch.float32
+
+
+def test_a_model_in_bf16_stays_where_and_as_it_is():
+    image = ImageEncoderConfig("ViT-B-32-quickgelu", None)
+    low = GeoCLIP.build(image, None, seeded(1), Gallery(earth.sample_sphere(50, seeded(2)))).eval().use_precision("bf16")
+    assert low.use_precision("bf16") is low and low.to("cpu") is low
+    with pytest.raises(ValueError, match="load the model again to answer in float32"):
+        low.use_precision("fp32")
+    with pytest.raises(RuntimeError, match="laid out for the CPU in bfloat16"):
+        low.to(torch.float64)
+
+
+def test_coordinates_without_fourier_features_are_not_rounded():
+    """In bfloat16 178.5° and 178.9° of longitude are one."""
+    encoder = LocationEncoder(LocationEncoderConfig(sigmas=(), projection="degrees", width=64, dim=32), seeded(0))
+    latlon = torch.tensor([[10.0, 178.5], [10.0, 178.9], [50.3, -3.1]])
+    single = gallery.embed(encoder, latlon)
+    low = gallery.embed(encoder, latlon, dtype=BF16).float()
+    assert torch.allclose(low, single, atol=4e-3)
+    with torch.inference_mode(), torch.autocast("cpu", BF16):
+        trained = encoder(latlon)
+    assert not torch.equal(trained[0], trained[1])

@@ -458,5 +458,32 @@ def test_a_baseline_answers_with_one_place_and_no_probability(tmp_path, capsys):
     assert [len(photo["places"]) for photo in found] == [1, 1]
     assert found[0]["places"][0]["probability"] is None and abs(found[0]["places"][0]["lat"]) <= 90
     assert "one place, without probability" in said.err and (tmp_path / "m.png").stat().st_size > 10_000
-    assert main(["predict", names[0], "--checkpoint", checkpoint, "--gallery", "official"]) == 2
-    assert "answers from no gallery" in capsys.readouterr().err
+    for option in (["--gallery", "official"], ["--index"]):
+        assert main(["predict", names[0], "--checkpoint", checkpoint, *option]) == 2
+        assert "answers from no gallery" in capsys.readouterr().err
+
+
+def test_an_index_is_searched_and_tells_its_recall(files, checkpoint, capsys, tmp_path, monkeypatch):
+    options = ["--checkpoint", checkpoint, "--top-k", "3", "--format", "csv", "--precision", "fp32"]
+    assert main(["predict", str(files / "b.jpg"), *options]) == 0
+    exact = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert main(["predict", str(files / "b.jpg"), *options, "--index"]) == 0
+    said = capsys.readouterr()
+    found = pd.read_csv(io.StringIO(said.out))
+    assert "the index finds 100.0 % of the five best places" in said.err  # it probes all lists
+    assert found[["lat", "lon"]].equals(exact[["lat", "lon"]])
+    assert (found["probability"] >= exact["probability"] - 1e-6).all()
+    assert len(list((tmp_path / "cache" / "galleries").glob("*.faiss"))) == 1
+    monkeypatch.setattr("geoclip.place_index.WORTH_IT", 50)
+    main(["predict", str(files / "b.jpg"), *options])
+    assert "60 places; --index searches them faster" in capsys.readouterr().err
+
+
+def test_the_precision_is_chosen_and_said(files, checkpoint, capsys, monkeypatch):
+    from geoclip import precision
+
+    precision._automatic.cache_clear()
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: False)
+    assert main(["predict", str(files / "b.jpg"), "--checkpoint", checkpoint]) == 0
+    assert "precision auto: this cpu computes in fp32" in capsys.readouterr().err
+    precision._automatic.cache_clear()

@@ -86,7 +86,7 @@ def test_what_a_server_answers_is_told_apart_and_counted(tmp_path, img2dataset, 
         assert asked.count("410") == 2 and asked.count("0.jpg") == 1  # tried again; the one without a place not at all
         asked.clear()
         assert main(command) == 1 and asked == []  # whole shards are not downloaded again
-        (out / "00001_stats.json").unlink()
+        (out / "00001_stats.json").write_text('{"count": 5, "succ')  # a disk that was full, a process that was killed
         assert main(command) == 1
         assert set(asked) == {*names[5:10]}  # a shard that is not whole is
     assert "1 of 13 addresses are left out" in printed
@@ -121,11 +121,28 @@ def test_lists_with_and_without_a_header(tmp_path):
         ("1,http://a\n1,http://b\n", "line 2: '1,http://b' names an image a second time"),
         ("url,id\nhttp://a,\n", "line 2: ',http://a' has no image id"),
         ("1,http://a,3\n", "3 columns and no header"),
+        ("", "no list of addresses: No columns"),
+        ("1,http://a\n2,http://b,c\n", "no list of addresses: Error tokenizing data"),
+        ("id,url\n", "lists no address"),
+        ("1,http://a\n\n2,b\n", "line 2: ',' is no http address"),
         ("url,name\nhttp://a,1\n", "names no image"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=wrong):
             url_shards.read_urls(path)
+
+
+def test_shards_of_others_are_not_taken_for_ours(tmp_path):
+    (tmp_path / "00000.tar").write_bytes(b"")
+    listed = pd.DataFrame({"id": ["1"], "url": ["http://a"], "LAT": [1.0], "LON": [2.0]})
+    with pytest.raises(ValueError, match="holds the shards of another list"):
+        url_shards.claim(tmp_path, listed, 10)
+    (tmp_path / "00000.tar").unlink()
+    url_shards.claim(tmp_path, listed, 10)
+    url_shards.claim(tmp_path, listed, 10)
+    for other, cut in ((listed.assign(LAT=3.0), 10), (listed, 11)):
+        with pytest.raises(ValueError, match="cut otherwise"):
+            url_shards.claim(tmp_path, other, cut)
 
 
 def test_addresses_are_joined_with_their_places():

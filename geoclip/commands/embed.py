@@ -34,7 +34,7 @@ def parser() -> ArgumentParser:
 def run(options) -> int:
     """Embed, or start one process a device; says what was embedded, found, unreadable and failed."""
     if options.devices > 1:
-        return _launch(options.devices, sys.argv[sys.argv.index("embed") :])
+        return _launch(options, sys.argv[sys.argv.index("embed") :])
     import os
 
     import torch
@@ -72,14 +72,26 @@ def run(options) -> int:
     )
     for part, reason in report.failed:
         print(f"geoclip: shard {part} was not made: {reason}", file=sys.stderr)
-    return 1 if report.failed or report.unreadable else 0
+    # torchrun ends all processes when one fails, and a photo that cannot be read is no reason for that
+    return 1 if world == 1 and (report.failed or report.unreadable) else 0
 
 
-def _launch(devices: int, arguments: list[str]) -> int:
-    """The same command as `devices` processes under torchrun, which ends all of them when one fails."""
+def _launch(options, arguments: list[str]) -> int:
+    """The same command as --devices processes under torchrun; the status is that of one process doing it all."""
+    from pathlib import Path
+
+    from geoclip import features
+
+    out = Path(options.out)
+    before = features.count_unreadable(out)
     at = arguments.index("--devices") if "--devices" in arguments else None
     kept = arguments[:at] + arguments[at + 2 :] if at is not None else [
         argument for argument in arguments if not argument.startswith("--devices=")
     ]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={devices}"]
-    return subprocess.run([*command, "-m", "geoclip", *kept], check=False).returncode
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.devices}"]
+    status = subprocess.run([*command, "-m", "geoclip", *kept], check=False).returncode
+    if status:
+        return status
+    shards = features.FeatureInfo.read(out / features.INFO).shards
+    whole = all(features.shard_folder(out, part).is_dir() for part in range(shards))
+    return 0 if whole and features.count_unreadable(out) == before else 1

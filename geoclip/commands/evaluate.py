@@ -119,13 +119,12 @@ def check(options) -> None:
 
 def read_photos(options):
     """The benchmark or the CSV, with its folder of images unless only coordinates are asked for."""
-    from geoclip.datasets import cards, folder, places365
+    from geoclip.datasets import cards
 
     if options.csv:
         csv = Path(options.csv)
         images = None if options.coordinates_only else options.images or csv.parent
-        read = places365.read if csv.name.endswith("_places365.csv") else folder.read
-        return read(csv, images, trust_header=options.trust_header)
+        return cards.read_csv(csv, images, options.trust_header)
     photos = cards.load(options.benchmark, images=options.images, trust_header=options.trust_header)
     if photos.images is None and not options.coordinates_only:
         wanted = cards.card(options.benchmark)

@@ -93,7 +93,7 @@ class OnePlace:
 
 def load_model(options):
     """The model that the options name, with a gallery."""
-    from geoclip import answering
+    from geoclip import answering, place_index
     from geoclip.gallery import Gallery, load
     from geoclip.model import GeoCLIP
 
@@ -102,7 +102,7 @@ def load_model(options):
     else:
         asked = answering.load(options.checkpoint, precision=options.precision)
         if asked.geoclip is None:
-            if options.gallery:
+            if options.gallery or options.index:
                 raise ValueError(f"{options.checkpoint} holds a baseline, which answers from no gallery")
             return OnePlace(asked)
         model = asked.geoclip
@@ -110,7 +110,16 @@ def load_model(options):
         model.use_gallery(load(options.gallery))
     elif model.gallery is None or (options.gallery == "official" and options.checkpoint):
         model.use_gallery(Gallery.official())
-    return model.use_index() if options.index else model
+    if options.index:
+        recall = 100 * model.use_index().index.measured
+        print(
+            f"geoclip: the index finds {recall:.1f} % of the five best places of made queries; probabilities are upper "
+            f"bounds",
+            file=sys.stderr,
+        )
+    elif len(model.gallery) > place_index.WORTH_IT:
+        print(f"geoclip: the gallery has {len(model.gallery):,} places; --index searches them faster", file=sys.stderr)
+    return model
 
 
 def answer(model, found: list[Path], top_k: int, ten_crop: bool):
@@ -121,7 +130,7 @@ def answer(model, found: list[Path], top_k: int, ten_crop: bool):
 
     from geoclip import photos, places
 
-    if model.gallery is not None:
+    if model.gallery is not None and model.index is None:
         model.places(keep=True)
     step = max(1, BATCH // 10) if ten_crop else BATCH
     parts, failed = [], []
@@ -136,10 +145,7 @@ def answer(model, found: list[Path], top_k: int, ten_crop: bool):
                 except photos.PhotoError as error:
                     failed.append((str(path), error.reason))
             if views:
-                views = torch.stack(views)
-                if start == 0 and getattr(model, "index", None) is not None:
-                    tell_recall(model, views, top_k)
-                latlon, probability = model.locate_views(views, top_k)
+                latlon, probability = model.locate_views(torch.stack(views), top_k)
                 parts += [
                     rows(*answered)
                     for answered in zip(names, latlon.double(), probability.double(), strict=True)
@@ -153,19 +159,6 @@ def answer(model, found: list[Path], top_k: int, ten_crop: bool):
     table.insert(6, "country", near["country"])
     table.insert(7, "town_km", near["town_km"])
     return table, failed
-
-
-def tell_recall(model, views, top_k: int) -> None:
-    """Print how much of the exact answer the index finds for these photos."""
-    import torch
-
-    with torch.inference_mode():
-        recall = model.index.recall(model.encode_views(views), top_k)
-    print(
-        f"geoclip: the index finds {100 * recall:.1f} % of the exact {top_k} best places of the first {len(views)} "
-        f"photos; probabilities are upper bounds",
-        file=sys.stderr,
-    )
 
 
 def rows(path: Path, latlon, probability):

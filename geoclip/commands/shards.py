@@ -31,13 +31,12 @@ def parser() -> ArgumentParser:
 def run(options) -> int:
     """Download, and say how many photos came and why the others did not; 1 where some did not."""
     from geoclip import url_shards
-    from geoclip.datasets import folder, places365
+    from geoclip.datasets import cards
 
     if min(options.shard_size, options.processes, options.threads, options.timeout) < 1 or options.retries < 0:
         raise ValueError("--shard-size, --processes, --threads and --timeout must be at least 1, --retries at least 0")
     urls = url_shards.read_urls(options.urls)
-    read = places365.read if options.places.endswith("_places365.csv") else folder.read
-    listed = url_shards.join_places(urls, read(options.places).table)
+    listed = url_shards.join_places(urls, cards.read_csv(options.places).table)
     if len(listed) < len(urls):
         print(f"{len(urls) - len(listed):,} of {len(urls):,} addresses are left out: {options.places} has no place for them")
     done = url_shards.download(

@@ -238,6 +238,12 @@ def load(
     return photos
 
 
+def read_csv(csv: Path | str, images: Path | str | None = None, trust_header: bool = False) -> folder.Geotagged:
+    """Any CSV of photos and places: as the benchmarks' metadata where it is named so, else by its header."""
+    read = places365.read if str(csv).endswith("_places365.csv") else folder.read
+    return read(csv, images, trust_header=trust_header)
+
+
 def is_pinned(wanted: Card, csv: Path) -> bool | None:
     """Whether `csv` is the very file that the card pins; None where the card pins none."""
     if wanted.sha256 is None:
