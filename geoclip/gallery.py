@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ KEPT_AT_ONCE = 1 << 18  # places embedded in memory before they are written
 SCORES_AT_ONCE = {"cpu": 1 << 23}  # they stay in its cache; a GPU, which pays for each launch, has four times as many
 GROUP = 64
 SPARE = 32  # candidates beyond k that bfloat16 scores choose for the comparison in float32
+ENCODED = 128  # as many where they are encoded again: then 99 % of best places are those of float32 (LOG)
+Exact = Callable[[Tensor], Tensor]  # rows (n, w) of the gallery → their unit-norm embeddings (n, w, d) in float32
 
 
 class Gallery:
@@ -124,15 +127,20 @@ def search(
 
 
 def scan(
-    query: Float[Tensor, "n d"], places: Float[Tensor, "m d"], k: int, scale: float | None = None
+    query: Float[Tensor, "n d"],
+    places: Float[Tensor, "m d"],
+    k: int,
+    scale: float | None = None,
+    exact: Exact | None = None,
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
     """As search, and with a scale the logarithm of the sum of exp(scale × cosine) over all places, in blocks.
 
-    So exp(scale × cosine − it) is a place's probability, without keeping the scores of a large gallery.
+    So exp(scale × cosine − it) is a place's probability, without keeping the scores of a large gallery. exact:
+    gives the candidates of a bfloat16 gallery in float32.
     """
     check_k(k, len(places))
     rounds = places.dtype != torch.float32
-    wanted = min(len(places), k + SPARE) if rounds else k
+    wanted = min(len(places), k + (SPARE if exact is None else ENCODED)) if rounds else k
     rows = max(1 << 14, SCORES_AT_ONCE.get(places.device.type, 1 << 25) // max(1, len(query)))
     best: list[tuple[Tensor, Tensor]] = []
     total = torch.full((len(query),), -math.inf, device=query.device)
@@ -146,12 +154,20 @@ def scan(
     if rounds:  # the scores themselves were rounded to three digits
         score, order = score.topk(min(wanted, score.shape[1]), dim=-1)
         index, rounded = index.gather(1, order), score
-        score = (places[index].float() @ query[:, :, None].float())[..., 0]
+        score = compare(query, index, places, exact)
         if scale is not None:  # the sum counts them as they are too: shares add up to 1
             low, high = (((s.double() * scale) - total.double()[:, None]).exp().sum(1) for s in (rounded, score))
             total = (total.double() + ((1 - low).clamp(min=0) + high).log()).float()
     score, order = score.topk(k, dim=-1)
     return score, index.gather(1, order), total
+
+
+def compare(
+    query: Float[Tensor, "n d"], index: Int[Tensor, "n w"], places: Float[Tensor, "m d"], exact: Exact | None
+) -> Float[Tensor, "n w"]:
+    """Cosines in float32 of each query with its own places."""
+    rows = places[index].float() if exact is None else exact(index)
+    return (rows @ query[:, :, None].float())[..., 0]
 
 
 def products(places: Float[Tensor, "m d"], query: Float[Tensor, "n d"]) -> Float[Tensor, "m n"]:

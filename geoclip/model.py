@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -82,9 +82,7 @@ class GeoCLIP(nn.Module):
 
     def encode_images(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of preprocessed images."""
-        if self.dtype == torch.float32:
-            return self.encode_features(self.image_encoder.features(images))
-        return self.encode_features(self.image_encoder.features(images.to(self.dtype)).float())
+        return self.encode_features(self.image_encoder.features(images))
 
     def encode_features(self, features: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of tower features that were computed before."""
@@ -179,12 +177,19 @@ class GeoCLIP(nn.Module):
         they are not calibrated, and duplicates share. Raises ValueError for k larger than the gallery.
         """
         scale = self.log_scale.exp().item()
+        exact = None if self.dtype == torch.float32 else self._encode_rows
         if self.index is not None:
-            score, index, total = self.index.scan(query, k, scale)
+            score, index, total = self.index.scan(query, k, scale, exact)
         else:
-            score, index, total = galleries.scan(query, self.places(), k, scale)
+            score, index, total = galleries.scan(query, self.places(), k, scale, exact)
         probability = (score * scale - total[:, None]).exp()
         return self.gallery.latlon[index.cpu()], probability
+
+    def _encode_rows(self, index: Int[Tensor, "n w"]) -> Float[Tensor, "n w d"]:
+        """Rows of the gallery, encoded again in float32: rounded, one in six best places was another (LOG)."""
+        rows, where = index.unique(return_inverse=True)
+        places = galleries.embed(self.location_encoder, self.gallery.latlon[rows.cpu()])
+        return places.to(index.device)[where]
 
     def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "v 3 h w"]:
         """What the tower sees of a photo: the centre, or the four corners and the centre, each also mirrored.

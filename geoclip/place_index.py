@@ -54,7 +54,7 @@ class PlaceIndex:
         return measured
 
     def scan(
-        self, query: Float[Tensor, "n d"], k: int, scale: float | None = None
+        self, query: Float[Tensor, "n d"], k: int, scale: float | None = None, exact: gallery.Exact | None = None
     ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
         """As gallery.scan, over the places that the index finds: the sum counts these alone, a lower bound.
 
@@ -66,13 +66,13 @@ class PlaceIndex:
         _, index = self.index.search(query.numpy(), min(len(self.places), k + CANDIDATES))
         index = torch.from_numpy(index)
         found = index >= 0  # faiss says -1 where the lists hold fewer
-        score = (self.places[index.clamp(min=0)].float() @ query[:, :, None])[..., 0]
+        score = gallery.compare(query, index.clamp(min=0), self.places, exact)
         score = score.masked_fill(~found, -math.inf)
         total = torch.logsumexp(score * (1.0 if scale is None else scale), 1)
         score, order = score.topk(k, dim=-1)
         index = index.gather(1, order)
         if (few := found.sum(1) < k).any():
-            score[few], index[few], total[few] = gallery.scan(query[few], self.places, k, scale)
+            score[few], index[few], total[few] = gallery.scan(query[few], self.places, k, scale, exact)
         return score, index, total
 
     def recall(self, query: Float[Tensor, "n d"], k: int = 5) -> float:

@@ -271,6 +271,7 @@ def test_the_released_parts_are_put_together(monkeypatch):
         def __init__(self, config):
             torch.nn.Module.__init__(self)
             self.config, self.tower = config, torch.nn.Identity()
+            self.tower.visual = torch.nn.Identity()
             self.head = torch.nn.Sequential(
                 torch.nn.Linear(768, 768), torch.nn.ReLU(), torch.nn.Linear(768, 512)
             )
