@@ -95,7 +95,7 @@ def load(
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if checkpoint is None:
-        name, trained, model = "authors' weights", None, GeoCLIP.pretrained(clip_weights, "fp32")
+        name, trained, model = "authors' weights", None, GeoCLIP.pretrained(clip_weights, precision)
     else:
         name, trained = Path(checkpoint).stem, training.load(checkpoint).to(device)
         model = trained.model if isinstance(getattr(trained, "model", None), GeoCLIP) else None

@@ -184,8 +184,8 @@ def embed(
     info = FeatureInfo.of(source, encoder, views)
     claim(out, info)
     mine = [part for part in range(rank, source.parts, world)]
-    there = [part for part in mine if shard_folder(out, part).is_dir()]
-    wanted = [part for part in mine if not shard_folder(out, part).is_dir()]
+    wanted = missing_shards(out, mine)
+    there = sorted(set(mine) - set(wanted))
     for part in wanted:  # what a killed run left of shards that are this process's to make
         for left in out.glob(f".{shard_folder(out, part).name}.*"):
             shutil.rmtree(left)
@@ -357,14 +357,12 @@ class FeatureData(Dataset):
 
     def check_whole(self) -> None:
         """ValueError that names the first shard that is missing or was made otherwise."""
-        shards = range(self.info.shards)
-        absent = [part for part in shards if not shard_folder(self.folder, part).is_dir()]
-        if absent:
+        if absent := missing_shards(self.folder, range(self.info.shards)):
             raise ValueError(
                 f"{self.folder} is incomplete: {len(absent)} of {self.info.shards} shards are missing, the first "
                 f"is {absent[0]}; give the embed command again to complete it"
             )
-        for part in shards:
+        for part in range(self.info.shards):
             made = FeatureInfo.read(shard_folder(self.folder, part) / "shard.json")
             if wrong := made.differences(self.info):
                 raise ValueError(f"{shard_folder(self.folder, part)} was made otherwise: {'; '.join(wrong)}")
@@ -474,6 +472,11 @@ def claim(out: Path, info: FeatureInfo) -> None:
 def shard_folder(out: Path, part: int) -> Path:
     """Where shard `part` lies; it exists if and only if it is whole."""
     return out / f"shard-{part:06d}"
+
+
+def missing_shards(out: Path, parts: Iterable[int]) -> list[int]:
+    """Those of `parts` that are not there."""
+    return [part for part in parts if not shard_folder(out, part).is_dir()]
 
 
 def merge_unreadable(out: Path) -> int:

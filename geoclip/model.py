@@ -140,8 +140,7 @@ class GeoCLIP(nn.Module):
             raise ValueError("the model's tower is in bfloat16; load the model again to answer in float32")
         self.dtype = dtype
         self._forget_places()
-        if self.dtype != torch.float32:
-            self.image_encoder.to_bf16()
+        self.image_encoder.to_bf16()
         return self
 
     def places(self, keep: bool = False) -> Float[Tensor, "m d"]:

@@ -148,7 +148,7 @@ def download(
     with FileLock(out / ".lock"):  # two on one list would write the same shards
         claim(out, listed, photos_a_shard)
         for path in out.glob("*_stats.json"):  # a shard is whole when its statistics are
-            if not is_json(path):
+            if statistics(path) is None:
                 path.unlink()
         settings = {
             "url_list": out / LIST, "input_format": "jsonl", "output_folder": out, "output_format": "webdataset",
@@ -163,7 +163,7 @@ def download(
                 env=os.environ | {"WANDB_MODE": "disabled", "NO_ALBUMENTATIONS_UPDATE": "1"},
             )  # fmt: skip
         shards = -(-len(listed) // photos_a_shard)
-        counts = [json.loads(path.read_text()) for path in sorted(out.glob("*_stats.json")) if is_json(path)]
+        counts = [count for path in out.glob("*_stats.json") if (count := statistics(path)) is not None]
         with paths.atomic(out / UNAVAILABLE) as temporary:
             told = subprocess.run([python, "-c", FAILED, out, temporary], capture_output=True, check=False)
             if done.returncode or told.returncode or len(counts) < shards:
@@ -191,10 +191,9 @@ def claim(out: Path, listed: pd.DataFrame, photos_a_shard: int) -> None:
         temporary.write_text(hashlib.sha256(text.encode()).hexdigest())
 
 
-def is_json(path: Path) -> bool:
-    """Whether a file holds JSON, and not the first half of some."""
+def statistics(path: Path) -> dict | None:
+    """What img2dataset says of a shard; None for half a file."""
     try:
-        json.loads(path.read_text())
+        return json.loads(path.read_text())
     except ValueError:
-        return False
-    return True
+        return None

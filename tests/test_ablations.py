@@ -100,6 +100,9 @@ def test_scores_follow_the_tests_and_the_gallery(study, fitted):
     other = ablations.run(smaller, {"paper": {}}, [0], workers=1)
     assert len(fitted) == 1  # another gallery asks for no other training
     assert other["mean_km"].iloc[0] != whole["mean_km"].iloc[0]
+    module = ablations.load(training.train(ablations.changed(study.reference, {"seed": 0})))
+    errors_km = ablations.errors_km(module, smaller)["random"]
+    assert other["mean_km"].iloc[0] == pytest.approx(errors_km.mean(), rel=1e-5)
     assert study.hash() != smaller.hash()
 
 

@@ -1,6 +1,5 @@
 """Features: what is embedded is right and whole, whatever ends a run; a training set reads it without loss."""
 
-import contextlib
 import dataclasses
 import errno
 import http.server
@@ -12,12 +11,12 @@ import subprocess
 import sys
 import tarfile
 import textwrap
-import threading
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import webserver
 from PIL import Image
 
 from geoclip import features, sources
@@ -142,7 +141,7 @@ def test_tars_local_and_over_http(tmp_path, encoder):
     data = FeatureData(tmp_path / "local")
     assert data.ids() == [f"photo{n}" for n in range(12)]
     assert data.latlon.tolist() == [[n, -n] for n in range(12)]
-    with serving(folder) as address:
+    with webserver.serving(files_of(folder)) as address:
         report = embed(open_source(f"{address}/{{000..003}}.tar"), encoder, tmp_path / "http")
     assert report.embedded == 12 and [part for part, _ in report.failed] == [3]  # 003.tar is a 404
     with pytest.raises(ValueError, match=r"incomplete: 1 of 4 shards are missing, the first is 3"):
@@ -151,8 +150,7 @@ def test_tars_local_and_over_http(tmp_path, encoder):
     assert [other[name] for name in one if name.endswith("npy")] == [one[n] for n in one if n.endswith("npy")]
 
 
-@contextlib.contextmanager
-def serving(folder):
+def files_of(folder):
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *request):
             super().__init__(*request, directory=str(folder))
@@ -160,13 +158,7 @@ def serving(folder):
         def log_message(self, *_):
             pass
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        server.server_close()
+    return Quiet
 
 
 @pytest.mark.parametrize("cut", [100, 512 + 700, -1024 - 512])

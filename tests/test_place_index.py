@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn import functional
 
 from geoclip import gallery, place_index
 from geoclip.gallery import Gallery
@@ -20,10 +19,7 @@ def places():
 
 @pytest.fixture(scope="module")
 def query(places):
-    """Queries as far from their place as photos are: cosines of 0.3 to 0.6."""
-    generator = torch.Generator().manual_seed(1)
-    noise = functional.normalize(torch.randn(200, places.shape[1], generator=generator), dim=1)
-    return functional.normalize(places[torch.randperm(len(places), generator=generator)[:200]] + 1.5 * noise, dim=1)
+    return place_index.made_queries(places, 200)
 
 
 def test_all_lists_give_the_exact_answer_and_few_give_most_of_it(places, query):

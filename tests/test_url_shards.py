@@ -3,12 +3,12 @@
 import contextlib
 import http.server
 import io
-import threading
 import time
 
 import pandas as pd
 import pytest
 import torch
+import webserver
 from PIL import Image
 
 from geoclip import features, url_shards
@@ -51,13 +51,8 @@ def server():
         def log_message(self, *_):
             pass
 
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}", asked
-    finally:
-        running.shutdown()
-        running.server_close()
+    with webserver.serving(Answers) as address:
+        yield address, asked
 
 
 @pytest.fixture(scope="module")

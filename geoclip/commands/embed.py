@@ -93,5 +93,5 @@ def _launch(options, arguments: list[str]) -> int:
     if status:
         return status
     shards = features.FeatureInfo.read(out / features.INFO).shards
-    whole = all(features.shard_folder(out, part).is_dir() for part in range(shards))
-    return 0 if whole and features.count_unreadable(out) == before else 1
+    failed = features.missing_shards(out, range(shards))
+    return 1 if failed or features.count_unreadable(out) != before else 0

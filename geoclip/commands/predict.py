@@ -95,17 +95,13 @@ def load_model(options):
     """The model that the options name, with a gallery."""
     from geoclip import answering, place_index
     from geoclip.gallery import Gallery, load
-    from geoclip.model import GeoCLIP
 
-    if options.checkpoint is None:
-        model = GeoCLIP.pretrained(options.clip_weights, options.precision)
-    else:
-        asked = answering.load(options.checkpoint, precision=options.precision)
-        if asked.geoclip is None:
-            if options.gallery or options.index:
-                raise ValueError(f"{options.checkpoint} holds a baseline, which answers from no gallery")
-            return OnePlace(asked)
-        model = asked.geoclip
+    asked = answering.load(options.checkpoint, options.clip_weights, options.precision)
+    model = asked.geoclip
+    if model is None:
+        if options.gallery or options.index:
+            raise ValueError(f"{options.checkpoint} holds a baseline, which answers from no gallery")
+        return OnePlace(asked)
     if options.gallery not in (None, "official"):
         model.use_gallery(load(options.gallery))
     elif model.gallery is None or (options.gallery == "official" and options.checkpoint):
