@@ -17,8 +17,8 @@ _PUBLIC = {
     "ImageEncoderConfig": "image_encoder",
     "LocationEncoder": "location_encoder",
     "LocationEncoderConfig": "location_encoder",
-    "TrainConfig": "training",
-    "train": "training",
+    "TrainConfig": "training.runs",
+    "train": "training.runs",
 }
 __all__ = sorted(_PUBLIC)
 

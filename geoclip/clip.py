@@ -75,7 +75,9 @@ def released_file() -> Path:
 def at_hand() -> bool:
     """Whether released_file() needs no network: the file is in the hub's cache."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its progress bar asks a notebook for widgets, which nothing here needs
+        warnings.simplefilter(
+            "ignore"
+        )  # its progress bar asks a notebook for widgets, which nothing here needs
         from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(REPOSITORY, FILE, revision=REVISION), str)

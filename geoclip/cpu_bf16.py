@@ -63,7 +63,9 @@ class Tower(nn.Module):
     def _apply(self, fn, recurse: bool = True) -> "Tower":
         probe = torch.empty(0)
         if (moved := fn(probe)).device != probe.device or moved.dtype != probe.dtype:
-            raise RuntimeError("this image tower is laid out for the CPU in bfloat16: load the model again to move it")
+            raise RuntimeError(
+                "this image tower is laid out for the CPU in bfloat16: load the model again to move it"
+            )
         return super()._apply(fn, recurse)
 
     def _few(self, images: Tensor) -> Tensor:
@@ -83,9 +85,14 @@ class _Layer:
     def __init__(self, block: nn.Module):
         attention, mlp = block.attn, block.mlp
         self.ln_1, self.ln_2 = _norm(block.ln_1), _norm(block.ln_2)
-        weight, bias = attention.in_proj_weight.detach().float().clone(), attention.in_proj_bias.detach().float().clone()
+        weight, bias = (
+            attention.in_proj_weight.detach().float().clone(),
+            attention.in_proj_bias.detach().float().clone(),
+        )
         for part in (weight, bias):
-            part[: len(part) // 3] *= attention.head_dim**-0.5  # the queries: so their products need no scaling
+            part[: len(part) // 3] *= (
+                attention.head_dim**-0.5
+            )  # the queries: so their products need no scaling
         self.qkv, self.out = Linear(weight, bias), Linear(attention.out_proj.weight, attention.out_proj.bias)
         # x σ(1.702 x) is silu(1.702 x) / 1.702: the factor goes into the weights, one pass instead of three
         quick = not isinstance(mlp.gelu, nn.GELU)
@@ -143,7 +150,8 @@ class Places:
         xy = self.encoder.project(latlon)
         # without Fourier features the coordinates themselves would be rounded
         return sum(
-            level(xy) if level.frequencies is None else self._level(level, layers, xy) for level, layers in self.levels
+            level(xy) if level.frequencies is None else self._level(level, layers, xy)
+            for level, layers in self.levels
         )
 
     @staticmethod

@@ -115,7 +115,9 @@ def bootstrap(
     generator = generator or np.random.default_rng(0)
     error_km = np.asarray(error_km, float)
     hits = np.stack([error_km <= km for km in THRESHOLDS_KM], 1).astype(float)
-    labels = np.arange(len(hits)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    labels = (
+        np.arange(len(hits)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
+    )
     groups = labels.max() + 1
     total = np.stack([np.bincount(labels, hits[:, i], groups) for i in range(hits.shape[1])], 1)
     size = np.bincount(labels, minlength=groups)
@@ -213,13 +215,17 @@ def ceiling_by_size(
     rows = []
     for size in sizes:
         if not 1 <= size <= len(unique):
-            raise ValueError(f"a gallery of {size:,} is wanted and there are {len(unique):,} different places")
+            raise ValueError(
+                f"a gallery of {size:,} is wanted and there are {len(unique):,} different places"
+            )
         errors, scores = [], []
         for number in range(galleries if size < len(unique) else 1):
             generator = torch.Generator().manual_seed(seed + number)
             drawn = unique[torch.randperm(len(unique), generator=generator)[:size]]
             errors.append(summarize(ceiling(truth, drawn)))
-            scores.append(bootstrap(ceiling(truth, drawn), authors, draws, np.random.default_rng(seed + number)))
+            scores.append(
+                bootstrap(ceiling(truth, drawn), authors, draws, np.random.default_rng(seed + number))
+            )
         low, high = np.percentile(np.concatenate(scores), [2.5, 97.5], axis=0)
         row: dict[str, float] = {"gallery_n": size, "n": len(truth), "galleries": len(errors)}
         for i, name in enumerate(ACCURACY_COLUMNS):

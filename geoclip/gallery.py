@@ -14,11 +14,15 @@ from torch.nn import functional
 from geoclip import cpu_bf16, earth, paths, precision
 
 KEPT_AT_ONCE = 1 << 18  # places embedded in memory before they are written
-SCORES_AT_ONCE = {"cpu": 1 << 23}  # they stay in its cache; a GPU, which pays for each launch, has four times as many
+SCORES_AT_ONCE = {
+    "cpu": 1 << 23
+}  # they stay in its cache; a GPU, which pays for each launch, has four times as many
 GROUP = 64
 SPARE = 32  # candidates beyond k that bfloat16 scores choose for the comparison in float32
 ENCODED = 128  # as many where they are encoded again: then 99 % of best places are those of float32 (LOG)
-Exact = Callable[[Tensor], Tensor]  # rows (n, w) of the gallery → their unit-norm embeddings (n, w, d) in float32
+Exact = Callable[
+    [Tensor], Tensor
+]  # rows (n, w) of the gallery → their unit-norm embeddings (n, w, d) in float32
 
 
 class Gallery:
@@ -48,9 +52,9 @@ class Gallery:
     @classmethod
     def official(cls) -> "Gallery":
         """The authors' released gallery: 100,000 MP-16 training places, 94,123 of them different."""
-        from geoclip import weights
+        from geoclip import pretrained
 
-        return cls(torch.as_tensor(weights.official_gallery()), "authors' 100 K gallery")
+        return cls(torch.as_tensor(pretrained.official_gallery()), "authors' 100 K gallery")
 
     def embed(
         self,
@@ -74,7 +78,9 @@ class Gallery:
                     rows = as_numpy(embed(location_encoder, part, block, dtype).cpu())
                     if start == 0:
                         header = np.lib.format.header_data_from_array_1_0(rows)
-                        np.lib.format.write_array_header_1_0(file, header | {"shape": (len(self), rows.shape[1])})
+                        np.lib.format.write_array_header_1_0(
+                            file, header | {"shape": (len(self), rows.shape[1])}
+                        )
                     file.write(rows.data)
         rows = torch.from_numpy(np.load(path, mmap_mode="c"))
         return rows if dtype == torch.float32 else rows.view(dtype)
@@ -156,7 +162,9 @@ def scan(
         index, rounded = index.gather(1, order), score
         score = compare(query, index, places, exact)
         if scale is not None:  # the sum counts them as they are too: shares add up to 1
-            low, high = (((s.double() * scale) - total.double()[:, None]).exp().sum(1) for s in (rounded, score))
+            low, high = (
+                ((s.double() * scale) - total.double()[:, None]).exp().sum(1) for s in (rounded, score)
+            )
             total = (total.double() + ((1 - low).clamp(min=0) + high).log()).float()
     score, order = score.topk(k, dim=-1)
     return score, index.gather(1, order), total

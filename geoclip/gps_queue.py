@@ -29,7 +29,9 @@ class GPSQueue(nn.Module):
     def contents(self) -> Float[Tensor, "q 2"]:
         """The places in the queue, oldest first."""
         # by index, and not roll(-int(oldest)), which would wait for the GPU in every step
-        return self.places[(self.oldest + torch.arange(self.capacity, device=self.places.device)) % self.capacity]
+        return self.places[
+            (self.oldest + torch.arange(self.capacity, device=self.places.device)) % self.capacity
+        ]
 
     @torch.no_grad()
     def push(self, latlon: Float[Tensor, "b 2"]) -> None:

@@ -118,10 +118,10 @@ class LocationEncoder(nn.Module):
 
         Raises OSError that says what is missing where the weights are neither kept nor reachable.
         """
-        from geoclip import weights
+        from geoclip import pretrained
 
         encoder = cls()
-        encoder.load_state_dict(weights.location_encoder_state())
+        encoder.load_state_dict(pretrained.location_encoder_state())
         return encoder.eval()
 
 

@@ -28,7 +28,7 @@ NO_GALLERY = "the model has no gallery: give it one with use_gallery(Gallery(lat
 class GeoCLIP(nn.Module):
     """Image encoder, location encoder and temperature; with a gallery it answers where an image was taken.
 
-    log_scale: s, similarities are cosine × e^s; starts at ln(1 / 0.07) as in CLIP.
+    logit_scale: s, similarities are cosine × e^s; starts at ln(1 / 0.07) as in CLIP.
     """
 
     def __init__(
@@ -40,7 +40,7 @@ class GeoCLIP(nn.Module):
         super().__init__()
         self.image_encoder = image_encoder
         self.location_encoder = location_encoder
-        self.log_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
         self.gallery = gallery
         self._places: Tensor | None = None  # the gallery's embedding, made at first use
         self.index: PlaceIndex | None = None  # searched instead of all places, see use_index
@@ -71,12 +71,12 @@ class GeoCLIP(nn.Module):
         Raises OSError that says what is missing, where it would be put and what still works, and ValueError for
         a file that is not the released one.
         """
-        from geoclip import weights
+        from geoclip import pretrained
 
         config = ImageEncoderConfig(weights=str(clip_weights) if clip_weights else "openai")
         model = cls(ImageEncoder(config), LocationEncoder.pretrained(), Gallery.official())
-        model.image_encoder.head.load_state_dict(weights.head_state())
-        model.log_scale.data.fill_(weights.log_temperature())
+        model.image_encoder.head.load_state_dict(pretrained.head_state())
+        model.logit_scale.data.fill_(pretrained.logit_scale())
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return model.to(device).eval().use_precision(precision)
 
@@ -105,11 +105,11 @@ class GeoCLIP(nn.Module):
         tokens = open_clip.get_tokenizer(self.image_encoder.config.tower)(
             [text] if isinstance(text, str) else list(text)
         )
-        return self.encode_features(tower.encode_text(tokens.to(self.log_scale.device)))
+        return self.encode_features(tower.encode_text(tokens.to(self.logit_scale.device)))
 
     def forward(self, images: Float[Tensor, "n 3 h w"], latlon: Float[Tensor, "m 2"]) -> Float[Tensor, "n m"]:
         """Logits: cosine × e^s of every image with every place."""
-        return self.log_scale.exp() * self.encode_images(images) @ self.encode_places(latlon).T
+        return self.logit_scale.exp() * self.encode_images(images) @ self.encode_places(latlon).T
 
     def train(self, mode: bool = True) -> "GeoCLIP":
         """As nn.Module.train; what is known of the gallery is dropped, since training changes it."""
@@ -133,7 +133,7 @@ class GeoCLIP(nn.Module):
         Fourier phase and the comparison of the best places stay in float32. Raises ValueError for float32 on a
         model that is in bfloat16.
         """
-        dtype = precision.choose(chosen, self.log_scale.device)
+        dtype = precision.choose(chosen, self.logit_scale.device)
         if dtype == self.dtype:
             return self
         if dtype == torch.float32:
@@ -149,7 +149,7 @@ class GeoCLIP(nn.Module):
             raise ValueError(NO_GALLERY)
         if self._places is None:
             self._places = self.gallery.embed(self.location_encoder, keep, dtype=self.dtype)
-        self._places = self._places.to(self.log_scale.device)
+        self._places = self._places.to(self.logit_scale.device)
         return self._places
 
     def use_index(self, probes: int = 32) -> "GeoCLIP":
@@ -175,7 +175,7 @@ class GeoCLIP(nn.Module):
         Probabilities are the softmax over the whole gallery (with an index: over what it found, so too high);
         they are not calibrated, and duplicates share. Raises ValueError for k larger than the gallery.
         """
-        scale = self.log_scale.exp().item()
+        scale = self.logit_scale.exp().item()
         exact = None if self.dtype == torch.float32 else self._encode_rows
         if self.index is not None:
             score, index, total = self.index.scan(query, k, scale, exact)
@@ -212,7 +212,7 @@ class GeoCLIP(nn.Module):
 
     def encode_views(self, views: Float[Tensor, "n v 3 h w"]) -> Float[Tensor, "n d"]:
         """One query of each photo's views, the mean of their embeddings; of one view it is unit-norm."""
-        views = views.to(self.log_scale.device)
+        views = views.to(self.logit_scale.device)
         # logits are linear in the query, so the mean of the queries gives the mean of the logits
         return self.encode_images(views.flatten(0, 1)).unflatten(0, views.shape[:2]).mean(1)
 
@@ -255,6 +255,6 @@ def load_checkpoint(path: Path | str) -> GeoCLIP:
 
     Raises FileNotFoundError, or ValueError for a checkpoint of another kind of model or configuration.
     """
-    from geoclip import training
+    from geoclip.training import runs
 
-    return training.load(path).model.eval()
+    return runs.load(path).model.eval()

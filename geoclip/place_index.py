@@ -26,11 +26,15 @@ class PlaceIndex:
 
     lists: number of lists of a new index, about 2 √m by default; probes: lists that a query looks into, so that
     recall grows with it. path: kept there and memory-mapped the next time. measured: recall of the five best places
-    of made_queries, measured when the index was made. Raises ImportError, saying what to install, without faiss.
+    of synthetic_queries, measured when the index was made. Raises ImportError, saying what to install, without faiss.
     """
 
     def __init__(
-        self, places: Float[Tensor, "m d"], probes: int = 32, lists: int | None = None, path: Path | None = None
+        self,
+        places: Float[Tensor, "m d"],
+        probes: int = 32,
+        lists: int | None = None,
+        path: Path | None = None,
     ):
         faiss = import_faiss()
         self.places = places
@@ -42,19 +46,25 @@ class PlaceIndex:
                 with paths.atomic(path) as temporary:
                     faiss.write_index(self.index, str(temporary))
         self.index.nprobe = min(probes, self.index.nlist)
-        self.measured = self._measured(None if path is None else path.with_suffix(f".recall-{self.index.nprobe}.json"))
+        self.measured = self._measured(
+            None if path is None else path.with_suffix(f".recall-{self.index.nprobe}.json")
+        )
 
     def _measured(self, kept: Path | None) -> float:
         if kept is not None and kept.is_file():
             return json.loads(kept.read_text())
-        measured = self.recall(made_queries(self.places))
+        measured = self.recall(synthetic_queries(self.places))
         if kept is not None:
             with paths.atomic(kept) as temporary:
                 temporary.write_text(json.dumps(measured))
         return measured
 
     def scan(
-        self, query: Float[Tensor, "n d"], k: int, scale: float | None = None, exact: gallery.Exact | None = None
+        self,
+        query: Float[Tensor, "n d"],
+        k: int,
+        scale: float | None = None,
+        exact: gallery.Exact | None = None,
     ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
         """As gallery.scan, over the places that the index finds: the sum counts these alone, a lower bound.
 
@@ -82,7 +92,7 @@ class PlaceIndex:
         return (found >= exact[:, -1:] - 1e-6).double().mean().item()
 
 
-def made_queries(places: Float[Tensor, "m d"], n: int = 256) -> Float[Tensor, "n d"]:
+def synthetic_queries(places: Float[Tensor, "m d"], n: int = 256) -> Float[Tensor, "n d"]:
     """Unit-norm queries as far from the places as photos are: cosines of about 0.55 to the one they are made of."""
     generator = torch.Generator().manual_seed(0)
     noise = functional.normalize(torch.randn(n, places.shape[1], generator=generator), dim=1)

@@ -2,6 +2,6 @@
 
 import os
 
-from geoclip import notebooks
+from geoclip.reproduce import notebooks
 
 os.environ.update(notebooks.environment())

@@ -23,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch.nn import functional
 
-from geoclip import paths, weights
+from geoclip import paths, pretrained
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.model import GeoCLIP
@@ -42,7 +42,7 @@ def photos() -> list[str]:
     china = Path(sklearn.datasets.__file__).parent / "images/china.jpg"
     data = paths.geoclip_data()
     found = [] if data is None else sorted((data / "photos").glob("*.jpg"))
-    return [str(path) for path in [weights.kauai(), china, *found]]
+    return [str(path) for path in [pretrained.kauai(), china, *found]]
 
 
 def random_clip(folder: Path) -> None:
@@ -107,7 +107,7 @@ def both():
 
 def run_authors(folder: Path) -> dict[str, torch.Tensor]:
     """What run_authors.py wrote down, in a process that has their package on its path and not ours."""
-    job = {"package": str(weights.authors_package()), "photos": photos(), "texts": TEXTS}
+    job = {"package": str(pretrained.authors_package()), "photos": photos(), "texts": TEXTS}
     job |= {"encoded": ENCODED, "every": EVERY, "edges": EDGES}
     (folder / "job.json").write_text(json.dumps(job))
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -200,8 +200,8 @@ def test_e_location_encoder(both):
 def test_the_examples_of_their_readme_run_with_our_package(both, monkeypatch, capsys):
     _, ours, model, _ = both
     monkeypatch.setattr(GeoCLIP, "pretrained", lambda: model)  # CLIP's own weights are not at hand
-    with zipfile.ZipFile(weights.authors_wheel()) as wheel:
-        readme = wheel.read(f"{weights.NAME}-{weights.VERSION}.dist-info/METADATA").decode()
+    with zipfile.ZipFile(pretrained.authors_wheel()) as wheel:
+        readme = wheel.read(f"{pretrained.NAME}-{pretrained.VERSION}.dist-info/METADATA").decode()
     examples = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert len(examples) == 2
     for example in examples:
@@ -226,4 +226,4 @@ def test_their_package_is_not_ours():
     import geoclip
 
     assert Path(geoclip.__file__).is_relative_to(paths.ROOT)
-    assert not any(Path(entry).is_relative_to(weights.AUTHORS) for entry in sys.path if entry)
+    assert not any(Path(entry).is_relative_to(pretrained.AUTHORS) for entry in sys.path if entry)

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from geoclip import bench
+from geoclip.studies import bench
 
 
 def row(task, seconds, system=bench.OURS, size=None, share=math.nan, precision="bf16", note=""):
@@ -46,7 +46,10 @@ def test_aims_are_held_to_what_was_measured(rows):
     for what, (measured, reached) in expected.items():
         assert aims.at[what, "measured"] == pytest.approx(measured), what
         assert bool(aims.at[what, "reached"]) is reached, what
-    for what in ("… after, seconds", "search 100 K, 64 queries: times its limit"):  # not measured is not reached
+    for what in (
+        "… after, seconds",
+        "search 100 K, 64 queries: times its limit",
+    ):  # not measured is not reached
         assert math.isnan(aims.at[what, "measured"]) and not aims.at[what, "reached"]
     beside = bench.beside_authors(rows).set_index("task")["times_faster"]
     assert beside["predict a photo"] == 40 and math.isnan(beside["predict 64 photos"])
@@ -64,7 +67,9 @@ def test_limits_are_those_of_the_work(monkeypatch):
     table = bench.table(measured).set_index("task")
     encoded = table.loc["encode a gallery"]
     assert encoded["rate"] == pytest.approx(200 / encoded["median_s"])
-    assert encoded["limit_s"] == pytest.approx(200 * 2 * 3 * (512 * 1024 + 2 * 1024**2 + 1024 * 512) / measured.gemm[torch.float32])
+    assert encoded["limit_s"] == pytest.approx(
+        200 * 2 * 3 * (512 * 1024 + 2 * 1024**2 + 1024 * 512) / measured.gemm[torch.float32]
+    )
     searched = table.loc["search, 1 query"]
     assert (searched["limit_s"] >= searched["size"] * 512 * 4 / measured.bandwidth * 0.999).all()
     assert table.loc["search with an index, recall of the five best", "rate"] > 50

@@ -11,20 +11,21 @@ import torch
 from PIL import Image
 
 from geoclip import __main__ as command_line
-from geoclip import answering, evaluation, paths, training, weights
+from geoclip import evaluation, paths, predictor, pretrained
 from geoclip.baselines import geocells
 from geoclip.commands import evaluate
-from geoclip.datasets import cards, folder
+from geoclip.datasets import benchmarks, folder
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
+from geoclip.training import runs
 
 GEOD = pyproj.Geod(ellps="WGS84")
 
 
 @pytest.fixture(scope="module")
 def official():
-    return torch.from_numpy(weights.official_gallery())
+    return torch.from_numpy(pretrained.official_gallery())
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_ceilings_floors_and_leaks_follow_from_the_coordinates(name, official, geoclip_data):
-    photos = cards.load(name, geoclip_data)
+    photos = benchmarks.load(name, geoclip_data)
     truth = torch.from_numpy(photos.latlon)
     table = evaluation.benchmark(truth, official, authors=photos.authors).set_index("measure")
     assert list(table.index) == ["ceiling", "random floor", "constant floor"]
@@ -69,7 +70,9 @@ def test_the_ceiling_is_the_nearest_place_by_brute_force(official):
     rng = np.random.default_rng(1)
     truth = torch.from_numpy(np.stack([rng.uniform(-90, 90, 40), rng.uniform(-180, 180, 40)], 1))
     places = official[:3000]
-    brute = torch.stack([evaluation.earth.haversine_km(place.expand_as(places), places).min() for place in truth])
+    brute = torch.stack(
+        [evaluation.earth.haversine_km(place.expand_as(places), places).min() for place in truth]
+    )
     torch.testing.assert_close(evaluation.ceiling(truth, places), brute)
 
 
@@ -89,7 +92,7 @@ def test_the_metric_agrees_with_the_geodesic(answered, official):
 
 def test_the_metric_agrees_with_the_authors_own_function(answered, official):
     pytest.importorskip("geopy", reason="the authors' evaluation measures with geopy")
-    file = weights.authors_package() / "geoclip" / "train" / "eval.py"
+    file = pretrained.authors_package() / "geoclip" / "train" / "eval.py"
     spec = importlib.util.spec_from_file_location("authors_eval", file)  # that one file, not their package
     theirs = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(theirs)
@@ -117,7 +120,12 @@ def test_benchmark_counts_misses_leaks_and_photographers():
     accuracy = table.loc["accuracy"]
     # (0, 0) is found exactly and leaks; the next two are off by 11 km; the last could not be read
     assert [accuracy[column] for column in evaluation.ACCURACY_COLUMNS] == [25, 75, 75, 75, 75]
-    assert (accuracy["n"], accuracy["n_expected"], accuracy["n_readable"], accuracy["n_leaked"]) == (4, 4, 3, 1)
+    assert (accuracy["n"], accuracy["n_expected"], accuracy["n_readable"], accuracy["n_leaked"]) == (
+        4,
+        4,
+        3,
+        1,
+    )
     assert (accuracy["authors"], accuracy["interval_over"]) == (2, "photographers")
     clean = table.loc["not leaked"]
     assert (clean["acc_1km"], clean["acc_25km"], clean["n"]) == (0, pytest.approx(200 / 3), 3)
@@ -155,7 +163,9 @@ def test_larger_galleries_have_higher_ceilings(official):
     assert table["galleries"].tolist() == [3, 3, 1]  # all of them is one gallery
     for column in evaluation.ACCURACY_COLUMNS:
         assert table[column].is_monotonic_increasing
-        assert (table[f"{column}_low"] <= table[column]).all() and (table[column] <= table[f"{column}_high"]).all()
+        assert (table[f"{column}_low"] <= table[column]).all() and (
+            table[column] <= table[f"{column}_high"]
+        ).all()
     whole = evaluation.summarize(evaluation.ceiling(truth, official))
     assert table["acc_25km"].iloc[-1] == whole["acc_25km"]
     assert table["acc_25km"].iloc[0] < table["acc_25km"].iloc[1] < whole["acc_25km"]
@@ -163,36 +173,40 @@ def test_larger_galleries_have_higher_ceilings(official):
         evaluation.ceiling_by_size(truth, official, [94_124])
 
 
-def test_a_benchmarks_table_goes_as_far_as_the_data(made_benchmark, official, checkpoint, tmp_path, monkeypatch):
-    model = answering.load(checkpoint)
+def test_a_benchmarks_table_goes_as_far_as_the_data(
+    made_benchmark, official, checkpoint, tmp_path, monkeypatch
+):
+    model = predictor.load(checkpoint)
     gallery = Gallery(official[:3000], "3,000 places")
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
     monkeypatch.setenv("GEOCLIP_DATA", str(made_benchmark))
-    assert [cards.on_disk(name) for name in ("im2gps3k", "yfcc26k")] == ["photos", "nothing"]
-    assert answering.benchmark_table("yfcc26k", model, gallery, official[:3000]).empty
-    whole = answering.benchmark_table("im2gps3k", model, gallery, official[:3000]).set_index("measure")
+    assert [benchmarks.on_disk(name) for name in ("im2gps3k", "yfcc26k")] == ["photos", "nothing"]
+    assert predictor.benchmark_table("yfcc26k", model, gallery, official[:3000]).empty
+    whole = predictor.benchmark_table("im2gps3k", model, gallery, official[:3000]).set_index("measure")
     assert (whole.loc["accuracy", "n"], whole.loc["accuracy", "n_readable"]) == (2997, 2994)
-    (tmp_path / "im2gps3k_places365.csv").write_bytes((made_benchmark / "im2gps3k_places365.csv").read_bytes())
+    (tmp_path / "im2gps3k_places365.csv").write_bytes(
+        (made_benchmark / "im2gps3k_places365.csv").read_bytes()
+    )
     monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
-    assert cards.on_disk("im2gps3k") == "coordinates"
-    part = answering.benchmark_table("im2gps3k", model, gallery, official[:3000]).set_index("measure")
+    assert benchmarks.on_disk("im2gps3k") == "coordinates"
+    part = predictor.benchmark_table("im2gps3k", model, gallery, official[:3000]).set_index("measure")
     assert list(part.index) == ["ceiling", "random floor", "constant floor"]
     assert part.loc["ceiling", "acc_25km"] == whole.loc["ceiling", "acc_25km"]
     monkeypatch.delenv("GEOCLIP_DATA")
-    assert cards.on_disk("im2gps3k") == "nothing"
+    assert benchmarks.on_disk("im2gps3k") == "nothing"
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of the embedded profile's shape with small, random weights that tell images apart."""
-    config = training.TrainConfig(
+    config = runs.TrainConfig(
         image=ImageEncoderConfig(tower="conv", weights=None, frozen=False, hidden=32, dim=32),
         location=LocationEncoderConfig(sigmas=(1.0,), frequencies=16, width=32, hidden_layers=1, dim=32),
-        splits=training.SplitConfig(train=1000, val=100, test=300, gallery=2000),
+        splits=runs.SplitConfig(train=1000, val=100, test=300, gallery=2000),
         queue=512,
     )
     path = tmp_path_factory.mktemp("model") / "small.ckpt"
-    module = training.build(config)
+    module = runs.build(config)
     with torch.no_grad():  # random features are all alike: without their mean, answers differ
         noise = torch.rand(256, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
         module.model.image_encoder.head[-1].bias -= module.model.image_encoder(noise).mean(0)
@@ -209,7 +223,7 @@ def made_benchmark(tmp_path_factory, official):
     images.mkdir(parents=True)
     rng = np.random.default_rng(0)
     places = official[rng.integers(len(official), size=2997)].numpy() + rng.normal(0, 0.1, (2997, 2))
-    lines = [cards.PLACES365]
+    lines = [benchmarks.PLACES365]
     for i, (lat, lon) in enumerate(places):
         name, author = f"{i}_0a1b_{i % 198}@N00.jpg", f"{i % 198}@N00"
         lines.append(f"{name},{author},{lat:.6f},{(lon + 180) % 360 - 180:.6f},{i % 3},1,2,.1,.2,.7")
@@ -239,7 +253,15 @@ def test_a_whole_benchmark_with_three_unreadable_photos(
     assert "im2gps3k_places365.csv: not the pinned file" in printed
 
     table = pd.read_csv(out).set_index("measure")
-    assert list(table.index) == ["accuracy", "low", "high", "not leaked", "ceiling", "random floor", "constant floor"]
+    assert list(table.index) == [
+        "accuracy",
+        "low",
+        "high",
+        "not leaked",
+        "ceiling",
+        "random floor",
+        "constant floor",
+    ]
     accuracy = table.loc["accuracy"]
     assert (accuracy["n_expected"], accuracy["n_readable"], accuracy["n"]) == (2997, 2994, 2997)
     assert (accuracy["gallery_n"], accuracy["gallery_unique"]) == (5000, 5000)
@@ -254,7 +276,9 @@ def test_a_whole_benchmark_with_three_unreadable_photos(
     assert answers["predicted_lat"].nunique() > 20
     assert (len(answers), answers["error_km"].isna().sum()) == (2997, 3)
     for km in evaluation.THRESHOLDS_KM:
-        assert accuracy[f"acc_{km}km"] == pytest.approx(100 * (answers["error_km"] <= km).sum() / 2997, abs=1e-3)
+        assert accuracy[f"acc_{km}km"] == pytest.approx(
+            100 * (answers["error_km"] <= km).sum() / 2997, abs=1e-3
+        )
     assert accuracy["median_km"] == pytest.approx(answers["error_km"].median(), rel=1e-4)
     assert (tmp_path / "result.json").is_file()
 
@@ -285,9 +309,9 @@ def test_the_embedded_tiles(checkpoint, tmp_path):
     assert command_line.main(["evaluate", "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
     table = pd.read_csv(out).set_index(["split", "measure"])
     assert (table["n_expected"] == 300).all() and (table["n_leaked"] == 0).all()
-    trained = training.load(checkpoint)
+    trained = runs.load(checkpoint)
     for split in ("random", "blocked"):
-        expected = evaluation.summarize(training.tile_errors(trained, split))
+        expected = evaluation.summarize(runs.tile_errors(trained, split))
         found = table.loc[(split, "accuracy"), evaluation.ACCURACY_COLUMNS].tolist()
         assert found == pytest.approx([expected[name] for name in evaluation.ACCURACY_COLUMNS], abs=1e-3)
 
@@ -297,10 +321,10 @@ def test_a_classifier_over_cells_is_scored_on_photos_and_tiles_without_a_gallery
 ):
     config = geocells.GeocellsConfig(
         image=ImageEncoderConfig(tower="conv", weights=None, frozen=False),
-        splits=training.SplitConfig(train=1000, val=100, test=300, gallery=2000),
+        splits=runs.SplitConfig(train=1000, val=100, test=300, gallery=2000),
         img_min=1, img_max=(300, 200, 100),
     )  # fmt: skip
-    module = geocells.GeocellsTraining(config, training.blue_marble.splits(config.splits)["train"])
+    module = geocells.GeocellsTraining(config, runs.blue_marble.splits(config.splits)["train"])
     kept = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(kept)
     torch.save(kept, tmp_path / "cells.ckpt")
@@ -331,7 +355,9 @@ def test_a_classifier_over_cells_is_scored_on_photos_and_tiles_without_a_gallery
         (["--benchmark", "im2gps3k", "--checkpoint", "none.ckpt"], "no checkpoint at none.ckpt"),
     ],
 )
-def test_what_cannot_be_evaluated_is_said_in_a_sentence(arguments, message, made_benchmark, monkeypatch, capsys):
+def test_what_cannot_be_evaluated_is_said_in_a_sentence(
+    arguments, message, made_benchmark, monkeypatch, capsys
+):
     monkeypatch.setenv("GEOCLIP_DATA", str(made_benchmark))
     assert command_line.main(["evaluate", *arguments]) == 2
     error = capsys.readouterr().err
@@ -340,7 +366,9 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(arguments, message, made
 
 
 def test_a_benchmark_without_its_images_says_where_to_put_them(made_benchmark, tmp_path, monkeypatch, capsys):
-    (tmp_path / "im2gps3k_places365.csv").write_bytes((made_benchmark / "im2gps3k_places365.csv").read_bytes())
+    (tmp_path / "im2gps3k_places365.csv").write_bytes(
+        (made_benchmark / "im2gps3k_places365.csv").read_bytes()
+    )
     monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
     assert command_line.main(["evaluate", "--benchmark", "im2gps3k"]) == 2
     assert f"images are not in {tmp_path / 'images' / 'im2gps3k'}" in capsys.readouterr().err

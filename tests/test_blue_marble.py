@@ -15,7 +15,7 @@ def splits():
 
 
 def drawn(n, seed=0):
-    return blue_marble.disturbance(n, torch.Generator().manual_seed(seed))
+    return blue_marble.augmentation(n, torch.Generator().manual_seed(seed))
 
 
 def test_the_raster_is_the_earth():

@@ -4,8 +4,10 @@ import numpy as np
 import pandas as pd
 import torch
 
-from geoclip import earth, training
-from geoclip.baselines import comparison, geocells
+from geoclip import earth
+from geoclip.baselines import geocells
+from geoclip.studies import comparison
+from geoclip.training import runs
 
 SMALL = {
     "image": {"tower": "conv", "weights": None, "frozen": False, "hidden": 32, "dim": 16},
@@ -24,21 +26,21 @@ def test_a_row_for_each_answer_split_and_seed_and_nothing_is_trained_twice(tmp_p
     assert table["model"].unique().tolist() == answers and len(table) == len(answers) * 2 * 2
     assert not table.duplicated(["model", "split", "seed"]).any() and (table["n"] == 60).all()
     # what is told as hierarchical is what the trained model itself answers
-    run = training.train(training.as_config(CELLS | {"seed": 1}))
-    assert np.allclose(errors["cells, hierarchical", "blocked", 1], training.tile_errors(run.load(), "blocked"))
+    run = runs.train(runs.as_config(CELLS | {"seed": 1}))
+    assert np.allclose(errors["cells, hierarchical", "blocked", 1], runs.tile_errors(run.load(), "blocked"))
     assert not np.allclose(errors["cells, fine", "random", 0], errors["cells, fine", "random", 1])
     one, _ = comparison.compare({"GeoCLIP": GEOCLIP}, [0], jobs=1)
     assert one["model"].tolist() == ["GeoCLIP"] * 2 and one["split"].tolist() == ["random", "blocked"]
-    monkeypatch.setattr(training, "fit", None)  # a second training would call it
+    monkeypatch.setattr(runs, "fit", None)  # a second training would call it
     again, _ = comparison.compare({"cells": CELLS, "GeoCLIP": GEOCLIP}, [0], jobs=1)
     both = [table[table["seed"] == 0], one]
     assert again.equals(pd.concat(both, ignore_index=True))
 
 
 def test_ceilings_are_those_of_the_nearest_mean():
-    config = training.as_config(CELLS)
+    config = runs.as_config(CELLS)
     table = comparison.ceilings(config)
-    cells = geocells.partitions(config, training.training_places(config))["fine"]
+    cells = geocells.partitions(config, runs.training_places(config))["fine"]
     truth = comparison.blue_marble.splits(config.splits)["random"].double()
     nearest = earth.haversine_km(truth[:, None], torch.from_numpy(cells.latlon)[None]).amin(1)
     row = table[

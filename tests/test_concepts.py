@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from geoclip import earth
-from geoclip.concepts import mean_query, ranking, similarity_by_distance
+from geoclip.studies.concepts import mean_query, ranking, similarity_by_distance
 
 
 def test_similarity_by_distance_is_what_a_plain_loop_gives():

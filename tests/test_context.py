@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from geoclip import earth, training
+from geoclip import earth
 from geoclip.baselines import context, labels, samples
 from geoclip.baselines.context import ContextConfig, distance
 from geoclip.datasets import blue_marble
 from geoclip.datasets.blue_marble import SplitConfig
 from geoclip.image_encoder import ImageEncoderConfig
+from geoclip.training import runs
 
 SMALL = ContextConfig(
     image=ImageEncoderConfig("conv", None, frozen=False),
@@ -72,7 +73,7 @@ def test_loss_is_distance_and_the_mean_of_the_heads():
     for head in SMALL.heads:
         known = batch[head] >= 0
         heads.append(functional.cross_entropy(logits[head][known], batch[head][known]))
-    found = module.loss(batch, training.seeded(0))
+    found = module.loss(batch, runs.seeded(0))
     assert torch.allclose(found["loss"], by_hand + torch.stack(heads).mean())
     assert set(found) == {"loss", "distance", *SMALL.heads}
 
@@ -80,7 +81,7 @@ def test_loss_is_distance_and_the_mean_of_the_heads():
 def test_unknown_labels_are_left_out_and_are_not_class_0():
     module, batch = batch_of(SMALL)
     blank = dict(batch, country=torch.full_like(batch["country"], labels.UNKNOWN))
-    found = module.loss(blank, training.seeded(0))
+    found = module.loss(blank, runs.seeded(0))
     assert found["country"] == 0
     found["loss"].backward()
     # neither probability nor bias of any class is pushed by the head's own loss; the coordinates still use it
@@ -92,7 +93,7 @@ def test_unknown_labels_are_left_out_and_are_not_class_0():
     half["country"][16:] = labels.UNKNOWN
     first = {name: value[:16] for name, value in batch.items()}
     assert torch.allclose(
-        module.loss(half, training.seeded(0))["country"], module.loss(first, training.seeded(0))["country"]
+        module.loss(half, runs.seeded(0))["country"], module.loss(first, runs.seeded(0))["country"]
     )
 
 
@@ -105,7 +106,7 @@ def test_probabilities_of_the_heads_reach_the_coordinates():
 
 def test_use_context_off_is_the_feature_alone():
     off, batch = batch_of(changed(use_context=False))
-    assert len(off.model.heads) == 0 and set(off.loss(batch, training.seeded(0))) == {"loss", "distance"}
+    assert len(off.model.heads) == 0 and set(off.loss(batch, runs.seeded(0))) == {"loss", "distance"}
     assert off.model.coordinates[0].in_features == off.model.tower.dim
     on, _ = batch_of(SMALL)
     assert on.model.coordinates[0].in_features == on.model.tower.dim + sum(
@@ -151,7 +152,7 @@ def test_caption_epochs_train_tower_and_text_and_then_the_heads():
     config = changed(caption_epochs=1)
     module, batch = batch_of(config)
     assert module.current_epoch == 0
-    values = module.loss(batch, training.seeded(0))
+    values = module.loss(batch, runs.seeded(0))
     assert set(values) == {"loss", "caption"}
     values["loss"].backward()
     moved = {
@@ -161,7 +162,7 @@ def test_caption_epochs_train_tower_and_text_and_then_the_heads():
         "text.words.weight",
         "image_projection.weight",
         "tower.body.layers.0.weight",
-        "log_scale",
+        "logit_scale",
     } <= moved
     assert not any(name.startswith(("heads", "coordinates")) for name in moved)
     assert all(
@@ -186,16 +187,16 @@ def test_equal_captions_are_all_right_answers():
 
 def test_training_with_captions_stops_resumes_and_answers(tmp_path):
     config = changed(caption_epochs=1)
-    whole = training.train(config, tmp_path / "whole")
-    training.train(config, tmp_path / "parts", epochs=1)
-    parts = training.train(config, tmp_path / "parts")
+    whole = runs.train(config, tmp_path / "whole")
+    runs.train(config, tmp_path / "parts", epochs=1)
+    parts = runs.train(config, tmp_path / "parts")
     one, other = whole.load(), parts.load()
     assert parts.result["resumed"]
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
     assert all(torch.equal(*pair) for pair in pairs)
     assert one.encoding == other.encoding and len(one.encoding.words) > 20
     assert {"val/caption", "val/distance", "val/country"} <= set(whole.metrics())
-    assert training.tile_errors(one, "random").isfinite().all()
+    assert runs.tile_errors(one, "random").isfinite().all()
 
 
 def test_embedded_context_is_what_maps_say():
@@ -265,7 +266,7 @@ def test_osv_mini_in_its_own_columns(tmp_path):
     assert data.labels["city"].tolist() == [0] * 4 + [labels.UNKNOWN] * 4
     assert {"bavaria", "town", "january", "desert"} <= set(data.encode.words)
     batch = data.__getitems__([(0, 3), (0, 0)])
-    context.build(config, data).loss(batch, training.seeded(0))["loss"].backward()
+    context.build(config, data).loss(batch, runs.seeded(0))["loss"].backward()
     assert batch["image"].shape == (2, 1, 3, 32, 32)
     with pytest.raises(ValueError, match="'county' is known for no image"):
         context.training_set(dataclasses.replace(config, heads=("county",)))

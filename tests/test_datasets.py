@@ -7,9 +7,9 @@ from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import IFDRational
 
 from geoclip import __main__ as command_line
-from geoclip.datasets import cards, folder, gws15k, osv, places365
+from geoclip.datasets import benchmarks, folder, gws15k, osv, places365
 
-HEADER = cards.PLACES365
+HEADER = benchmarks.PLACES365
 # Towns that swapped lie within ±90 and in the Indian Ocean: the case that a range check cannot see.
 BRITAIN = [
     ("london", 51.51, -0.13), ("leeds", 53.8, -1.55), ("glasgow", 55.86, -4.25), ("cardiff", 51.48, -3.18),
@@ -26,7 +26,9 @@ def places365_csv(path, rows):
 
 
 def test_places365_gives_places_photographers_and_scenes(tmp_path):
-    csv = places365_csv(tmp_path / "x.csv", [("a.jpg", "1@N00", 32.5, -64.25, 2), ("b.jpg", "2@N01", -8, 180, 0)])
+    csv = places365_csv(
+        tmp_path / "x.csv", [("a.jpg", "1@N00", 32.5, -64.25, 2), ("b.jpg", "2@N01", -8, 180, 0)]
+    )
     photos = places365.read(csv)
     assert len(photos) == 2 and photos.name == "x"
     np.testing.assert_array_equal(photos.latlon, [[32.5, -64.25], [-8, -180]])  # 180° E is 180° W
@@ -44,13 +46,19 @@ def test_a_photo_is_found_under_either_name_and_the_missing_are_listed(tmp_path)
     csv = tmp_path / "train.csv"
     csv.write_text("IMG_FILE,LAT,LON\n45/1.jpg,1,2\n45/2.jpg,3,4\n45/3.jpg,5,6\n")
     photos = folder.read(csv, tmp_path)
-    assert [photos.path(i).relative_to(tmp_path).as_posix() for i in range(3)] == ["45/1.jpg", "45_2.jpg", "45/3.jpg"]
+    assert [photos.path(i).relative_to(tmp_path).as_posix() for i in range(3)] == [
+        "45/1.jpg",
+        "45_2.jpg",
+        "45/3.jpg",
+    ]
     assert photos.missing() == ["45/3.jpg"]
     assert photos[1] == (tmp_path / "45_2.jpg", 3.0, 4.0, None)
     assert photos.authors is None
 
 
-@pytest.mark.parametrize("header", ["path,lat,lon", "IMG_FILE,LAT,LON", "file,latitude,longitude", "image,Lat,lng"])
+@pytest.mark.parametrize(
+    "header", ["path,lat,lon", "IMG_FILE,LAT,LON", "file,latitude,longitude", "image,Lat,lng"]
+)
 def test_any_csv_of_photos_and_places_is_recognised(tmp_path, header):
     csv = tmp_path / "any.csv"
     csv.write_text(f"{header}\r\na b.jpg, 1.5,-2.5\r\n\r\n")  # spaces, CRLF and a blank last line are common
@@ -86,7 +94,9 @@ def test_a_header_without_the_columns_says_what_it_has(tmp_path):
     csv.write_text("IMG_FILE,LAT,NORTHING\na.jpg,1,2\n")
     with pytest.raises(ValueError, match=r"no column for lon .* the header is IMG_FILE,LAT,NORTHING"):
         folder.read(csv)
-    with pytest.raises(ValueError, match=r"no column IMG_ID, LON, AUTHOR, S3_Label; the header is IMG_FILE,LAT"):
+    with pytest.raises(
+        ValueError, match=r"no column IMG_ID, LON, AUTHOR, S3_Label; the header is IMG_FILE,LAT"
+    ):
         places365.read(csv)
     csv.write_text("")
     with pytest.raises(ValueError, match="is empty"):
@@ -106,7 +116,9 @@ def test_an_unknown_scene_is_refused(tmp_path):
 
 def test_swapped_columns_are_refused_by_their_range(tmp_path):
     csv = places365_csv(tmp_path / "x.csv", [("a.jpg", "1", 2.35, 48.86, 0), ("b.jpg", "2", 151.2, -33.9, 1)])
-    with pytest.raises(ValueError, match=r"LAT and LON are swapped: line 3 has LAT 151.2.*exchange the two names"):
+    with pytest.raises(
+        ValueError, match=r"LAT and LON are swapped: line 3 has LAT 151.2.*exchange the two names"
+    ):
         places365.read(csv)
 
 
@@ -116,14 +128,16 @@ def test_swapped_columns_within_90_degrees_are_refused_by_land_and_sea(tmp_path)
     table.to_csv(right, index=False)
     table.rename(columns={"lat": "lon", "lon": "lat"}).to_csv(wrong, index=False)
     np.testing.assert_array_equal(gws15k.read(right).latlon, table[["lat", "lon"]])
-    with pytest.raises(ValueError, match=r"lat and lon look swapped: of 15 places \d+% are on land as they stand"):
+    with pytest.raises(
+        ValueError, match=r"lat and lon look swapped: of 15 places \d+% are on land as they stand"
+    ):
         gws15k.read(wrong)
     trusted = gws15k.read(wrong, trust_header=True)
     np.testing.assert_array_equal(trusted.latlon, table[["lon", "lat"]])
 
 
 def test_the_benchmarks_swapped_are_refused_and_unswapped_are_not(tmp_path, geoclip_data):
-    csv = cards.find_csv(cards.card("im2gps3k"), geoclip_data)
+    csv = benchmarks.find_csv(benchmarks.card("im2gps3k"), geoclip_data)
     table = pd.read_csv(csv)
     swapped = tmp_path / "swapped_places365.csv"
     for part in (table, table[table["LON"].abs() <= 90]):
@@ -157,7 +171,11 @@ def test_osv_mini_finds_images_by_region_and_reads_climate_and_time(tmp_path):
 
 @pytest.mark.parametrize(
     ("climate", "time", "message"),
-    [("30", "0", "line 2: climate is 30"), ("wet", "0", "climate is 'wet'"), ("3", "May", "captured_at is 'May'")],
+    [
+        ("30", "0", "line 2: climate is 30"),
+        ("wet", "0", "climate is 'wet'"),
+        ("3", "May", "captured_at is 'May'"),
+    ],
 )
 def test_osv_mini_refuses_labels_out_of_range(tmp_path, climate, time, message):
     directory = osv_mini(tmp_path / "mini", [f"41,30.27,-97.74,Texas,a,b,c,d,{climate},{time}"])
@@ -175,44 +193,52 @@ def test_osv_5m_finds_images_in_whichever_archive_held_them(tmp_path):
 
 
 def test_cards_are_complete_and_found_by_name():
-    assert set(cards.CARDS) == {
+    assert set(benchmarks.CARDS) == {
         "mp16", "im2gps", "im2gps3k", "yfcc4k", "yfcc26k", "gws15k", "osv5m", "osv-mini", "nus-wide",
     }  # fmt: skip
-    for card in cards.CARDS.values():
+    for card in benchmarks.CARDS.values():
         assert card.what and card.columns and card.source and card.licence
         assert card.sha256 is None or len(bytes.fromhex(card.sha256)) == 32
-    assert cards.card("IM2GPS3K") is cards.card("im2gps3k") is cards.CARDS["im2gps3k"]
-    assert cards.card("osv_mini").title == "OSV-Mini"
+    assert benchmarks.card("IM2GPS3K") is benchmarks.card("im2gps3k") is benchmarks.CARDS["im2gps3k"]
+    assert benchmarks.card("osv_mini").title == "OSV-Mini"
     with pytest.raises(ValueError, match="no benchmark 'im2gp'; there are mp16, im2gps, im2gps3k"):
-        cards.card("im2gp")
+        benchmarks.card("im2gp")
 
 
 def test_a_benchmark_is_loaded_from_either_place_whole_or_not_at_all(tmp_path, monkeypatch):
     monkeypatch.delenv("GEOCLIP_DATA", raising=False)
     with pytest.raises(FileNotFoundError, match="GEOCLIP_DATA names, which is not set"):
-        cards.load("im2gps")
-    with pytest.raises(FileNotFoundError, match=r"Im2GPS: im2gps_places365\.csv is neither at .* get it from: "):
-        cards.load("im2gps", tmp_path)
+        benchmarks.load("im2gps")
+    with pytest.raises(
+        FileNotFoundError, match=r"Im2GPS: im2gps_places365\.csv is neither at .* get it from: "
+    ):
+        benchmarks.load("im2gps", tmp_path)
     rows = [(f"{i}.jpg", "1@N00", 40 + i / 100, -100, 1) for i in range(237)]
     (tmp_path / "benchmarks").mkdir()
     csv = places365_csv(tmp_path / "benchmarks/im2gps_places365.csv", rows)
-    photos = cards.load("im2gps", tmp_path)
+    photos = benchmarks.load("im2gps", tmp_path)
     assert (len(photos), photos.name, photos.images) == (237, "Im2GPS", None)
-    assert cards.is_pinned(cards.card("im2gps"), csv) is False
+    assert benchmarks.is_pinned(benchmarks.card("im2gps"), csv) is False
     (tmp_path / "images/im2gps").mkdir(parents=True)
-    assert cards.load("im2gps", tmp_path).images == tmp_path / "images/im2gps"
+    assert benchmarks.load("im2gps", tmp_path).images == tmp_path / "images/im2gps"
     places365_csv(csv, rows[:-1])
     with pytest.raises(ValueError, match="Im2GPS: 236 rows where the benchmark has 237"):
-        cards.load("im2gps", tmp_path)
+        benchmarks.load("im2gps", tmp_path)
     with pytest.raises(ValueError, match="nus_wide"):
-        cards.load("nus-wide", tmp_path)
+        benchmarks.load("nus-wide", tmp_path)
 
 
 def test_the_pinned_files_have_their_photographers(geoclip_data):
-    for name, n, photographers in (("im2gps", 237, 233), ("im2gps3k", 2997, 198), ("yfcc26k", 25_600, 13_018)):
-        photos = cards.load(name, geoclip_data)
+    for name, n, photographers in (
+        ("im2gps", 237, 233),
+        ("im2gps3k", 2997, 198),
+        ("yfcc26k", 25_600, 13_018),
+    ):
+        photos = benchmarks.load(name, geoclip_data)
         assert (len(photos), len(set(photos.authors))) == (n, photographers)
-        assert cards.is_pinned(cards.card(name), cards.find_csv(cards.card(name), geoclip_data))
+        assert benchmarks.is_pinned(
+            benchmarks.card(name), benchmarks.find_csv(benchmarks.card(name), geoclip_data)
+        )
 
 
 def geotagged(path, lat=None, lon=None, zero=False):

@@ -8,7 +8,8 @@ import torch
 from geoclip import earth
 
 SPECIAL = torch.tensor(
-    [[90.0, 0.0], [-90.0, 0.0], [0.0, -180.0], [0.0, 179.999], [0.0, 0.0], [45.0, -180.0]], dtype=torch.float64
+    [[90.0, 0.0], [-90.0, 0.0], [0.0, -180.0], [0.0, 179.999], [0.0, 0.0], [45.0, -180.0]],
+    dtype=torch.float64,
 )
 
 

@@ -19,16 +19,15 @@ import torch
 import webserver
 from PIL import Image
 
-from geoclip import features, sources
 from geoclip.__main__ import main
-from geoclip.datasets import cards
-from geoclip.features import FeatureData, embed
+from geoclip.datasets import benchmarks, features, sources
+from geoclip.datasets.features import FeatureData, embed
+from geoclip.datasets.sources import Views, open_source
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
-from geoclip.sources import Views, open_source
-from geoclip.training import TrainConfig, train
+from geoclip.training.runs import TrainConfig, train
 
 CONV = ImageEncoderConfig("conv", None, frozen=False, hidden=8, dim=4)
 PHOTOS = 24
@@ -96,7 +95,9 @@ def keys(data, epoch=0):
 
 def test_photos_become_features_and_the_others_are_listed(photos, tmp_path, encoder):
     out = tmp_path / "out"
-    report = embed(open_source(str(photos), photos_a_part=10), encoder, out, Views(number=3), arithmetic="fp32")
+    report = embed(
+        open_source(str(photos), photos_a_part=10), encoder, out, Views(number=3), arithmetic="fp32"
+    )
     assert (report.embedded, report.unreadable, report.failed) == (20, 4, ())
     data = FeatureData(out, CONV)
     assert data.ids() == [f"{n}.jpg" for n in range(PHOTOS) if n not in (3, 7, 11, 15)]
@@ -109,7 +110,9 @@ def test_photos_become_features_and_the_others_are_listed(photos, tmp_path, enco
     assert reasons[2:] == ["empty (0 bytes)", "no such file"]
 
     # view 0 is what the tower says of the photo as prediction prepares it: short side 32, centre cut out
-    image = Image.open(photos.parent / "5.jpg").resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    image = (
+        Image.open(photos.parent / "5.jpg").resize((48, 32), Image.Resampling.BICUBIC).crop((8, 0, 40, 32))
+    )
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         expected = encoder.features(pixels)[0]
@@ -173,7 +176,11 @@ def test_a_tar_that_was_cut_short_makes_no_shard(tmp_path, encoder, cut):
 
 
 def test_samples_without_a_place_are_listed(tmp_path, encoder):
-    bad = [(b"{}", "no coordinates"), (b'{"LAT": 95, "LON": 3}', "95"), (b'{"LAT": "x", "LON": 3}', "no coordinates")]
+    bad = [
+        (b"{}", "no coordinates"),
+        (b'{"LAT": 95, "LON": 3}', "95"),
+        (b'{"LAT": "x", "LON": 3}', "no coordinates"),
+    ]
     samples = [("0.jpg", jpeg(0)), ("0.json", b'{"latitude": 1.5, "longitude": 180}')]
     for number, (about, _) in enumerate(bad, 1):
         samples += [(f"{number}.jpg", jpeg(number)), (f"{number}.json", about)]
@@ -190,7 +197,7 @@ KILLED = """
     import json, os, signal, sys, time
     import torch
     import torchvision.transforms.functional  # imported once here, and not in every process to be killed
-    from geoclip import features, sources
+    from geoclip.datasets import features, sources
     from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 
     csv = sys.argv[1]
@@ -265,7 +272,9 @@ def test_full_disk_stops_with_a_clear_error_and_keeps_what_was_whole(photos, tmp
         written(path, array)
 
     monkeypatch.setattr(features, "_write_array", full)
-    with pytest.raises(OSError, match=r"disk is full: shard 2 was not written .*; 2 whole shards stay") as error:
+    with pytest.raises(
+        OSError, match=r"disk is full: shard 2 was not written .*; 2 whole shards stay"
+    ) as error:
         embed(source, encoder, out)
     assert error.value.errno == errno.ENOSPC
     assert sorted(path.name for path in out.glob("*shard*")) == ["shard-000000", "shard-000001"]
@@ -280,8 +289,9 @@ def test_really_full_disk(photos, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
     # a disk of 300 KB of its own, where the kernel lets users have one; features take 37 KB a shard
-    script = f"mount -t tmpfs -o size=300k none {small} && exec {sys.executable} -m geoclip embed {photos} " + (
-        f"--out {small}/out --tower conv --weights null --views 24 --shard-size 3 --workers 0"
+    script = (
+        f"mount -t tmpfs -o size=300k none {small} && exec {sys.executable} -m geoclip embed {photos} "
+        + (f"--out {small}/out --tower conv --weights null --views 24 --shard-size 3 --workers 0")
     )
     allowed = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0
     if not allowed:
@@ -326,7 +336,9 @@ def test_another_tower_or_source_does_not_join_a_folder(photos, tmp_path, encode
 def test_wrong_folder_of_images_is_an_error(photos, tmp_path, encoder):
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(ValueError, match=r"not one of the first 24 photos can be read \(0\.jpg: no such file\)"):
+    with pytest.raises(
+        ValueError, match=r"not one of the first 24 photos can be read \(0\.jpg: no such file\)"
+    ):
         embed(open_source(str(photos), images=empty), encoder, tmp_path / "out")
     with pytest.raises(ValueError, match="no source"):
         open_source("photos.zip")
@@ -339,7 +351,10 @@ def test_embed_does_not_change_the_encoder(photos, tmp_path, encoder):
     embed(open_source(str(photos)), encoder, tmp_path / "out", arithmetic="bf16")
     assert features.tower_hash(encoder.tower) == before
     embed(open_source(str(photos)), encoder, tmp_path / "single", arithmetic="fp32")
-    one, other = FeatureData(tmp_path / "out").tensor().float(), FeatureData(tmp_path / "single").tensor().float()
+    one, other = (
+        FeatureData(tmp_path / "out").tensor().float(),
+        FeatureData(tmp_path / "single").tensor().float(),
+    )
     assert torch.cosine_similarity(one, other, dim=-1).min() > 0.999
     assert not torch.equal(one, other)
 
@@ -361,8 +376,12 @@ def test_training_set_gives_each_image_once_an_epoch_with_a_random_view(photos, 
     counts = torch.bincount(torch.cat(seen), minlength=6) / (40 * len(data))
     assert counts.min() > 0.11 and counts.max() < 0.23  # uniform is 0.167; σ is 0.013
     again = data.__getitems__(keys(data, epoch=3))["feature"]
-    assert torch.equal(again, FeatureData(tmp_path, CONV, seed=5).__getitems__(keys(data, epoch=3))["feature"])
-    assert not torch.equal(again, FeatureData(tmp_path, CONV, seed=6).__getitems__(keys(data, epoch=3))["feature"])
+    assert torch.equal(
+        again, FeatureData(tmp_path, CONV, seed=5).__getitems__(keys(data, epoch=3))["feature"]
+    )
+    assert not torch.equal(
+        again, FeatureData(tmp_path, CONV, seed=6).__getitems__(keys(data, epoch=3))["feature"]
+    )
     several = FeatureData(tmp_path, CONV, views_a_step=4).__getitems__([(0, 2)])["feature"][0]
     assert len(several.unique(dim=0)) == 4
     with pytest.raises(ValueError, match="6 views of each image, not 7"):
@@ -373,7 +392,9 @@ def test_train_command_trains_on_features_without_the_tower(photos, tmp_path, en
     """What is trained on features answers like what is trained on the images they were made of."""
     location = LocationEncoderConfig(sigmas=(1.0,), frequencies=8, width=16, hidden_layers=1, dim=4)
     # a tower that a checkpoint keeps, as a run on tiles leaves it
-    kept = {"state_dict": {f"model.image_encoder.tower.{n}": t for n, t in encoder.tower.state_dict().items()}}
+    kept = {
+        "state_dict": {f"model.image_encoder.tower.{n}": t for n, t in encoder.tower.state_dict().items()}
+    }
     torch.save(kept, tmp_path / "tower.ckpt")
     image = ImageEncoderConfig("conv", str(tmp_path / "tower.ckpt"), frozen=True, hidden=8, dim=4)
     embed(open_source(str(photos)), ImageEncoder(image), tmp_path / "features", Views(number=2))
@@ -438,11 +459,11 @@ def test_ten_crops_are_those_of_prediction(photos, tmp_path, encoder):
 def test_a_benchmark_is_embedded_by_its_name(tmp_path, monkeypatch):
     """Im2GPS's metadata with a photo for each of its rows, as GEOCLIP_DATA holds them."""
     columns = "IMG_ID,AUTHOR,LAT,LON,S3_Label,S16_Label,S365_Label,Prob_indoor,Prob_natural,Prob_urban"
-    n = cards.card("im2gps").n
+    n = benchmarks.card("im2gps").n
     rows = [f"{i}.jpg,a,{40 + i / 50:.4f},{-100 + i / 10:.4f},1,1,1,0,1,0" for i in range(n)]
     images = tmp_path / "images" / "im2gps"
     images.mkdir(parents=True)
-    (tmp_path / cards.card("im2gps").csv).write_text("\n".join([columns, *rows]) + "\n")
+    (tmp_path / benchmarks.card("im2gps").csv).write_text("\n".join([columns, *rows]) + "\n")
     for i in range(n):
         (images / f"{i}.jpg").write_bytes(jpeg(i))
     monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
@@ -455,7 +476,9 @@ def test_a_benchmark_is_embedded_by_its_name(tmp_path, monkeypatch):
 
 def test_draft_decoding_changes_less_than_a_level(tmp_path):
     x, y = np.meshgrid(np.linspace(0, 40, 2400), np.linspace(0, 25, 1600))
-    large = Image.fromarray(((np.stack([np.sin(x), np.sin(y), np.sin(x + y)], -1) + 1) * 127).astype(np.uint8))
+    large = Image.fromarray(
+        ((np.stack([np.sin(x), np.sin(y), np.sin(x + y)], -1) + 1) * 127).astype(np.uint8)
+    )
     large.save(tmp_path / "large.jpg", quality=95)
     draw = np.random.default_rng(0)  # a single view draws nothing
     drafted = sources.decode(tmp_path / "large.jpg", "large.jpg", 448)

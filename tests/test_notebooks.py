@@ -6,7 +6,8 @@ import re
 import nbformat
 import pytest
 
-from geoclip import notebooks, paths
+from geoclip import paths
+from geoclip.reproduce import notebooks
 
 TAGS = {"parameters", "nbval-ignore-output"}
 CALLS_THAT_NAME_FILES = {"save_figure": 1, "save_results": 1, "hold_to_expected": 1}
@@ -172,7 +173,7 @@ def test_there_are_notebooks_and_their_numbers_are_their_own():
 
 
 def test_the_paper_s_profile_sets_parameters_that_exist():
-    from geoclip import sweep
+    from geoclip.reproduce import sweep
 
     profile = sweep.load_profile("paper")
     declared = {path.stem: set(notebooks.declared(path)) for path in notebooks.numbered()}

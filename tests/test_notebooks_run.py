@@ -4,10 +4,11 @@ import nbformat
 import pandas as pd
 import pytest
 
-from geoclip import notebooks, paths
+from geoclip import paths
+from geoclip.reproduce import notebooks
 
 TABLE = """import pandas
-from geoclip import report
+from geoclip.reproduce import report
 table = pandas.DataFrame({"model": ["full"], "acc_25km": [float(VALUE)], "n": [3]})
 report.save_results(table, "NUMBER_table", report.provenance())
 report.hold_to_expected(table, "NUMBER_table", keys=["model"])"""

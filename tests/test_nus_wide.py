@@ -5,8 +5,9 @@ import pandas as pd
 import pytest
 import torch
 
-from geoclip import earth, embeddings, paths, probes
+from geoclip import earth, paths
 from geoclip.datasets import nus_wide
+from geoclip.studies import position_encodings, probes
 
 QUICK = probes.HiddenLayerConfig(hidden=64, batch=32, epochs=15)
 
@@ -22,7 +23,7 @@ def made(tmp_path_factory):
 
 
 def harmonics(latlon):
-    return embeddings.spherical_harmonics(latlon, degree=8)
+    return position_encodings.spherical_harmonics(latlon, degree=8)
 
 
 def edit(path, row, text):
@@ -91,7 +92,7 @@ def test_the_csv_for_embedding_can_be_read_back(made, tmp_path):
 def test_visual_features_come_in_the_order_of_the_photos(root, tmp_path):
     from PIL import Image
 
-    from geoclip import features, sources
+    from geoclip.datasets import features, sources
     from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 
     data, images = nus_wide.read(root), tmp_path / "images"
@@ -106,7 +107,9 @@ def test_visual_features_come_in_the_order_of_the_photos(root, tmp_path):
     features.embed(source, encoder, tmp_path / "features", sources.Views(number=1), arithmetic="fp32")
     notes = len(data.notes)
     found = nus_wide.visual_features(data, tmp_path / "features")
-    assert found.shape[0] == len(data.table) and data.notes[notes].startswith("1 photos have no visual features")
+    assert found.shape[0] == len(data.table) and data.notes[notes].startswith(
+        "1 photos have no visual features"
+    )
     others = np.delete(found, 5, axis=0)
     np.testing.assert_allclose(found[5], others.mean(0), rtol=1e-4)
     for row in (0, 7, len(found) - 1):  # each photo has a colour of its own
@@ -166,7 +169,9 @@ def test_labels_that_do_not_fit_are_refused(root):
     path = root / "Groundtruth/TrainTestLabels/Labels_concept02_Train.txt"
     whole = path.read_text()
     path.write_text(whole + "1\n")
-    with pytest.raises(ValueError, match=r"Labels_concept02_Train\.txt: 121 lines, but TrainImagelist\.txt names 120"):
+    with pytest.raises(
+        ValueError, match=r"Labels_concept02_Train\.txt: 121 lines, but TrainImagelist\.txt names 120"
+    ):
         nus_wide.read(root)
     path.write_text(whole)
     edit(path, 4, "yes")
@@ -176,7 +181,9 @@ def test_labels_that_do_not_fit_are_refused(root):
 
 def test_an_image_list_without_ids_is_refused(root):
     edit(root / "ImageList/TestImagelist.txt", 2, "concept00\\picture.jpg")
-    with pytest.raises(ValueError, match=r"TestImagelist\.txt, line 3: 'concept00/picture\.jpg' does not end in"):
+    with pytest.raises(
+        ValueError, match=r"TestImagelist\.txt, line 3: 'concept00/picture\.jpg' does not end in"
+    ):
         nus_wide.read(root)
 
 
@@ -185,9 +192,13 @@ def test_geotags_that_are_none_are_refused(root):
     table = pd.read_csv(path)
     swapped = table.rename(columns={"latitude": "longitude", "longitude": "latitude"})
     swapped.to_csv(path, index=False)
-    with pytest.raises(ValueError, match=r"geotags\.csv: the columns latitude and longitude are swapped: line \d+ has"):
+    with pytest.raises(
+        ValueError, match=r"geotags\.csv: the columns latitude and longitude are swapped: line \d+ has"
+    ):
         nus_wide.read(root)
-    table.astype({"latitude": object}).assign(latitude=lambda t: ["north", *t.latitude[1:]]).to_csv(path, index=False)
+    table.astype({"latitude": object}).assign(latitude=lambda t: ["north", *t.latitude[1:]]).to_csv(
+        path, index=False
+    )
     with pytest.raises(ValueError, match=r"geotags\.csv, line 2: latitude is 'north'"):
         nus_wide.read(root)
     table.drop(columns="id").to_csv(path, index=False)
@@ -195,7 +206,9 @@ def test_geotags_that_are_none_are_refused(root):
         nus_wide.read(root)
     again = pd.concat([table, table.iloc[[3]].assign(latitude=1.5)])
     again.to_csv(path, index=False)
-    with pytest.raises(ValueError, match=rf"line {len(table) + 2}: photo {table.id[3]} has another place above"):
+    with pytest.raises(
+        ValueError, match=rf"line {len(table) + 2}: photo {table.id[3]} has another place above"
+    ):
         nus_wide.read(root)
     table.assign(id=range(len(table))).to_csv(path, index=False)
     with pytest.raises(ValueError, match="no train photo is in the geotag file; are its ids Flickr's"):

@@ -18,7 +18,7 @@ from geoclip.baselines.partition import (
     partition,
 )
 from geoclip.earth import haversine_km, sample_sphere
-from geoclip.weights import official_gallery
+from geoclip.pretrained import official_gallery
 
 CONFIG = PartitionConfig(img_min=50, img_max=1000)
 

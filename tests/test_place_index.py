@@ -19,7 +19,7 @@ def places():
 
 @pytest.fixture(scope="module")
 def query(places):
-    return place_index.made_queries(places, 200)
+    return place_index.synthetic_queries(places, 200)
 
 
 def test_all_lists_give_the_exact_answer_and_few_give_most_of_it(places, query):
@@ -44,7 +44,7 @@ def test_kept_and_mapped_and_of_low_precision(places, query, tmp_path, monkeypat
     low = places.to(torch.bfloat16)
     first = PlaceIndex(low, probes=16, lists=50, path=tmp_path / "places.faiss")
     monkeypatch.setattr(place_index, "build", lambda *_: pytest.fail("built again"))
-    monkeypatch.setattr(place_index, "made_queries", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(place_index, "synthetic_queries", lambda *_: pytest.fail("measured again"))
     again = PlaceIndex(low, probes=16, path=tmp_path / "places.faiss")
     assert torch.equal(first.scan(query, 5)[1], again.scan(query, 5)[1])
     assert again.measured == first.measured == pytest.approx(again.recall(query), abs=0.1)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from geoclip import cpu_bf16, earth, features, gallery, place_index, precision
+from geoclip import cpu_bf16, earth, gallery, place_index, precision
+from geoclip.datasets import features
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, in_bf16
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
@@ -48,7 +49,12 @@ def test_automatic_choice_is_said_once_and_can_be_set(capsys, monkeypatch):
 
 
 def test_bf16_is_found_by_the_processors_own_flags(monkeypatch):
-    for flags, fast in (({"avx512_bf16": True}, True), ({"amx_bf16": True}, True), ({"avx512_f": True}, False), ({}, False)):
+    for flags, fast in (
+        ({"avx512_bf16": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"avx512_f": True}, False),
+        ({}, False),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda flags=flags: flags, raising=False)
         assert precision.has_fast_bf16("cpu") == fast
 
@@ -63,7 +69,9 @@ def test_places_in_bf16_stay_within_a_ten_thousandth():
     assert torch.cosine_similarity(single, low.float()).min() >= 0.9999
     with torch.inference_mode(), torch.autocast("cpu", BF16):
         level = encoder.levels[2]
-        assert torch.equal(level.features(encoder.project(latlon)), level.features(encoder.project(latlon)).float())
+        assert torch.equal(
+            level.features(encoder.project(latlon)), level.features(encoder.project(latlon)).float()
+        )
 
 
 def test_images_in_bf16_stay_within_a_thousandth(model):
@@ -84,7 +92,7 @@ def test_top_1_is_the_same_place_or_near(model):
     single = GeoCLIP(model.image_encoder, LocationEncoder.pretrained(), places).eval()
     low = GeoCLIP(ImageEncoder(model.image_encoder.config), LocationEncoder.pretrained(), places).eval()
     low.use_precision("bf16")
-    query = place_index.made_queries(single.places(), 1000)
+    query = place_index.synthetic_queries(single.places(), 1000)
     rounded = functional.normalize(query + 0.0045 * unit(1000, 9), dim=1)
     assert 0.99998 < torch.cosine_similarity(query, rounded).mean() < 0.999995
     one, same, other = single.locate(query)[0], low.locate(query)[0], low.locate(rounded)[0]
@@ -133,7 +141,9 @@ def test_probabilities_of_a_bf16_gallery_add_up(n):
     query, places = unit(3, 2), unit(n, 3)
     scores = 40 * query.double() @ places.to(BF16).double().T
     score, _, total = gallery.scan(query, places.to(BF16), min(n, 5), scale=40.0)
-    assert torch.allclose((40 * score - total[:, None]).exp().double(), scores.softmax(1).topk(min(n, 5)).values, rtol=2e-3)
+    assert torch.allclose(
+        (40 * score - total[:, None]).exp().double(), scores.softmax(1).topk(min(n, 5)).values, rtol=2e-3
+    )
     if n == 20:
         score, _, total = gallery.scan(query, places.to(BF16), n, scale=40.0)
         assert torch.allclose((40 * score - total[:, None]).exp().sum(1), torch.ones(3), atol=1e-5)
@@ -141,7 +151,10 @@ def test_probabilities_of_a_bf16_gallery_add_up(n):
 
 def test_groups_hold_the_best_whatever_their_place():
     scores = torch.randn(7, 10_003, generator=seeded(6))
-    scores[0, -3:], scores[1, 64:70] = 9.0 + torch.arange(3), 9.0 + torch.arange(6)  # in the rest; all in one group
+    scores[0, -3:], scores[1, 64:70] = (
+        9.0 + torch.arange(3),
+        9.0 + torch.arange(6),
+    )  # in the rest; all in one group
     assert torch.equal(gallery.top(scores.T.contiguous(), 6)[1], scores.topk(6).indices)
 
 
@@ -189,7 +202,11 @@ def test_towers_that_are_not_plain_run_as_they_are():
 @pytest.mark.skipif(not precision.packs("cpu"), reason="oneDNN has no bfloat16 for this processor")
 def test_a_model_in_bf16_stays_where_and_as_it_is():
     image = ImageEncoderConfig("ViT-B-32-quickgelu", None)
-    low = GeoCLIP.build(image, None, seeded(1), Gallery(earth.sample_sphere(50, seeded(2)))).eval().use_precision("bf16")
+    low = (
+        GeoCLIP.build(image, None, seeded(1), Gallery(earth.sample_sphere(50, seeded(2))))
+        .eval()
+        .use_precision("bf16")
+    )
     assert low.use_precision("bf16") is low and low.to("cpu") is low
     with pytest.raises(ValueError, match="load the model again to answer in float32"):
         low.use_precision("fp32")
@@ -199,7 +216,9 @@ def test_a_model_in_bf16_stays_where_and_as_it_is():
 
 def test_coordinates_without_fourier_features_are_not_rounded():
     """In bfloat16 178.5° and 178.9° of longitude are one."""
-    encoder = LocationEncoder(LocationEncoderConfig(sigmas=(), projection="degrees", width=64, dim=32), seeded(0))
+    encoder = LocationEncoder(
+        LocationEncoderConfig(sigmas=(), projection="degrees", width=64, dim=32), seeded(0)
+    )
     latlon = torch.tensor([[10.0, 178.5], [10.0, 178.9], [50.3, -3.1]])
     single = gallery.embed(encoder, latlon)
     low = gallery.embed(encoder, latlon, dtype=BF16).float()

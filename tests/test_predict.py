@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
-from geoclip import clip, earth, weights
+from geoclip import clip, earth, pretrained
 from geoclip.__main__ import main
 from geoclip.datasets.blue_marble import SplitConfig
 from geoclip.gallery import Gallery
@@ -19,7 +19,7 @@ from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, load_clip
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
 from geoclip.photos import PhotoError
-from geoclip.training import GeoCLIPTraining, TrainConfig
+from geoclip.training.runs import GeoCLIPTraining, TrainConfig
 
 CONV = ImageEncoderConfig(tower="conv", weights=None, frozen=False, hidden=24, dim=16)
 SMALL = LocationEncoderConfig(sigmas=(1.0, 16.0), frequencies=8, width=16, dim=16)
@@ -176,7 +176,7 @@ def test_text_is_located_like_an_image(model, tower):
     assert torch.allclose(one_probability, probability[1], atol=1e-6)
     with torch.no_grad():
         embedded = reader.encode_text("a snowy mountain")
-        logits = reader.log_scale.exp() * embedded @ reader.encode_places(model.gallery.latlon).T
+        logits = reader.logit_scale.exp() * embedded @ reader.encode_places(model.gallery.latlon).T
     assert torch.equal(one_latlon, model.gallery.latlon[logits[0].argsort(descending=True)[:4]])
     assert embedded.norm().item() == pytest.approx(1, abs=1e-5)
 
@@ -279,8 +279,8 @@ def test_the_released_parts_are_put_together(monkeypatch):
     monkeypatch.setattr(geoclip.model, "ImageEncoder", Encoder)
     model = GeoCLIP.pretrained("local.safetensors")
     assert model.image_encoder.config.weights == "local.safetensors"
-    assert model.log_scale.item() == pytest.approx(3.681034803390503)
-    assert torch.equal(model.image_encoder.head[2].bias, weights.head_state()["2.bias"])
+    assert model.logit_scale.item() == pytest.approx(3.681034803390503)
+    assert torch.equal(model.image_encoder.head[2].bias, pretrained.head_state()["2.bias"])
     assert len(model.gallery) == 100_000 and not model.training
 
 
@@ -437,8 +437,8 @@ def test_a_gallery_of_ones_own(files, checkpoint, capsys, tmp_path):
 
 
 def test_a_baseline_answers_with_one_place_and_no_probability(tmp_path, capsys):
-    from geoclip import training
     from geoclip.baselines.geocells import GeocellsConfig
+    from geoclip.training import runs
 
     config = GeocellsConfig(
         image=ImageEncoderConfig("conv", None, frozen=False),
@@ -448,11 +448,25 @@ def test_a_baseline_answers_with_one_place_and_no_probability(tmp_path, capsys):
         batch_size=64,
         epochs=1,
     )
-    checkpoint = str(training.train(config, tmp_path / "run").checkpoint)
+    checkpoint = str(runs.train(config, tmp_path / "run").checkpoint)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (60, 40), (10, 90, 60)).save(tmp_path / name)
     names = [str(tmp_path / name) for name in ("a.png", "b.png")]
-    assert main(["predict", *names, "--checkpoint", checkpoint, "--format", "json", "--map", str(tmp_path / "m.png")]) == 0
+    assert (
+        main(
+            [
+                "predict",
+                *names,
+                "--checkpoint",
+                checkpoint,
+                "--format",
+                "json",
+                "--map",
+                str(tmp_path / "m.png"),
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr()
     found = json.loads(said.out)["photos"]
     assert [photo["file"] for photo in found] == names

@@ -9,9 +9,10 @@ from sklearn.linear_model import RidgeClassifierCV, RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 
-from geoclip import earth, embeddings, probes
-from geoclip.datasets.real_geography import Task
+from geoclip import earth
+from geoclip.datasets.geography import Task
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
+from geoclip.studies import position_encodings, probes
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,7 @@ def places() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def harmonics(places) -> np.ndarray:
-    return probes.embed(lambda latlon: embeddings.spherical_harmonics(latlon, degree=5), places)
+    return probes.embed(lambda latlon: position_encodings.spherical_harmonics(latlon, degree=5), places)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +112,10 @@ def test_any_callable_of_latlon_is_probed(places):
     assert x.shape == (1500, 2) and x.dtype == np.float32
     north = places[:, 0].numpy()
     rows = probes.probe(
-        probes.embed(earth.unit_sphere, places), np.sin(np.deg2rad(north)), places, "r2",
+        probes.embed(earth.unit_sphere, places),
+        np.sin(np.deg2rad(north)),
+        places,
+        "r2",
         config=probes.ProbeConfig(seeds=2),
     )
     assert (rows.score > 0.999).all() and list(rows.seed) == [0, 1]
@@ -123,7 +127,12 @@ def test_hidden_layer_probe_learns_what_a_line_cannot(places):
     config = probes.ProbeConfig(seeds=1)
     layer = probes.HiddenLayerConfig(hidden=64, learning_rate=1e-2, epochs=30)
     curved = probes.probe(
-        x, inside, places, "accuracy", config=config, model=lambda seed: probes.hidden_layer("accuracy", layer, seed)
+        x,
+        inside,
+        places,
+        "accuracy",
+        config=config,
+        model=lambda seed: probes.hidden_layer("accuracy", layer, seed),
     )
     line = probes.probe(x, inside, places, "accuracy", config=config)
     assert curved.score[0] > 90 > line.score[0] + 15
@@ -147,7 +156,9 @@ def test_more_training_places_help_and_the_last_size_is_the_probe(places, harmon
     mean = curve.groupby("n_train").score.mean()
     assert mean[30] + 10 < mean[200] < mean[1200]
     whole = probes.probe(harmonics, quarters, places, "accuracy", config=config)
-    assert np.abs(curve[curve.n_train == 1200].score.to_numpy() - whole.score).max() < 0.7  # other inner folds
+    assert (
+        np.abs(curve[curve.n_train == 1200].score.to_numpy() - whole.score).max() < 0.7
+    )  # other inner folds
     with pytest.raises(ValueError, match="1201 training places are wanted; split 0 has 1200"):
         probes.learning_curve(harmonics, quarters, places, "accuracy", [1201], config=config)
 
@@ -203,7 +214,7 @@ def test_bad_input_names_row_and_value(places, harmonics, quarters):
 
 def test_spherical_harmonics_are_scipys_and_orthonormal():
     at = earth.sample_sphere(100_000, torch.Generator().manual_seed(3))
-    y = embeddings.spherical_harmonics(at, degree=4).double()
+    y = position_encodings.spherical_harmonics(at, degree=4).double()
     assert y.shape == (100_000, 25)
     gram = y.T @ y / len(y) * 4 * np.pi
     assert (gram - torch.eye(25)).abs().max() < 0.03
@@ -213,7 +224,7 @@ def test_spherical_harmonics_are_scipys_and_orthonormal():
 
 
 def test_sinusoids_have_the_stated_scales():
-    x = embeddings.sphere_c_plus(torch.tensor([[30.0, 60.0]]), scales=3, shortest_deg=0.5)
+    x = position_encodings.sphere_c_plus(torch.tensor([[30.0, 60.0]]), scales=3, shortest_deg=0.5)
     assert x.shape == (1, 21)
     sine = x.reshape(7, 3)[3]  # sin(lat / r) at r = 1, …, 0.5° in radians
     assert np.isclose(sine[0], 0.5, atol=1e-6) and np.isclose(sine[2], np.sin(60.0), atol=1e-4)
@@ -223,17 +234,19 @@ def test_levels_concatenation_and_norm(places):
     config = LocationEncoderConfig(frequencies=8, width=16, dim=4)
     encoder = LocationEncoder(config, torch.Generator().manual_seed(0))
     whole = probes.embed(encoder, places)
-    parts = [probes.embed(embeddings.level(encoder, i), places) for i in range(3)]
+    parts = [probes.embed(position_encodings.level(encoder, i), places) for i in range(3)]
     np.testing.assert_allclose(sum(parts), whole, atol=1e-5)
     np.testing.assert_allclose(
-        probes.embed(embeddings.concatenated(encoder), places), np.concatenate(parts, 1), atol=1e-6
+        probes.embed(position_encodings.concatenated(encoder), places), np.concatenate(parts, 1), atol=1e-6
     )
     np.testing.assert_allclose(
-        probes.embed(embeddings.weighted_sum(encoder, [1, 0, -2]), places), parts[0] - 2 * parts[2], atol=1e-5
+        probes.embed(position_encodings.weighted_sum(encoder, [1, 0, -2]), places),
+        parts[0] - 2 * parts[2],
+        atol=1e-5,
     )
-    one = probes.embed(embeddings.weighted_sum(encoder, [0, 1, 0], unit_norm=True), places)
+    one = probes.embed(position_encodings.weighted_sum(encoder, [0, 1, 0], unit_norm=True), places)
     np.testing.assert_allclose(one, parts[1] / np.linalg.norm(parts[1], axis=1, keepdims=True), atol=1e-5)
-    length = np.linalg.norm(probes.embed(embeddings.unit_norm(encoder), places), axis=1)
+    length = np.linalg.norm(probes.embed(position_encodings.unit_norm(encoder), places), axis=1)
     np.testing.assert_allclose(length, 1, atol=1e-5)
 
 
@@ -242,8 +255,8 @@ def test_a_remembered_encoder_encodes_places_once(places):
     encoder = LocationEncoder(config, torch.Generator().manual_seed(0))
     calls, by_level = [], encoder.by_level
     encoder.by_level = lambda latlon: calls.append(len(latlon)) or by_level(latlon)
-    kept = embeddings.Remembered(encoder)
-    for embedding in (kept, embeddings.level(kept, 1), embeddings.concatenated(kept)):
+    kept = position_encodings.Remembered(encoder)
+    for embedding in (kept, position_encodings.level(kept, 1), position_encodings.concatenated(kept)):
         probes.embed(embedding, places)
     assert calls == [1500]
     probes.embed(kept, places.flip(0))
@@ -253,6 +266,7 @@ def test_a_remembered_encoder_encodes_places_once(places):
 
 def test_compare_embeds_shared_places_once_and_answers_as_probe_does(places, quarters):
     at = places.double().numpy()
+
     def task(name, rows, target, measure, where):
         return Task(name, at[rows], target, measure, where, "made", "made", block_deg=20.0)
 
@@ -267,12 +281,16 @@ def test_compare_embeds_shared_places_once_and_answers_as_probe_does(places, qua
         return earth.unit_sphere(latlon)
 
     config = probes.ProbeConfig(seeds=2)
-    rows = probes.compare(tasks, {"xyz": counted, "raw": embeddings.raw_degrees}, config=config)
+    rows = probes.compare(tasks, {"xyz": counted, "raw": position_encodings.raw_degrees}, config=config)
     assert calls == [1500] and len(rows) == 2 * 2 * 2 * 2
     assert list(rows.columns[:7]) == ["task", "embedding", "d", "split", "probe", "measure", "seed"]
     one = rows[(rows.task == "octant") & (rows.embedding == "xyz") & (rows.split == "blocked")]
     alone = probes.probe(
-        probes.embed(earth.unit_sphere, at[:1200]), quarters[:1200], at[:1200], "accuracy", "blocked",
+        probes.embed(earth.unit_sphere, at[:1200]),
+        quarters[:1200],
+        at[:1200],
+        "accuracy",
+        "blocked",
         probes.ProbeConfig(seeds=2, block_deg=20),
     )
     np.testing.assert_allclose(one.score, alone.score)
@@ -282,9 +300,13 @@ def test_compare_embeds_shared_places_once_and_answers_as_probe_does(places, qua
     height = better[(better.task == "height") & (better.split == "random")].iloc[0]
     mean = rows[(rows.task == "height") & (rows.split == "random")].groupby("embedding").score.mean()
     assert np.isclose(height.score, mean["xyz"] - mean["raw"]) and height.score > 0
-    text = probes.readable(probes.summarize(rows, ["task", "embedding", "split", "measure"]), ["embedding"],
-                           ["task", "split"])
-    assert list(text.embedding) == ["xyz", "raw"] and list(text.columns[1:3]) == ["octant · random", "octant · blocked"]
+    text = probes.readable(
+        probes.summarize(rows, ["task", "embedding", "split", "measure"]), ["embedding"], ["task", "split"]
+    )
+    assert list(text.embedding) == ["xyz", "raw"] and list(text.columns[1:3]) == [
+        "octant · random",
+        "octant · blocked",
+    ]
     score = rows[(rows.task == "octant") & (rows.split == "random") & (rows.embedding == "raw")].score.mean()
     assert text["octant · random"][1].startswith(f"{score:.1f} (")
 

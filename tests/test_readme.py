@@ -3,8 +3,9 @@
 import pandas as pd
 import pytest
 
-from geoclip import evaluation, paths, readme
+from geoclip import evaluation, paths
 from geoclip.datasets import blue_marble
+from geoclip.reproduce import readme
 
 README = paths.ROOT / "README.md"
 
@@ -20,8 +21,12 @@ def test_the_readmes_table_has_not_drifted():
 
 
 def test_the_readmes_paper_column_is_what_data_paper_says():
-    published = pd.read_csv(paths.PAPER / "benchmarks.csv").query("protocol == 'paper'").set_index("benchmark")
-    lines = [line.split("|") for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| ")]
+    published = (
+        pd.read_csv(paths.PAPER / "benchmarks.csv").query("protocol == 'paper'").set_index("benchmark")
+    )
+    lines = [
+        line.split("|") for line in README.read_text(encoding="utf-8").splitlines() if line.startswith("| ")
+    ]
     cells = {line[1].strip(): line[2].strip() for line in lines if len(line) > 5}
     for name in ("Im2GPS3k", "YFCC26k", "GWS15k"):
         expected = " / ".join(f"{value:.1f}" for value in published.loc[name, evaluation.ACCURACY_COLUMNS])

@@ -10,7 +10,8 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from geoclip import paths, report
+from geoclip import paths
+from geoclip.reproduce import report
 
 matplotlib.use("Agg")
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from geoclip import sweep
+from geoclip.reproduce import sweep
 
 PARAMETERS = """
 SETTINGS = {"plain": {"gain": 0}}  # what is varied
@@ -141,7 +141,9 @@ def test_a_killed_sweep_continues_and_two_at_once_share_the_work(made):
                 assert len(pd.read_csv(job.runs)) == 2
         done = [job.output for job in made.jobs(SLOW=0.2) if job.output.exists()]
         halfway += 0 < len(done) < len(EVERY)
-        if len(done) > 4 and killed < 10:  # nearly all is there: once more from the start, so that kills hit runs
+        if (
+            len(done) > 4 and killed < 10
+        ):  # nearly all is there: once more from the start, so that kills hit runs
             shutil.rmtree(made.results)
             made.journal.unlink()
     assert halfway >= 2

@@ -11,11 +11,12 @@ import pandas as pd
 import pytest
 import torch
 
-from geoclip import earth, training
+from geoclip import earth
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
-from geoclip.training import EpochSampler, TrainConfig
+from geoclip.training import runs
+from geoclip.training.runs import EpochSampler, TrainConfig
 
 TINY = TrainConfig(
     image=ImageEncoderConfig(tower="conv", weights=None, frozen=False, hidden=16, dim=16),
@@ -35,20 +36,22 @@ def weights_of(path):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    return training.train(TINY, tmp_path_factory.mktemp("run"))
+    return runs.train(TINY, tmp_path_factory.mktemp("run"))
 
 
 def test_loss_in_five_lines():
     config = dataclasses.replace(TINY, views=2)
-    data = training.training_set(config)
-    module = training.build(config, data)
+    data = runs.training_set(config)
+    module = runs.build(config, data)
     batch = data.__getitems__([(0, i) for i in range(32)])
-    values = module.loss(batch, training.seeded("test"))
+    values = module.loss(batch, runs.seeded("test"))
 
-    generator, total = training.seeded("test"), 0.0
+    generator, total = runs.seeded("test"), 0.0
     for view in range(2):
         places = earth.add_noise_m(batch["latlon"], 150, generator)
-        places = torch.cat([places, earth.add_noise_m(training.first_queue(config, data.latlon), 1000, generator)])
+        places = torch.cat(
+            [places, earth.add_noise_m(runs.initial_queue(config, data.latlon), 1000, generator)]
+        )
         logits = module.model(batch["image"][:, view], places)
         total -= logits.log_softmax(1)[range(32), range(32)].mean() / 2
     assert values["loss"].item() == pytest.approx(total.item(), rel=1e-5)
@@ -56,25 +59,25 @@ def test_loss_in_five_lines():
 
 
 def test_all_that_should_learn_does_and_the_queue_follows_the_batch():
-    data = training.training_set(TINY)
-    module = training.build(TINY, data)
+    data = runs.training_set(TINY)
+    module = runs.build(TINY, data)
     batch = data.__getitems__([(0, i) for i in range(32)])
-    module.loss(batch, training.seeded(0))["loss"].backward()
+    module.loss(batch, runs.seeded(0))["loss"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     assert torch.equal(module.queue.contents()[-32:], batch["latlon"])  # raw, without noise
     module.eval()
-    module.loss(batch, training.seeded(1))
-    assert torch.equal(module.queue.contents()[-64:-32], training.first_queue(TINY, data.latlon)[-32:])
+    module.loss(batch, runs.seeded(1))
+    assert torch.equal(module.queue.contents()[-64:-32], runs.initial_queue(TINY, data.latlon)[-32:])
 
 
 def test_the_queue_starts_with_training_places_or_at_the_origin():
-    data = training.training_set(TINY)
-    start = training.first_queue(TINY, data.latlon)
+    data = runs.training_set(TINY)
+    start = runs.initial_queue(TINY, data.latlon)
     known = {tuple(place) for place in data.latlon.tolist()}
     assert len({tuple(p) for p in start.tolist()}) == 100 and all(tuple(p) in known for p in start.tolist())
-    origin = training.first_queue(dataclasses.replace(TINY, queue_start="origin"), data.latlon)
+    origin = runs.initial_queue(dataclasses.replace(TINY, queue_start="origin"), data.latlon)
     assert torch.allclose(origin.norm(dim=1), torch.ones(100))  # within a degree of (0, 0)
-    assert len(training.first_queue(dataclasses.replace(TINY, queue=1000), data.latlon)) == 1000  # repeats
+    assert len(runs.initial_queue(dataclasses.replace(TINY, queue=1000), data.latlon)) == 1000  # repeats
 
 
 def test_each_epoch_sees_each_sample_once_in_another_order():
@@ -96,7 +99,7 @@ def test_ranks_share_out_each_global_batch():
 
 
 def test_tiles_do_not_depend_on_their_batch():
-    data = training.training_set(TINY)
+    data = runs.training_set(TINY)
     one = data.__getitems__([(2, 7)])["image"][0]
     among = data.__getitems__([(2, 3), (2, 7), (2, 9)])["image"][1]
     assert torch.allclose(one, among, atol=1e-6)
@@ -104,7 +107,7 @@ def test_tiles_do_not_depend_on_their_batch():
 
 
 def test_fractions_are_nested():
-    parts = [training.training_set(dataclasses.replace(TINY, fraction=f)).latlon for f in (0.1, 0.5, 1)]
+    parts = [runs.training_set(dataclasses.replace(TINY, fraction=f)).latlon for f in (0.1, 0.5, 1)]
     assert [len(part) for part in parts] == [32, 160, 320]
     assert torch.equal(parts[2][:160], parts[1]) and torch.equal(parts[1][:32], parts[0])
 
@@ -114,22 +117,24 @@ def test_a_run_has_its_files_and_answers(unbroken):
     assert {"train/loss", "val/loss", "epoch", "step"} <= set(unbroken.metrics())
     assert list((unbroken.directory / "tensorboard").glob("events.*"))
     module = unbroken.load()
-    errors = training.tile_errors(module, "random")
+    errors = runs.tile_errors(module, "random")
     assert errors.shape == (100,) and errors.isfinite().all()
     assert module.config == TINY
 
 
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(unbroken, tmp_path):
-    again = weights_of(training.train(TINY, tmp_path / "again").checkpoint)
-    other = weights_of(training.train(dataclasses.replace(TINY, seed=1), tmp_path / "other").checkpoint)
+    again = weights_of(runs.train(TINY, tmp_path / "again").checkpoint)
+    other = weights_of(runs.train(dataclasses.replace(TINY, seed=1), tmp_path / "other").checkpoint)
     kept = weights_of(unbroken.checkpoint)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
-    assert not torch.equal(kept["model.image_encoder.head.0.weight"], other["model.image_encoder.head.0.weight"])
+    assert not torch.equal(
+        kept["model.image_encoder.head.0.weight"], other["model.image_encoder.head.0.weight"]
+    )
 
 
 def test_a_run_that_ended_is_not_repeated(unbroken):
     before = unbroken.checkpoint.stat().st_mtime_ns
-    assert training.train(TINY, unbroken.directory).result == unbroken.result
+    assert runs.train(TINY, unbroken.directory).result == unbroken.result
     assert unbroken.checkpoint.stat().st_mtime_ns == before
 
 
@@ -149,16 +154,16 @@ def test_killed_and_resumed_ends_with_the_weights_of_the_unbroken_run(unbroken, 
     reached = torch.load(directory / "last.ckpt", weights_only=True)["epoch"]
     assert reached < TINY.epochs - 1
 
-    resumed = training.train(TINY, directory)
+    resumed = runs.train(TINY, directory)
     assert resumed.result["resumed"]
     kept, ours = weights_of(unbroken.checkpoint), weights_of(resumed.checkpoint)
     assert all(torch.equal(kept[name], ours[name]) for name in kept)
 
 
 def test_stopped_early_and_resumed_is_the_same(unbroken, tmp_path):
-    stopped = training.train(TINY, tmp_path / "stopped", epochs=1)
+    stopped = runs.train(TINY, tmp_path / "stopped", epochs=1)
     assert not (stopped.directory / "result.json").exists()
-    resumed = training.train(TINY, stopped.directory)
+    resumed = runs.train(TINY, stopped.directory)
     kept, ours = weights_of(unbroken.checkpoint), weights_of(resumed.checkpoint)
     assert all(torch.equal(kept[name], ours[name]) for name in kept)
     pd.testing.assert_frame_equal(resumed.metrics(), unbroken.metrics())  # the curves have no gap and no seam
@@ -166,22 +171,22 @@ def test_stopped_early_and_resumed_is_the_same(unbroken, tmp_path):
 
 def test_a_folder_with_another_configuration_is_refused(unbroken):
     with pytest.raises(ValueError, match=r"another configuration.*queue: 100 there, 64 here"):
-        training.train(dataclasses.replace(TINY, queue=64), unbroken.directory)
-    assert training.train(TINY, unbroken.directory).result == unbroken.result  # it was left as it was
+        runs.train(dataclasses.replace(TINY, queue=64), unbroken.directory)
+    assert runs.train(TINY, unbroken.directory).result == unbroken.result  # it was left as it was
 
 
 def test_checkpoints_that_are_none(unbroken, tmp_path):
     with pytest.raises(FileNotFoundError, match="no checkpoint"):
-        training.load(tmp_path / "none.ckpt")
+        runs.load(tmp_path / "none.ckpt")
     text = tmp_path / "text.ckpt"
     text.write_text("hello")
     with pytest.raises(ValueError, match="is not a checkpoint"):
-        training.load(text)
+        runs.load(text)
     kept = torch.load(unbroken.checkpoint, weights_only=True)
     kept["geoclip_config"]["location"]["width"] = 8
     torch.save(kept, tmp_path / "other.ckpt")
     with pytest.raises(ValueError, match="do not fit the configuration"):
-        training.load(tmp_path / "other.ckpt")
+        runs.load(tmp_path / "other.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -202,18 +207,18 @@ def test_yaml_names_the_wrong_field(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("batchsize: 3\n")
     with pytest.raises(ValueError, match=r"config\.yaml.*batchsize"):
-        training.as_config(path)
+        runs.as_config(path)
     path.write_text("location: {sigmas: [1, 2], width: 8}\nqueue: 7000\n")
-    config = training.as_config(path)
+    config = runs.as_config(path)
     assert config.location.sigmas == (1, 2) and config.queue == 7000 and config.location.dim == 512
-    assert training.as_config(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert runs.as_config(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_too_few_samples_and_data_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match="fewer than one batch"):
-        training.train(dataclasses.replace(TINY, fraction=0.05), tmp_path / "few")
+        runs.train(dataclasses.replace(TINY, fraction=0.05), tmp_path / "few")
     with pytest.raises(FileNotFoundError, match=r"mine\.csv"):
-        training.train(dataclasses.replace(TINY, data="mine.csv"), tmp_path / "none")
+        runs.train(dataclasses.replace(TINY, data="mine.csv"), tmp_path / "none")
 
 
 def test_the_command_line_trains_and_says_where(unbroken, tmp_path):
@@ -246,9 +251,9 @@ def photo_csv(tmp_path):
 
 def test_photos_of_a_csv_train_like_any_other_data(photo_csv, tmp_path):
     config = dataclasses.replace(TINY, data=str(photo_csv), views=2, batch_size=20, epochs=2)
-    run = training.train(config, tmp_path / "run")
+    run = runs.train(config, tmp_path / "run")
     assert run.result["steps"] == 4 and run.result["samples"] == 40
-    data = training.training_set(config)
+    data = runs.training_set(config)
     batch = data.__getitems__([(0, 3), (0, 5)])
     assert batch["image"].shape == (2, 2, 3, 16, 16) and batch["image"].abs().max() <= 1.3
     assert torch.equal(batch["image"][1], data.__getitems__([(0, 5)])["image"][0])  # whatever the batch
@@ -267,7 +272,7 @@ def test_a_photo_that_is_missing_or_unreadable_is_named(photo_csv, tmp_path):
     config = dataclasses.replace(TINY, data=str(photo_csv), batch_size=20, epochs=1)
     (photo_csv.parent / "7.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"7\.png"):
-        training.train(config, tmp_path / "unreadable")
+        runs.train(config, tmp_path / "unreadable")
     (photo_csv.parent / "7.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"mine\.csv: 1 of 40 photos.*7\.png"):
-        training.train(config, tmp_path / "missing")
+        runs.train(config, tmp_path / "missing")

@@ -21,7 +21,7 @@ from geoclip.baselines.geocells import known_cross_entropy
 from geoclip.baselines.towers import TIMM, Tower
 from geoclip.image_encoder import CONV_TOWER, ImageEncoderConfig, load_clip
 from geoclip.location_encoder import initialise
-from geoclip.training import TrainConfig, TrainingModule, seeded
+from geoclip.training.runs import TrainConfig, TrainingModule, seeded
 
 DEGREES = torch.tensor([90.0, 180.0])
 
@@ -172,7 +172,7 @@ class ContextModel(nn.Module):
                 if has_clip(config)
                 else WordBag(len(encoding.words), config.caption_dim, generator)
             )
-            self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+            self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> tuple[Float[Tensor, "n d"], dict[str, Tensor]]:
         """A vector (n, 3) towards the place, or (n, 2) degrees where those are learned; logits of the heads."""
@@ -192,7 +192,7 @@ class ContextModel(nn.Module):
         """Symmetric cross-entropy of image–caption similarities; equal captions in the batch are all right."""
         seen = functional.normalize(self.image_projection(self.tower(images)), dim=-1)
         read = functional.normalize(self.text(tokens), dim=-1)
-        logits = (self.log_scale.exp() * seen @ read.T).float()
+        logits = (self.logit_scale.exp() * seen @ read.T).float()
         same = (tokens[:, None] == tokens[None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)
         return (functional.cross_entropy(logits, target) + functional.cross_entropy(logits.T, target)) / 2

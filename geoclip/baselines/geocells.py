@@ -22,7 +22,7 @@ from geoclip.baselines.partition import Partition, PartitionConfig, leaf_ids, pa
 from geoclip.baselines.towers import Tower
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import initialise
-from geoclip.training import TrainConfig, TrainingModule, seeded
+from geoclip.training.runs import TrainConfig, TrainingModule, seeded
 
 LEVELS = ("coarse", "middle", "fine")
 ALL_SCENES = 3

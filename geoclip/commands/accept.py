@@ -10,7 +10,8 @@ def parser() -> ArgumentParser:
 
 
 def run(options) -> int:
-    from geoclip import notebooks, paths
+    from geoclip import paths
+    from geoclip.reproduce import notebooks
 
     for path in notebooks.accept(options.number):
         print(f"wrote {path.relative_to(paths.ROOT)}")

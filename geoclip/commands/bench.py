@@ -7,9 +7,15 @@ def parser() -> ArgumentParser:
     """The options of `python -m geoclip bench`."""
     parser = ArgumentParser(prog="python -m geoclip bench", description=__doc__)
     parser.add_argument("--device", type=str, default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--sizes", type=str | None, default=None, help="cpu, gpu or tiny; default by the device")
-    parser.add_argument("--out", type=str | None, default=None, help="default data/results/11_bench.csv, …_gpu.csv")
-    parser.add_argument("--only", type=str | None, default=None, help="one task of geoclip.bench, such as places")
+    parser.add_argument(
+        "--sizes", type=str | None, default=None, help="cpu, gpu or tiny; default by the device"
+    )
+    parser.add_argument(
+        "--out", type=str | None, default=None, help="default data/results/11_bench.csv, …_gpu.csv"
+    )
+    parser.add_argument(
+        "--only", type=str | None, default=None, help="one task of geoclip.studies.bench, such as places"
+    )
     return parser
 
 
@@ -20,7 +26,8 @@ def run(options) -> int:
 
     import torch
 
-    from geoclip import bench, paths
+    from geoclip import paths
+    from geoclip.studies import bench
 
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("there is no GPU that PyTorch can use: leave --device out to measure the CPU")

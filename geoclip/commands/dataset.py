@@ -26,7 +26,8 @@ def run(options) -> int:
     import pandas as pd
     from tqdm import tqdm
 
-    from geoclip import paths, photos, sources
+    from geoclip import paths, photos
+    from geoclip.datasets import sources
 
     folder, out = Path(options.folder), Path(options.out)
     if not folder.is_dir():
@@ -37,7 +38,9 @@ def run(options) -> int:
         try:
             place = photos.exif_latlon(path)
             if place is not None:
-                sources.decode(path, str(path), CHECKED_AT)  # a truncated photo is found out now, not in training
+                sources.decode(
+                    path, str(path), CHECKED_AT
+                )  # a truncated photo is found out now, not in training
         except photos.PhotoError as error:
             # of an EXIF value that is wrong the error names the value too
             what = error.name.removeprefix(str(path)).lstrip(": ")

@@ -10,23 +10,41 @@ def parser() -> ArgumentParser:
     """The options of `python -m geoclip embed`."""
     parser = ArgumentParser(prog="python -m geoclip embed", description=__doc__)
     parser.add_argument(
-        "source", type=str, help="a CSV, tar shards (path or address, braces for many), a benchmark, or blue_marble:SPLIT"
+        "source",
+        type=str,
+        help="a CSV, tar shards (path or address, braces for many), a benchmark, or blue_marble:SPLIT",
     )
-    parser.add_argument("--out", type=str, required=True, help="folder of features; an unfinished one is completed")
-    parser.add_argument("--images", type=str | None, default=None, help="folder of a CSV's photos, default its own")
-    parser.add_argument("--views", type=int, default=8, help="views of each photo: the whole, then random crops")
-    parser.add_argument("--ten-crop", action="store_true", help="instead the ten crops of the paper's evaluation")
+    parser.add_argument(
+        "--out", type=str, required=True, help="folder of features; an unfinished one is completed"
+    )
+    parser.add_argument(
+        "--images", type=str | None, default=None, help="folder of a CSV's photos, default its own"
+    )
+    parser.add_argument(
+        "--views", type=int, default=8, help="views of each photo: the whole, then random crops"
+    )
+    parser.add_argument(
+        "--ten-crop", action="store_true", help="instead the ten crops of the paper's evaluation"
+    )
     parser.add_argument("--tower", type=str, default="ViT-L-14-quickgelu", help="an open_clip model")
     parser.add_argument(
         "--weights", type=str | None, default="openai", help="open_clip tag or file; null for random weights"
     )
-    parser.add_argument("--checkpoint", type=str | None, default=None, help="take the tower of a trained model")
+    parser.add_argument(
+        "--checkpoint", type=str | None, default=None, help="take the tower of a trained model"
+    )
     parser.add_argument("--batch-size", type=int, default=256, help="views through the tower at once")
-    parser.add_argument("--shard-size", type=int, default=4096, help="photos a shard (a tar is always one shard)")
-    parser.add_argument("--workers", type=int | None, default=None, help="decoding processes, default one a core")
+    parser.add_argument(
+        "--shard-size", type=int, default=4096, help="photos a shard (a tar is always one shard)"
+    )
+    parser.add_argument(
+        "--workers", type=int | None, default=None, help="decoding processes, default one a core"
+    )
     parser.add_argument("--devices", type=int, default=1, help="processes on this machine, each with a GPU")
     parser.add_argument("--precision", type=str, default="auto", choices=["auto", "fp32", "bf16"])
-    parser.add_argument("--compile", type=bool, default=False, help="torch.compile the tower (a minute at the start)")
+    parser.add_argument(
+        "--compile", type=bool, default=False, help="torch.compile the tower (a minute at the start)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the random crops")
     return parser
 
@@ -39,10 +57,10 @@ def run(options) -> int:
 
     import torch
 
-    from geoclip import features
+    from geoclip.datasets import features
+    from geoclip.datasets.sources import Views, open_source
     from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
     from geoclip.model import load_checkpoint
-    from geoclip.sources import Views, open_source
 
     if min(options.views, options.batch_size, options.shard_size) < 1:
         raise ValueError("--views, --batch-size and --shard-size must be at least 1")
@@ -80,7 +98,7 @@ def _launch(options, arguments: list[str]) -> int:
     """The same command as --devices processes under torchrun; the status is that of one process doing it all."""
     from pathlib import Path
 
-    from geoclip import features
+    from geoclip.datasets import features
 
     out = Path(options.out)
     before = features.count_unreadable(out)
@@ -88,7 +106,13 @@ def _launch(options, arguments: list[str]) -> int:
     kept = arguments[:at] + arguments[at + 2 :] if at is not None else [
         argument for argument in arguments if not argument.startswith("--devices=")
     ]  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={options.devices}"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={options.devices}",
+    ]
     status = subprocess.run([*command, "-m", "geoclip", *kept], check=False).returncode
     if status:
         return status

@@ -13,7 +13,7 @@ Writes one tidy table (default data/results/evaluate/NAME.csv, with what it come
 with its 95 % interval over photographers, accuracy without the test points that the gallery holds, the gallery's
 ceiling, random and constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with the photos that
 could not be read, which are misses, and which make the exit status 1. Benchmarks are read from the folder that
-GEOCLIP_DATA names; its layout, and where to get them, stand in geoclip/datasets/cards.py.
+GEOCLIP_DATA names; its layout, and where to get them, stand in geoclip/datasets/benchmarks.py.
 """
 
 
@@ -22,13 +22,25 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m geoclip evaluate", description=__doc__, epilog=EPILOG)
     parser.add_argument("--benchmark", help="im2gps3k, yfcc26k, gws15k, … (a card of geoclip.datasets)")
     parser.add_argument("--csv", help="or photos of your own: any CSV with their names, LAT and LON")
-    parser.add_argument("--data", choices=["blue_marble"], help="or the embedded tiles (default with a --checkpoint)")
+    parser.add_argument(
+        "--data", choices=["blue_marble"], help="or the embedded tiles (default with a --checkpoint)"
+    )
     parser.add_argument("--split", choices=[*SPLITS, "both"], default="both", help="of the embedded tiles")
-    parser.add_argument("--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, the CSV's folder")
-    parser.add_argument("--trust-header", action="store_true", help="LAT and LON are right although they look swapped")
-    parser.add_argument("--checkpoint", help="a model of `train`; default: the authors' released weights with CLIP")
-    parser.add_argument("--clip-weights", help="a local file of CLIP's weights, where they cannot be downloaded")
-    parser.add_argument("--coordinates-only", action="store_true", help="ceiling, floors and leaks, without a model")
+    parser.add_argument(
+        "--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, the CSV's folder"
+    )
+    parser.add_argument(
+        "--trust-header", action="store_true", help="LAT and LON are right although they look swapped"
+    )
+    parser.add_argument(
+        "--checkpoint", help="a model of `train`; default: the authors' released weights with CLIP"
+    )
+    parser.add_argument(
+        "--clip-weights", help="a local file of CLIP's weights, where they cannot be downloaded"
+    )
+    parser.add_argument(
+        "--coordinates-only", action="store_true", help="ceiling, floors and leaks, without a model"
+    )
     parser.add_argument(
         "--gallery",
         help="official (the authors' 100 K), own (the checkpoint's), a benchmark's name or a CSV with LAT and LON; "
@@ -37,11 +49,18 @@ def parser() -> ArgumentParser:
     parser.add_argument("--gallery-size", type=int, help="that many different places of it, drawn at random")
     parser.add_argument("--ten-crop", action="store_true", help="mean of the logits over ten crops")
     parser.add_argument(
-        "--precision", choices=["fp32", "bf16", "auto"], default="fp32", help="auto: bf16 where it is computed faster"
+        "--precision",
+        choices=["fp32", "bf16", "auto"],
+        default="fp32",
+        help="auto: bf16 where it is computed faster",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the gallery's draw, random floor and bootstrap")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the gallery's draw, random floor and bootstrap"
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="views that the tower sees together")
-    parser.add_argument("--workers", type=int, help="processes that open photos; default: a core each on a GPU, else 0")
+    parser.add_argument(
+        "--workers", type=int, help="processes that open photos; default: a core each on a GPU, else 0"
+    )
     parser.add_argument("--out", help="the table to write, such as my.csv")
     return parser
 
@@ -51,14 +70,21 @@ def run(options) -> int:
     import pandas as pd
     import torch
 
-    from geoclip import answering, evaluation, paths, report
+    from geoclip import evaluation, paths, predictor
     from geoclip.datasets import blue_marble
+    from geoclip.reproduce import report
 
     check(options)
     photos = read_photos(options) if options.benchmark or options.csv else None
-    model = None if options.coordinates_only else answering.load(options.checkpoint, options.clip_weights, options.precision)
+    model = (
+        None
+        if options.coordinates_only
+        else predictor.load(options.checkpoint, options.clip_weights, options.precision)
+    )
     if photos is None and model.trained.config.data != "blue_marble":
-        raise ValueError(f"{options.checkpoint} was not trained on the embedded data: give --benchmark or --csv")
+        raise ValueError(
+            f"{options.checkpoint} was not trained on the embedded data: give --benchmark or --csv"
+        )
     places, gallery = read_gallery(options, model)
     about = {
         "data": blue_marble.LABEL if photos is None else photos.name,
@@ -75,14 +101,16 @@ def run(options) -> int:
         tables = []
         for split in SPLITS if options.split == "both" else (options.split,):
             predicted, truth = model.locate_tiles(split, options.batch_size)
-            tables.append(evaluation.benchmark(truth, places, predicted, None, about | {"split": split}, **score))
+            tables.append(
+                evaluation.benchmark(truth, places, predicted, None, about | {"split": split}, **score)
+            )
         table = pd.concat(tables, ignore_index=True)
     else:
         truth, predicted = torch.from_numpy(photos.latlon), None
         if model is not None:
             views = model.views(options.ten_crop)
             batch_size = max(1, options.batch_size // 10) if options.ten_crop else options.batch_size
-            answers = answering.answer(photos, views, model.locate, batch_size, workers(options))
+            answers = predictor.answer(photos, views, model.locate, batch_size, workers(options))
             predicted = answers.predicted
         table = evaluation.benchmark(truth, places, predicted, photos.authors, about, **score)
 
@@ -94,7 +122,7 @@ def run(options) -> int:
     print("\n".join(["", *summary(table), *pinned(options), f"written: {out}"]))
     if answers is None:
         return 0
-    answers_csv, unreadable_csv = answering.save(answers, photos, out)
+    answers_csv, unreadable_csv = predictor.save(answers, photos, out)
     print(f"every answer: {answers_csv}")
     if answers.unreadable.empty:
         return 0
@@ -119,17 +147,17 @@ def check(options) -> None:
 
 def read_photos(options):
     """The benchmark or the CSV, with its folder of images unless only coordinates are asked for."""
-    from geoclip.datasets import cards
+    from geoclip.datasets import benchmarks
 
     if options.csv:
         csv = Path(options.csv)
         images = None if options.coordinates_only else options.images or csv.parent
-        return cards.read_csv(csv, images, options.trust_header)
-    photos = cards.load(options.benchmark, images=options.images, trust_header=options.trust_header)
+        return benchmarks.read_csv(csv, images, options.trust_header)
+    photos = benchmarks.load(options.benchmark, images=options.images, trust_header=options.trust_header)
     if photos.images is None and not options.coordinates_only:
-        wanted = cards.card(options.benchmark)
+        wanted = benchmarks.card(options.benchmark)
         raise FileNotFoundError(
-            f"{wanted.title}: its images are not in {cards.data_folder() / 'images' / wanted.name}: put them there or "
+            f"{wanted.title}: its images are not in {benchmarks.data_folder() / 'images' / wanted.name}: put them there or "
             f"name their folder with --images (they come from: {wanted.source}), or ask for --coordinates-only"
         )
     return photos
@@ -139,8 +167,8 @@ def read_gallery(options, model):
     """((m, 2) places in double precision, what to call them); the model answers from them from now on."""
     import torch
 
-    from geoclip import weights
-    from geoclip.datasets import cards, folder
+    from geoclip import pretrained
+    from geoclip.datasets import benchmarks, folder
     from geoclip.gallery import Gallery
 
     own = model.gallery if options.checkpoint else None
@@ -150,11 +178,11 @@ def read_gallery(options, model):
             raise ValueError("--gallery own is the checkpoint's, and there is none: give official, or a CSV")
         places, source = own.latlon.double(), own.source
     elif wanted == "official":
-        places, source = torch.from_numpy(weights.official_gallery()), "authors' 100 K gallery"
+        places, source = torch.from_numpy(pretrained.official_gallery()), "authors' 100 K gallery"
     elif wanted.endswith(".csv"):
         places, source = torch.from_numpy(folder.read_places(wanted, options.trust_header)), Path(wanted).name
     else:
-        photos = cards.load(wanted, trust_header=options.trust_header)
+        photos = benchmarks.load(wanted, trust_header=options.trust_header)
         places, source = torch.from_numpy(photos.latlon), photos.name
     if options.gallery_size is not None:
         places = sample(places, options.gallery_size, options.seed)
@@ -187,11 +215,11 @@ def workers(options) -> int:
 
 def data_hash(options) -> str:
     """Hash of the benchmark's or the user's CSV, or of the embedded data."""
-    from geoclip.datasets import blue_marble, cards
+    from geoclip.datasets import benchmarks, blue_marble
 
     if not (options.csv or options.benchmark):
         return blue_marble.data_hash()
-    csv = Path(options.csv) if options.csv else cards.find_csv(cards.card(options.benchmark))
+    csv = Path(options.csv) if options.csv else benchmarks.find_csv(benchmarks.card(options.benchmark))
     return hashlib.sha256(csv.read_bytes()).hexdigest()
 
 
@@ -203,22 +231,29 @@ def summary(table) -> list[str]:
         readable = "" if first.n_readable is None else f", {first.n_readable:,} readable"
         authors = "" if first.authors is None else f", {first.authors:,} photographers"
         lines.append(f"{first.data}, {split}: {first.n_expected:,} expected{readable}{authors}")
-        lines.append(f"{first.n_leaked:,} of them are in the gallery to within 1 m; interval over {first.interval_over}")
-    return [*lines, f"gallery: {first.gallery}, {first.gallery_n:,} places, {first.gallery_unique:,} of them different"]
+        lines.append(
+            f"{first.n_leaked:,} of them are in the gallery to within 1 m; interval over {first.interval_over}"
+        )
+    return [
+        *lines,
+        f"gallery: {first.gallery}, {first.gallery_n:,} places, {first.gallery_unique:,} of them different",
+    ]
 
 
 def pinned(options) -> list[str]:
     """Whether a benchmark's CSV is the one that its card pins."""
-    from geoclip.datasets import cards
+    from geoclip.datasets import benchmarks
 
     if not options.benchmark:
         return []
-    wanted = cards.card(options.benchmark)
-    csv = cards.find_csv(wanted)
-    same = cards.is_pinned(wanted, csv)
+    wanted = benchmarks.card(options.benchmark)
+    csv = benchmarks.find_csv(wanted)
+    same = benchmarks.is_pinned(wanted, csv)
     if same is None:
         return [f"{csv.name}: no SHA-256 is known for it"]
-    return [f"{csv.name}: " + ("the pinned file" if same else f"not the pinned file, SHA-256 {wanted.sha256}")]
+    return [
+        f"{csv.name}: " + ("the pinned file" if same else f"not the pinned file, SHA-256 {wanted.sha256}")
+    ]
 
 
 def slug(about: dict) -> str:

@@ -41,7 +41,10 @@ def parser() -> ArgumentParser:
         "--index", action="store_true", help="search approximately (faiss), for galleries of over 2 M places"
     )
     parser.add_argument(
-        "--precision", choices=["auto", "fp32", "bf16"], default="auto", help="auto: bf16 where it is computed faster"
+        "--precision",
+        choices=["auto", "fp32", "bf16"],
+        default="auto",
+        help="auto: bf16 where it is computed faster",
     )
     return parser
 
@@ -79,7 +82,7 @@ class OnePlace:
     gallery = None
 
     def __init__(self, asked):
-        """asked: the answering.Asked of a baseline's checkpoint."""
+        """asked: the predictor.Asked of a baseline's checkpoint."""
         self.asked = asked
 
     def views(self, path: Path, ten_crop: bool):
@@ -93,10 +96,10 @@ class OnePlace:
 
 def load_model(options):
     """The model that the options name, with a gallery."""
-    from geoclip import answering, place_index
+    from geoclip import place_index, predictor
     from geoclip.gallery import Gallery, load
 
-    asked = answering.load(options.checkpoint, options.clip_weights, options.precision)
+    asked = predictor.load(options.checkpoint, options.clip_weights, options.precision)
     model = asked.geoclip
     if model is None:
         if options.gallery or options.index:
@@ -114,7 +117,10 @@ def load_model(options):
             file=sys.stderr,
         )
     elif len(model.gallery) > place_index.WORTH_IT:
-        print(f"geoclip: the gallery has {len(model.gallery):,} places; --index searches them faster", file=sys.stderr)
+        print(
+            f"geoclip: the gallery has {len(model.gallery):,} places; --index searches them faster",
+            file=sys.stderr,
+        )
     return model
 
 
@@ -124,7 +130,8 @@ def answer(model, found: list[Path], top_k: int, ten_crop: bool):
     import torch
     from tqdm import tqdm
 
-    from geoclip import photos, places
+    from geoclip import photos
+    from geoclip.datasets import reverse_geocoding
 
     if model.gallery is not None and model.index is None:
         model.places(keep=True)
@@ -150,7 +157,7 @@ def answer(model, found: list[Path], top_k: int, ten_crop: bool):
     if not parts:
         return pd.DataFrame(), failed
     table = pd.concat(parts, ignore_index=True)
-    near = places.nearest_town(table[["lat", "lon"]].to_numpy())
+    near = reverse_geocoding.nearest_town(table[["lat", "lon"]].to_numpy())
     table.insert(5, "town", near["town"])
     table.insert(6, "country", near["country"])
     table.insert(7, "town_km", near["town_km"])
@@ -205,7 +212,7 @@ def as_text(one) -> str:
     """The answers for one photo, for a reader."""
     from tabulate import tabulate
 
-    from geoclip import places
+    from geoclip.datasets import reverse_geocoding
 
     columns = {
         "rank": list(one["rank"]),
@@ -213,7 +220,8 @@ def as_text(one) -> str:
         "lon": [f"{lon:.4f}" for lon in one["lon"]],
         "probability": [f"{p:.2%}" if p == p else "–" for p in one["probability"]],
         "near": [
-            places.describe(*place) for place in zip(one["town"], one["country"], one["town_km"], strict=True)
+            reverse_geocoding.describe(*place)
+            for place in zip(one["town"], one["country"], one["town_km"], strict=True)
         ],
     }
     first = one.iloc[0]
@@ -273,6 +281,6 @@ def similarity(model, path: str, latlon, ten_crop: bool):
     from geoclip.gallery import embed
 
     with torch.inference_mode():
-        query = model.encode_images(model.views(path, ten_crop).to(model.log_scale.device)).mean(0)
+        query = model.encode_images(model.views(path, ten_crop).to(model.logit_scale.device)).mean(0)
         places = embed(model.location_encoder, torch.as_tensor(latlon).float())
         return (places @ query).cpu()

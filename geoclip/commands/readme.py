@@ -10,7 +10,7 @@ def parser() -> ArgumentParser:
 
 def run(options) -> int:
     """Rewrite the table between the README's two marks."""
-    from geoclip import readme
+    from geoclip.reproduce import readme
 
     print("README.md: " + ("written" if readme.write() else "its table was up to date"))
     return 0

@@ -11,11 +11,11 @@ def parser() -> ArgumentParser:
 
 
 def run(options) -> int:
-    from geoclip import notebooks
+    from geoclip.reproduce import notebooks
 
     parameters = {}
     if options.profile:
-        from geoclip import sweep
+        from geoclip.reproduce import sweep
 
         profile = sweep.load_profile(options.profile)
         own = {name: part["parameters"] for name, part in profile.notebooks.items() if "parameters" in part}

@@ -38,7 +38,7 @@ def run(options) -> int:
     """Plan, run what is missing, write the tables; 1 where a run failed."""
     import yaml
 
-    from geoclip import sweep
+    from geoclip.reproduce import sweep
 
     profile = sweep.load_profile(options.profile)
     changes = {}

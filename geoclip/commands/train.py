@@ -24,9 +24,9 @@ def parser() -> TrainParser:
 
 def options_of(model: str) -> ArgumentParser:
     """The options of one model and of the command."""
-    from geoclip import training
+    from geoclip.training import runs
 
-    parser = training.config_parser(model, exit_on_error=True)
+    parser = runs.config_parser(model, exit_on_error=True)
     parser.description = (
         "Train a model, or go on with a run that was interrupted. --model geocells or context, here or in the "
         "file, trains a baseline, which has options of its own."
@@ -63,10 +63,10 @@ def run(options) -> int:
 
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
-    from geoclip import training
+    from geoclip.training import runs
 
-    config = training.from_namespace(options_of(options.model), options)
-    run = training.train(
+    config = runs.from_namespace(options_of(options.model), options)
+    run = runs.train(
         config,
         options.out,
         resume=options.resume,

@@ -86,14 +86,14 @@ def raster() -> Float[Tensor, "3 h w"]:
 @functools.cache
 def data_hash() -> str:
     """Hash of the raster and of the gallery's places: what a result was computed from."""
-    from geoclip import weights
+    from geoclip import pretrained
 
     digest = hashlib.sha256(raster_file()[0].read_bytes())
-    digest.update(np.ascontiguousarray(weights.official_gallery()).tobytes())
+    digest.update(np.ascontiguousarray(pretrained.official_gallery()).tobytes())
     return digest.hexdigest()[:16]
 
 
-def disturbance(n: int, generator: torch.Generator) -> Float[Tensor, "n 9"]:
+def augmentation(n: int, generator: torch.Generator) -> Float[Tensor, "n 9"]:
     """What is done to n tiles, drawn from [-1, 1): span, angle, shift's distance and direction, gain (3
     channels, all), offset."""
     return torch.rand(n, 9, generator=generator) * 2 - 1
@@ -175,11 +175,11 @@ def splits(config: SplitConfig | None = None) -> dict[str, Float[Tensor, "n 2"]]
     whole blocks with no training place within gap_km. The gallery shares no place, to 1 m, with either test
     split; it may hold training places, as the paper's does. Raises ValueError when sizes do not fit.
     """
-    from geoclip import evaluation, weights
+    from geoclip import evaluation, pretrained
 
     config = config or SplitConfig()
     generator = torch.Generator().manual_seed(config.seed)
-    places = np.unique(weights.official_gallery(), axis=0)
+    places = np.unique(pretrained.official_gallery(), axis=0)
     places = earth.check_latlon(torch.from_numpy(places), "official gallery").float()
     places = places[torch.randperm(len(places), generator=generator)]
 
@@ -218,10 +218,10 @@ def test_tiles(
     if split not in places or split == "gallery":
         raise ValueError(f"no split {split!r}: there are train, val, random, blocked")
     latlon = places[split]
-    return render(latlon, config, test_disturbance(split, len(latlon))), latlon
+    return render(latlon, config, test_augmentation(split, len(latlon))), latlon
 
 
-def test_disturbance(split: str, n: int) -> Float[Tensor, "n 9"]:
+def test_augmentation(split: str, n: int) -> Float[Tensor, "n 9"]:
     """What is done to the n tiles of a split in every evaluation."""
     seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "big")
-    return disturbance(n, torch.Generator().manual_seed(seed))
+    return augmentation(n, torch.Generator().manual_seed(seed))

@@ -104,7 +104,9 @@ def read(
     unnamed = places["file"].str.strip() == ""
     if unnamed.any():
         raise ValueError(f"{csv}, line {places['line'][unnamed].iloc[0]}: no file name in {columns['file']}")
-    return Geotagged(name or csv.stem, places.reset_index(drop=True), None if images is None else Path(images))
+    return Geotagged(
+        name or csv.stem, places.reset_index(drop=True), None if images is None else Path(images)
+    )
 
 
 def read_places(csv: Path | str, trust_header: bool = False) -> np.ndarray:
@@ -132,8 +134,12 @@ def _read_text(csv: Path) -> pd.DataFrame:
         raise FileNotFoundError(f"{csv}: no such file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas only warns of rows that are too long
-            table = pd.read_csv(csv, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False)
+            warnings.simplefilter(
+                "error", pd.errors.ParserWarning
+            )  # pandas only warns of rows that are too long
+            table = pd.read_csv(
+                csv, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False
+            )
     except pd.errors.EmptyDataError:
         raise ValueError(f"{csv}: the file is empty") from None
     except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
@@ -161,7 +167,9 @@ def _recognise(csv: Path, header: pd.Index, needed: Sequence[str]) -> dict[str, 
     return {meaning: name for meaning, name in found.items() if name is not None}
 
 
-def _checked_places(csv: Path, table: pd.DataFrame, columns: dict[str, str], trust_header: bool) -> pd.DataFrame:
+def _checked_places(
+    csv: Path, table: pd.DataFrame, columns: dict[str, str], trust_header: bool
+) -> pd.DataFrame:
     """Columns lat, lon and line of the table, checked."""
     places = pd.DataFrame({name: _degrees(csv, table, columns[name]) for name in ("lat", "lon")})
     places["line"] = table.index + 2  # the header is line 1

@@ -88,7 +88,9 @@ def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
         tables.append(table[kept])
         labels.append(label[kept])
         if kept.sum() != PUBLISHED[part]:
-            notes.append(f"{kept.sum():,} geo-tagged {part} photos; the published subset has {PUBLISHED[part]:,}")
+            notes.append(
+                f"{kept.sum():,} geo-tagged {part} photos; the published subset has {PUBLISHED[part]:,}"
+            )
     table = pd.concat(tables, ignore_index=True)
     for part in PARTS:
         if not (table["part"] == part).any():
@@ -113,7 +115,7 @@ def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
     A photo without features (lost or unreadable) gets the mean of the others, which says nothing, and `data.notes`
     counts them. Raises ValueError, naming the first, where more than LOST of the photos are without.
     """
-    from geoclip.features import FeatureData
+    from geoclip.datasets.features import FeatureData
 
     kept = FeatureData(features)
     row_of = {name: row for row, name in enumerate(kept.ids())}
@@ -133,7 +135,9 @@ def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
     return found
 
 
-def write_made(root: Path | str, n: int = 3000, concepts: int = 8, planted: bool = True, seed: int = 0) -> Path:
+def write_made(
+    root: Path | str, n: int = 3000, concepts: int = 8, planted: bool = True, seed: int = 0
+) -> Path:
     """A small made set in the very layout, to try the path without the real one. Returns `root`.
 
     Each concept belongs to the photos within 1,500 km of its three centres (four in five of them) and to few others.
@@ -229,7 +233,9 @@ def _tags(root: Path) -> dict[str, str] | None:
 def _geotags(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """lat, lon by Flickr id, one row a photo, and notes on what was left out."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no geotag file; a CSV with the columns id, latitude, longitude is wanted")
+        raise FileNotFoundError(
+            f"{path}: no geotag file; a CSV with the columns id, latitude, longitude is wanted"
+        )
     with path.open(encoding="utf-8-sig") as file:
         header = [name.strip() for name in file.readline().split(",")]
     columns = {"file": None, "lat": None, "lon": None}

@@ -48,7 +48,9 @@ def read_5m(directory: Path | str, split: str = "test", trust_header: bool = Fal
     """
     directory = Path(directory)
     images = directory / "images" / split
-    photos = folder.read(directory / f"{split}.csv", images, f"OSV-5M {split}", COLUMNS, trust_header=trust_header)
+    photos = folder.read(
+        directory / f"{split}.csv", images, f"OSV-5M {split}", COLUMNS, trust_header=trust_header
+    )
     where = {path.name: str(path.relative_to(images)) for path in images.rglob("*.jpg")}
     names = photos.table["file"] + ".jpg"
     photos.table["file"] = names.map(where).fillna(names)

@@ -22,10 +22,11 @@ from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor
 
-from geoclip import earth, evaluation, features, gallery, paths, sources, training
-from geoclip.datasets import blue_marble
+from geoclip import earth, evaluation, gallery, paths
+from geoclip.datasets import blue_marble, features, sources
 from geoclip.image_encoder import ImageEncoder
-from geoclip.training import TrainConfig
+from geoclip.training import runs
+from geoclip.training.runs import TrainConfig
 
 QUERIES = 256  # images searched at once; bounds the memory of their similarities
 Crops = Literal["one", "five", "ten"]
@@ -51,8 +52,8 @@ class Study:
     def hash(self) -> str:
         """16 hex digits of test features, places and gallery, and of the code that scores them."""
         digest = hashlib.sha256()
-        for module in ("ablations.py", "evaluation.py", "gallery.py"):
-            digest.update((Path(__file__).parent / module).read_bytes())
+        for module in ("studies/runner.py", "evaluation.py", "gallery.py"):
+            digest.update((Path(__file__).parents[1] / module).read_bytes())
         for split, tensors in self.tests.items():
             digest.update(split.encode())
             for tensor in tensors:
@@ -76,10 +77,10 @@ def open_study(
     Blue Marble tiles, in `views` disturbed views of each, through the tower that the YAML file `tower` trains.
     Raises FileNotFoundError for folders that are not there, ValueError for features of another tower.
     """
-    config = training.as_config(Path(reference))
+    config = runs.as_config(Path(reference))
     if data is None:
         return tile_study(
-            config, training.as_config(Path(tower or paths.NOTEBOOKS / "profiles/train_embedded.yaml")), views
+            config, runs.as_config(Path(tower or paths.NOTEBOOKS / "profiles/train_embedded.yaml")), views
         )
     if not tests:
         raise ValueError(
@@ -124,12 +125,12 @@ def gallery_of(study: Study, size: int) -> Float[Tensor, "m 2"]:
     places = study.gallery.unique(dim=0)
     if size > len(places):
         raise ValueError(f"a gallery of {size:,} is wanted, and there are {len(places):,} different places")
-    return places[torch.randperm(len(places), generator=training.seeded("gallery"))][:size]
+    return places[torch.randperm(len(places), generator=runs.seeded("gallery"))][:size]
 
 
 def tile_study(config: TrainConfig, tower: TrainConfig, views: int = 4) -> Study:
     """The embedded study: Blue Marble tiles through the tower of the run `tower`, trained where it is not kept."""
-    checkpoint = training.train(tower).checkpoint
+    checkpoint = runs.train(tower).checkpoint
     config = dataclasses.replace(config, image=dataclasses.replace(config.image, weights=str(checkpoint)))
     return Study(
         label=blue_marble.LABEL,
@@ -189,7 +190,7 @@ def tile_tests(
 
 def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     """`config` with some fields changed, nested ones by nested mappings; ValueError names an unknown field."""
-    return training.as_config(_merged(training.plain(dataclasses.asdict(config)), changes))
+    return runs.as_config(_merged(runs.plain(dataclasses.asdict(config)), changes))
 
 
 def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +250,7 @@ def _score_in_worker(config: TrainConfig) -> tuple[dict[str, Any], dict[str, np.
 
 def _score(study: Study, config: TrainConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """What the training run says of itself, and the error in km of each test image; both kept with the run."""
-    trained = training.train(config)
+    trained = runs.train(config)
     kept = trained.directory / f"errors-{study.hash()}.npz"
     if not kept.is_file():
         errors = errors_km(load(trained), study)
@@ -259,19 +260,19 @@ def _score(study: Study, config: TrainConfig) -> tuple[dict[str, Any], dict[str,
         return trained.result, dict(errors)
 
 
-def load(trained: training.Run) -> training.GeoCLIPTraining:
+def load(trained: runs.Run) -> runs.GeoCLIPTraining:
     """The trained module in evaluation mode, without the tower: queries come as features."""
-    module = training.build(trained.config)
+    module = runs.build(trained.config)
     state = torch.load(trained.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
     module.load_state_dict(state)
     return module.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.inference_mode()
-def errors_km(module: training.GeoCLIPTraining, study: Study) -> dict[str, np.ndarray]:
+def errors_km(module: runs.GeoCLIPTraining, study: Study) -> dict[str, np.ndarray]:
     """Split → error in km of each test image; over several views the mean of their similarities counts."""
     model = module.model
-    device = model.log_scale.device
+    device = model.logit_scale.device
     places = gallery.embed(model.location_encoder, study.gallery)
     found = {}
     for split, (tests, latlon) in study.tests.items():

@@ -103,7 +103,7 @@ def head_state() -> dict:
     return dict(_load(HEAD))
 
 
-def log_temperature() -> float:
+def logit_scale() -> float:
     """The released s; similarities are multiplied by exp(s)."""
     return float(_load(TEMPERATURE))
 

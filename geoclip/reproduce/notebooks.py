@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from geoclip import paths, report
+from geoclip import paths
+from geoclip.reproduce import report
 
 CELL_TIMEOUT_S = 1200
 KERNEL_TIMEOUT_S = 180
@@ -226,7 +227,11 @@ def _share(parameters: Mapping[str, object], notebooks: Sequence[Path]) -> dict[
 
 
 def _print_accuracies(table: pd.DataFrame) -> None:
-    wanted = [c for c in ("data", "benchmark", "model", "protocol", "setting", "split", "seed") if c in table.columns]
+    wanted = [
+        c
+        for c in ("data", "benchmark", "model", "protocol", "setting", "split", "seed")
+        if c in table.columns
+    ]
     numbers = [c for c in table.columns if c.startswith("acc_") or c in ("median_km", "geoscore", "n")]
     what = "data" if "data" in wanted else wanted[0]
     for value, part in table.groupby(what, sort=False):

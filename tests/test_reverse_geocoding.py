@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from geoclip import earth
-from geoclip.places import _towns, describe, nearest_town
+from geoclip.datasets.reverse_geocoding import _towns, describe, nearest_town
 
 
 def test_known_places():

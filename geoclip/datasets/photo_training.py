@@ -48,13 +48,17 @@ class PhotoTraining(Dataset):
         self.views, self.seed = views, seed
         # differs 2: the released loader crops to 8 % and more, and normalises by ImageNet's statistics though
         # CLIP was trained with its own; these are the ranges of the same lab's later code
-        self.augment = v2.Compose([
-            v2.RandomResizedCrop(side, scale=(0.6, 1), interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-            v2.RandomHorizontalFlip(),
-            v2.ToImage(),
-            v2.ToDtype(torch.float32, scale=True),
-            v2.Normalize(mean, std),
-        ])
+        self.augment = v2.Compose(
+            [
+                v2.RandomResizedCrop(
+                    side, scale=(0.6, 1), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+                ),
+                v2.RandomHorizontalFlip(),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(mean, std),
+            ]
+        )
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,7 +66,9 @@ class PhotoTraining(Dataset):
     def view(self, epoch: int, index: int) -> Float[Tensor, "v 3 s s"]:
         """The augmented views of one photo; PhotoError names a photo that cannot be read."""
         image = photos.open_photo(self.photos.path(int(self.rows[index])))
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global state: lend it one of ours
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # torchvision draws from the global state: lend it one of ours
             torch.manual_seed(hash((self.seed, epoch, index)) & 0x7FFF_FFFF_FFFF_FFFF)
             return torch.stack([self.augment(image) for _ in range(self.views)])
 

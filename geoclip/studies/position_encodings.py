@@ -1,6 +1,6 @@
 """Embeddings of places to compare: parts of a location encoder, and classical position codes that nobody trained.
 
-Each is a callable (lat, lon) degrees (n, 2) → (n, d), which is all that `geoclip.probes` asks of an embedding.
+Each is a callable (lat, lon) degrees (n, 2) → (n, d), which is all that `geoclip.studies.probes` asks of an embedding.
 """
 
 from collections.abc import Callable, Sequence

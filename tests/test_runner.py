@@ -12,8 +12,12 @@ import torch
 import yaml
 from PIL import Image
 
-from geoclip import ablations, earth, features, paths, sources, sweep, training
+from geoclip import earth, paths
+from geoclip.datasets import features, sources
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.reproduce import sweep
+from geoclip.studies import runner
+from geoclip.training import runs
 
 IMAGES = 500
 TINY = {
@@ -53,7 +57,7 @@ def mp16(tmp_path_factory):
 def study(mp16, tmp_path, monkeypatch):
     """A study on the 500 photos, with a cache of its own."""
     monkeypatch.setattr(paths, "CACHE", tmp_path)
-    return ablations.open_study(
+    return runner.open_study(
         mp16 / "reference.yaml", mp16 / "features", {"random": mp16 / "test_features"}, mp16 / "gallery.csv"
     )
 
@@ -61,19 +65,19 @@ def study(mp16, tmp_path, monkeypatch):
 @pytest.fixture
 def fitted(monkeypatch):
     """Configurations that were really trained, in order."""
-    trained, fit = [], training.fit
-    monkeypatch.setattr(training, "fit", lambda run, *rest: (trained.append(run.config), fit(run, *rest)))
+    trained, fit = [], runs.fit
+    monkeypatch.setattr(runs, "fit", lambda run, *rest: (trained.append(run.config), fit(run, *rest)))
     return trained
 
 
 def test_each_setting_and_seed_is_trained_once_and_a_changed_one_alone_again(study, fitted):
     settings = {"paper": {}, "no queue": {"queue": 0}}
-    first = ablations.run(study, settings, [0, 1], workers=1)
+    first = runner.run(study, settings, [0, 1], workers=1)
     assert [(config.queue, config.seed) for config in fitted] == [(64, 0), (64, 1), (0, 0), (0, 1)]
-    again = ablations.run(study, settings, [0, 1], workers=1)
+    again = runner.run(study, settings, [0, 1], workers=1)
     assert len(fitted) == 4
     pd.testing.assert_frame_equal(first, again)
-    ablations.run(study, {"paper": {}, "no queue": {"queue": 0, "noise_m": 0}}, [0, 1], workers=1)
+    runner.run(study, {"paper": {}, "no queue": {"queue": 0, "noise_m": 0}}, [0, 1], workers=1)
     assert [(config.queue, config.noise_m) for config in fitted[4:]] == [(0, 0.0)] * 2
     assert list(first["setting"]) == ["paper", "paper", "no queue", "no queue"]
     assert first["steps"].eq(2 * (IMAGES // 64)).all() and first["samples"].eq(IMAGES).all()
@@ -81,9 +85,9 @@ def test_each_setting_and_seed_is_trained_once_and_a_changed_one_alone_again(stu
 
 
 def test_errors_are_those_of_a_search_by_hand(study):
-    run = training.train(ablations.changed(study.reference, {"seed": 3}))
-    module = ablations.load(run)
-    found = ablations.errors_km(module, study)["random"]
+    run = runs.train(runner.changed(study.reference, {"seed": 3}))
+    module = runner.load(run)
+    found = runner.errors_km(module, study)["random"]
     tests, latlon = study.tests["random"]
     with torch.inference_mode():
         places = torch.nn.functional.normalize(module.model.location_encoder(study.gallery), dim=-1)
@@ -95,39 +99,39 @@ def test_errors_are_those_of_a_search_by_hand(study):
 
 
 def test_scores_follow_the_tests_and_the_gallery(study, fitted):
-    whole = ablations.run(study, {"paper": {}}, [0], workers=1)
+    whole = runner.run(study, {"paper": {}}, [0], workers=1)
     smaller = dataclasses.replace(study, gallery=study.gallery[400:])
-    other = ablations.run(smaller, {"paper": {}}, [0], workers=1)
+    other = runner.run(smaller, {"paper": {}}, [0], workers=1)
     assert len(fitted) == 1  # another gallery asks for no other training
     assert other["mean_km"].iloc[0] != whole["mean_km"].iloc[0]
-    module = ablations.load(training.train(ablations.changed(study.reference, {"seed": 0})))
-    errors_km = ablations.errors_km(module, smaller)["random"]
+    module = runner.load(runs.train(runner.changed(study.reference, {"seed": 0})))
+    errors_km = runner.errors_km(module, smaller)["random"]
     assert other["mean_km"].iloc[0] == pytest.approx(errors_km.mean(), rel=1e-5)
     assert study.hash() != smaller.hash()
 
 
 def test_two_workers_give_the_table_of_one(study, monkeypatch):
     settings = {"paper": {}, "σ 4": {"location": {"sigmas": [4.0]}}}
-    alone = ablations.run(study, settings, [0, 1], workers=1)
+    alone = runner.run(study, settings, [0, 1], workers=1)
     for kept in (paths.CACHE / "runs").glob("*/errors-*.npz"):
         kept.unlink()  # so that the workers score again what was trained; training is tested above
-    together = ablations.run(study, settings, [0, 1], workers=2)
+    together = runner.run(study, settings, [0, 1], workers=2)
     pd.testing.assert_frame_equal(alone, together)
     assert alone["mean_km"].nunique() == 4
 
 
 def test_changes_are_merged_into_what_they_change(study):
-    changed = ablations.changed(study.reference, {"location": {"projection": "sphere"}, "seed": 5})
+    changed = runner.changed(study.reference, {"location": {"projection": "sphere"}, "seed": 5})
     assert changed.location == dataclasses.replace(study.reference.location, projection="sphere")
     assert changed.seed == 5 and changed.image == study.reference.image
     with pytest.raises(ValueError, match="quque"):
-        ablations.changed(study.reference, {"quque": 0})
+        runner.changed(study.reference, {"quque": 0})
     with pytest.raises(ValueError, match="larger than the queue"):
-        ablations.changed(study.reference, {"queue": 3})
+        runner.changed(study.reference, {"queue": 3})
 
 
 def test_a_fraction_trains_on_part_of_the_photos(study):
-    runs = ablations.run(study, {"20 %": {"fraction": 0.2}}, [0], workers=1)
+    runs = runner.run(study, {"20 %": {"fraction": 0.2}}, [0], workers=1)
     assert runs["samples"].tolist() == [100] and runs["steps"].tolist() == [2]
 
 
@@ -137,13 +141,11 @@ def test_features_of_another_tower_are_refused(mp16, tmp_path):
     features.embed(source, encoder, tmp_path / "other", sources.Views(number=1), arithmetic="fp32")
     reference = mp16 / "reference.yaml"
     with pytest.raises(ValueError, match=r"other \(random\) holds features of another tower"):
-        ablations.open_study(
-            reference, mp16 / "features", {"random": tmp_path / "other"}, mp16 / "gallery.csv"
-        )
+        runner.open_study(reference, mp16 / "features", {"random": tmp_path / "other"}, mp16 / "gallery.csv")
     with pytest.raises(ValueError, match="name folders of test features too"):
-        ablations.open_study(reference, mp16 / "features")
+        runner.open_study(reference, mp16 / "features")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        ablations.open_study(reference, mp16 / "nowhere", {"random": mp16 / "test_features"})
+        runner.open_study(reference, mp16 / "nowhere", {"random": mp16 / "test_features"})
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +158,7 @@ def tile_config(tmp_path_factory):
     torch.save(
         {"state_dict": {prefix + name: value for name, value in encoder.tower.state_dict().items()}}, path
     )
-    return training.as_config(
+    return runs.as_config(
         {
             "image": dataclasses.asdict(dataclasses.replace(image, weights=str(path))),
             "splits": {"train": 500, "val": 10, "test": 20, "gallery": 1000},
@@ -165,7 +167,7 @@ def tile_config(tmp_path_factory):
 
 
 def test_ten_crops_are_five_and_their_mirror_images(tile_config):
-    one, five, ten = (ablations.tile_tests(tile_config, crops)["random"] for crops in ("one", "five", "ten"))
+    one, five, ten = (runner.tile_tests(tile_config, crops)["random"] for crops in ("one", "five", "ten"))
     encoder = ImageEncoder(tile_config.image, with_tower=False)
     shapes = [tuple(tests.shape) for tests, _ in (one, five, ten)]
     assert shapes == [(20, views, encoder.feature_dim) for views in (1, 5, 10)]
@@ -178,17 +180,17 @@ def test_ten_crops_are_five_and_their_mirror_images(tile_config):
 
 
 def test_galleries_hold_the_smaller_ones(study, tile_config):
-    tiles = ablations.Study(ablations.blue_marble.LABEL, tile_config, {}, torch.empty(0, 2))
+    tiles = runner.Study(runner.blue_marble.LABEL, tile_config, {}, torch.empty(0, 2))
     for some in (tiles, study):
-        large, small = ablations.gallery_of(some, 400), ablations.gallery_of(some, 100)
+        large, small = runner.gallery_of(some, 400), runner.gallery_of(some, 100)
         assert torch.equal(large[:100], small) and len(large.unique(dim=0)) == 400
     with pytest.raises(ValueError, match="there are 500 different places"):
-        ablations.gallery_of(study, 501)
+        runner.gallery_of(study, 501)
 
 
 def test_tiles_are_embedded_for_the_standard_split_alone(tile_config):
     with pytest.raises(ValueError, match="standard split"):
-        ablations.tile_folder(tile_config, 1)
+        runner.tile_folder(tile_config, 1)
 
 
 def summary():
@@ -209,7 +211,7 @@ ENDS = {"": 0.0, "_low": -3.0, "_high": 2.0}
 
 
 def test_figures_show_every_distance_and_its_interval():
-    curves = ablations.draw_curves(summary(), "queue", "places in the queue")
+    curves = runner.draw_curves(summary(), "queue", "places in the queue")
     assert [axis.get_title("left") for axis in curves.axes] == ["random", "blocked"]
     for axis in curves.axes:
         assert len(axis.lines) == 5 and len(axis.collections) == 5
@@ -217,7 +219,7 @@ def test_figures_show_every_distance_and_its_interval():
         assert (band.min(), band.max()) == (7.0, 12.0)
         assert list(axis.lines[0].get_xdata()) == [0, 256, 1024]
     assert curves.get_suptitle() == "made; means and 95 % intervals over 3 seeds"
-    settings = ablations.draw_settings(summary())
+    settings = runner.draw_settings(summary())
     labels = [text.get_text() for text in settings.axes[0].get_yticklabels()]
     assert labels == ["queue 1024", "queue 256", "queue 0"]  # the first setting on top
     segments = settings.axes[0].collections[0].get_segments()

@@ -27,11 +27,11 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from geoclip import earth, features, paths
-from geoclip.datasets import blue_marble
-from geoclip.datasets.augmented import PhotoTraining
+from geoclip import earth, paths
+from geoclip.datasets import blue_marble, features
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
-from geoclip.features import FeatureData
+from geoclip.datasets.features import FeatureData
+from geoclip.datasets.photo_training import PhotoTraining
 from geoclip.gallery import Gallery
 from geoclip.gps_queue import GPSQueue
 from geoclip.image_encoder import CONV_TOWER, ImageEncoderConfig, clip_input
@@ -192,7 +192,7 @@ class TileTraining(Dataset):
         """(n, v, 9) draws of this epoch."""
         if self.drawn is None or self.drawn[0] != epoch:
             n, views = len(self.latlon), self.config.views
-            draws = blue_marble.disturbance(n * views, seeded(self.config.seed, "tiles", epoch))
+            draws = blue_marble.augmentation(n * views, seeded(self.config.seed, "tiles", epoch))
             self.drawn = epoch, draws.view(n, views, -1)
         return self.drawn[1]
 
@@ -284,7 +284,9 @@ class TrainingModule(lightning.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         values = self.loss(batch, seeded(self.config.seed, "validation", index))
-        self.log_dict({f"val/{name}": value for name, value in values.items()}, batch_size=len(batch["latlon"]))
+        self.log_dict(
+            {f"val/{name}": value for name, value in values.items()}, batch_size=len(batch["latlon"])
+        )
 
     def configure_optimizers(self):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
@@ -292,7 +294,8 @@ class TrainingModule(lightning.LightningModule):
             trained,
             lr=self.config.learning_rate,
             weight_decay=self.config.weight_decay,
-            fused=trained[0].is_cuda or None,  # one kernel instead of a dozen; Lightning has moved them by now
+            fused=trained[0].is_cuda
+            or None,  # one kernel instead of a dozen; Lightning has moved them by now
         )
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=self.config.decay)]
 
@@ -310,7 +313,7 @@ class GeoCLIPTraining(TrainingModule):
         self.model = GeoCLIP.build(
             config.image, config.location, generator, with_tower=not on_features(config)
         )
-        self.queue = GPSQueue(config.queue, first_queue(config, places))
+        self.queue = GPSQueue(config.queue, initial_queue(config, places))
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Mean cross-entropy of each view's own place against batch and queue (paper, equation 3).
@@ -329,21 +332,23 @@ class GeoCLIPTraining(TrainingModule):
                 seen = batch["feature"][:, view]
             else:
                 seen = self.model.image_encoder.features(batch["image"][:, view])
-            noise_km = torch.cat([
-                earth.draw_noise_km((len(latlon),), self.config.noise_m, generator),
-                earth.draw_noise_km((len(queue),), self.config.queue_noise_m, generator),
-            ])
+            noise_km = torch.cat(
+                [
+                    earth.draw_noise_km((len(latlon),), self.config.noise_m, generator),
+                    earth.draw_noise_km((len(queue),), self.config.queue_noise_m, generator),
+                ]
+            )
             # in single precision, 0.1 mm, it is small enough not to make the GPU wait for its copy
             noise_km = noise_km.float().to(latlon.device, non_blocking=True)
-            loss, hit = self.contrast(seen, torch.cat([latlon, queue]), noise_km, target)
+            loss, hit = self.contrastive_loss(seen, torch.cat([latlon, queue]), noise_km, target)
             losses.append(loss)
             hits.append(hit)
         if self.training:
             self.queue.push(latlon)
-        scale = self.model.log_scale.detach().exp()
+        scale = self.model.logit_scale.detach().exp()
         return {"loss": torch.stack(losses).mean(), "top1": torch.stack(hits).mean(), "scale": scale}
 
-    def contrast(
+    def contrastive_loss(
         self, features: Tensor, places: Tensor, noise_km: Tensor, target: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Cross-entropy, and share of hits, of tower features (b, c) whose places are the rows `target` of (m, 2).
@@ -352,7 +357,7 @@ class GeoCLIPTraining(TrainingModule):
         """
         images = self.model.encode_features(features)
         places = earth.destination(places, *noise_km.unbind(-1))
-        logits = self.model.log_scale.exp() * images @ self.model.encode_places(places).T
+        logits = self.model.logit_scale.exp() * images @ self.model.encode_places(places).T
         hit = (logits.argmax(-1) == target).float().mean()
         return functional.cross_entropy(logits.float(), target), hit
 
@@ -367,7 +372,7 @@ def gather(latlon: Tensor, module: lightning.LightningModule) -> Tensor:
     return latlon if ranks == 1 else module.all_gather(latlon).flatten(0, 1)
 
 
-def first_queue(config: TrainConfig, places: Tensor | None) -> Tensor:
+def initial_queue(config: TrainConfig, places: Tensor | None) -> Tensor:
     """(q, 2) places that the queue starts with; with repetition where there are fewer training places."""
     # differs 1: the released queue starts with unit-norm noise read as degrees, so its first negatives all
     # lie within about a degree of (0, 0) and are told apart at once; ours starts with training places
@@ -421,7 +426,11 @@ class Run:
 
 def run_key(config: TrainConfig) -> str:
     """Hash of configuration, code and data: a run with the same key need not be repeated."""
-    parts = {"config": dataclasses.asdict(config), "code": code_hash(config.model), "data": fingerprint(config)}
+    parts = {
+        "config": dataclasses.asdict(config),
+        "code": code_hash(config.model),
+        "data": fingerprint(config),
+    }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -432,12 +441,12 @@ def is_kept(config: TrainConfig) -> bool:
 
 def code_hash(model: str) -> str:
     """Hash of the modules that a training run of this model goes through."""
-    package = Path(__file__).parent
-    names = ["earth", "location_encoder", "image_encoder", "model", "gps_queue", "training"]
+    package = Path(__file__).parents[1]
+    names = ["earth", "location_encoder", "image_encoder", "model", "gps_queue", "training/runs"]
     files = [package / f"{name}.py" for name in names] + [package / "datasets" / "blue_marble.py"]
     if model != "geoclip":
-        baselines = sorted(set((package / "baselines").glob("*.py")) - {package / "baselines" / "comparison.py"})
-        files += [package / "datasets" / "real_geography.py", *baselines]
+        baselines = sorted((package / "baselines").glob("*.py"))
+        files += [package / "datasets" / "geography.py", *baselines]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
@@ -511,7 +520,13 @@ def plain(value):
 
 
 def fit(
-    run: Run, resume: bool, progress: bool, epochs: int | None, devices: int | str, accelerator: str, nodes: int
+    run: Run,
+    resume: bool,
+    progress: bool,
+    epochs: int | None,
+    devices: int | str,
+    accelerator: str,
+    nodes: int,
 ) -> None:
     """One Lightning fit, from the last checkpoint where there is one; writes result.json when it is whole."""
     config = run.config
@@ -548,7 +563,7 @@ def fit(
             enable_model_summary=False,
         )
         if compiling_pays(config, len(data), trainer.strategy.root_device):
-            module.contrast = torch.compile(module.contrast, mode="reduce-overhead")
+            module.contrastive_loss = torch.compile(module.contrastive_loss, mode="reduce-overhead")
         loaders = Loaders(config, data)
         trainer.fit(module, datamodule=loaders, ckpt_path=resumed, weights_only=True)
     if trainer.interrupted:
@@ -616,7 +631,9 @@ class Loaders(lightning.LightningDataModule):
         return self.loader(self.data.at(places), keys, self.config.batch_size)
 
     def loader(self, data: Dataset, keys, batch_size: int) -> DataLoader:
-        there = isinstance(data, FeatureData) and data.on_gpu  # and so needs neither workers nor pinned memory
+        there = (
+            isinstance(data, FeatureData) and data.on_gpu
+        )  # and so needs neither workers nor pinned memory
         workers = 0 if there else self.config.workers
         return DataLoader(
             data,
@@ -644,8 +661,12 @@ class quiet(warnings.catch_warnings):
         super().__enter__()
         warnings.filterwarnings("ignore", message=".*(does not have many workers|exists and is not empty).*")
         warnings.filterwarnings("ignore", message=".*(Checkpoint directory|Experiment logs directory).*")
-        warnings.filterwarnings("ignore", message=".*number of training batches.*is smaller than the logging.*")
-        warnings.filterwarnings("ignore", message=".*across ranks is zero.*")  # features have no validation set
+        warnings.filterwarnings(
+            "ignore", message=".*number of training batches.*is smaller than the logging.*"
+        )
+        warnings.filterwarnings(
+            "ignore", message=".*across ranks is zero.*"
+        )  # features have no validation set
         warnings.filterwarnings("ignore", message=".*isinstance.treespec, LeafSpec.*")
         self.logger = logging.getLogger("lightning.pytorch")
         self.level = self.logger.level

@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import torch
 
-from geoclip import weights
+from geoclip import pretrained
 
 
 @pytest.fixture
 def own_cache(tmp_path, monkeypatch):
     """A cache of this test's own that holds a copy of the wheel and nothing else."""
-    source = weights.authors_wheel()
+    source = pretrained.authors_wheel()
     folder = tmp_path / "authors"
     folder.mkdir()
-    shutil.copyfile(source, folder / weights.WHEEL)
-    monkeypatch.setattr(weights, "AUTHORS", folder)
+    shutil.copyfile(source, folder / pretrained.WHEEL)
+    monkeypatch.setattr(pretrained, "AUTHORS", folder)
     return folder
 
 
@@ -36,7 +36,7 @@ def corrupt(path, offset=1000):
 def test_location_encoder_loads_into_ours_with_nothing_missing():
     from geoclip.location_encoder import LocationEncoder
 
-    state = weights.location_encoder_state()
+    state = pretrained.location_encoder_state()
     assert len(state) == 27
     encoder = LocationEncoder()
     encoder.load_state_dict(state, strict=True)
@@ -46,7 +46,7 @@ def test_location_encoder_loads_into_ours_with_nothing_missing():
 
 
 def test_frequencies_have_the_spread_of_their_levels():
-    state = weights.location_encoder_state()
+    state = pretrained.location_encoder_state()
     for level, sigma in enumerate((1, 16, 256)):
         frequencies = state[f"levels.{level}.frequencies"]
         assert frequencies.shape == (256, 2)
@@ -54,7 +54,7 @@ def test_frequencies_have_the_spread_of_their_levels():
 
 
 def test_head_has_the_paper_s_shape():
-    state = weights.head_state()
+    state = pretrained.head_state()
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
         "0.weight": (768, 768), "0.bias": (768,), "2.weight": (512, 768), "2.bias": (512,),
     }  # fmt: skip
@@ -62,11 +62,11 @@ def test_head_has_the_paper_s_shape():
 
 
 def test_temperature():
-    assert weights.log_temperature() == 3.681034803390503
+    assert pretrained.logit_scale() == 3.681034803390503
 
 
 def test_gallery():
-    gallery = weights.official_gallery()
+    gallery = pretrained.official_gallery()
     assert gallery.shape == (100_000, 2) and gallery.dtype == np.float64
     assert len(np.unique(gallery, axis=0)) == 94_123
     assert np.abs(gallery[:, 0]).max() <= 90 and np.abs(gallery[:, 1]).max() <= 180
@@ -74,38 +74,38 @@ def test_gallery():
 
 
 def test_a_corrupt_wheel_is_refused_by_name_and_both_hashes(own_cache):
-    corrupt(own_cache / weights.WHEEL, offset=1_000_000)
+    corrupt(own_cache / pretrained.WHEEL, offset=1_000_000)
     with pytest.raises(ValueError) as error:
-        weights.location_encoder_state()
-    assert weights.WHEEL in str(error.value) and weights.WHEEL_SHA256 in str(error.value)
+        pretrained.location_encoder_state()
+    assert pretrained.WHEEL in str(error.value) and pretrained.WHEEL_SHA256 in str(error.value)
     assert "its SHA-256 is" in str(error.value)
     assert not (own_cache / "geoclip-1.3.0").exists(), "a file of a corrupt wheel was unpacked"
 
 
-@pytest.mark.parametrize("member", [weights.LOCATION_ENCODER, weights.GALLERY, weights.TEMPERATURE])
+@pytest.mark.parametrize("member", [pretrained.LOCATION_ENCODER, pretrained.GALLERY, pretrained.TEMPERATURE])
 def test_a_corrupt_file_is_refused_before_it_is_parsed(own_cache, monkeypatch, member):
-    corrupt(weights.authors_package() / member, offset=100)
+    corrupt(pretrained.authors_package() / member, offset=100)
 
     def parsed(*_, **__):
         raise AssertionError("the file was parsed before it was checked")
 
     monkeypatch.setattr(torch, "load", parsed)
-    monkeypatch.setattr(weights.pd, "read_csv", parsed)
+    monkeypatch.setattr(pretrained.pd, "read_csv", parsed)
     read = {
-        weights.LOCATION_ENCODER: weights.location_encoder_state,
-        weights.GALLERY: weights.official_gallery,
-        weights.TEMPERATURE: weights.log_temperature,
+        pretrained.LOCATION_ENCODER: pretrained.location_encoder_state,
+        pretrained.GALLERY: pretrained.official_gallery,
+        pretrained.TEMPERATURE: pretrained.logit_scale,
     }[member]
     with pytest.raises(ValueError) as error:
         read()
-    assert member.rpartition("/")[2] in str(error.value) and weights.MEMBERS[member] in str(error.value)
+    assert member.rpartition("/")[2] in str(error.value) and pretrained.MEMBERS[member] in str(error.value)
 
 
 def test_changed_code_of_the_authors_is_never_handed_out(own_cache):
-    path = weights.authors_package() / "geoclip/model/GeoCLIP.py"
+    path = pretrained.authors_package() / "geoclip/model/GeoCLIP.py"
     path.write_text(path.read_text() + "\n# changed\n")
     with pytest.raises(ValueError, match=r"GeoCLIP\.py is not the released file"):
-        weights.authors_package()
+        pretrained.authors_package()
 
 
 def test_a_pickle_in_the_place_of_weights_is_not_executed(own_cache, monkeypatch, tmp_path):
@@ -115,26 +115,26 @@ def test_a_pickle_in_the_place_of_weights_is_not_executed(own_cache, monkeypatch
         def __reduce__(self):
             return os.mkdir, (str(ran),)
 
-    path = weights.authors_package() / weights.TEMPERATURE
+    path = pretrained.authors_package() / pretrained.TEMPERATURE
     torch.save(Trap(), path)
     monkeypatch.setitem(
-        weights.MEMBERS, weights.TEMPERATURE, weights.hashlib.sha256(path.read_bytes()).hexdigest()
+        pretrained.MEMBERS, pretrained.TEMPERATURE, pretrained.hashlib.sha256(path.read_bytes()).hexdigest()
     )
     with pytest.raises(Exception, match="weights_only"):
-        weights.log_temperature()
+        pretrained.logit_scale()
     assert not ran.exists()
 
 
 def test_offline_says_what_is_missing_where_it_goes_and_what_still_works(tmp_path, monkeypatch):
-    monkeypatch.setattr(weights, "AUTHORS", tmp_path / "authors")
+    monkeypatch.setattr(pretrained, "AUTHORS", tmp_path / "authors")
     nowhere = tmp_path / "nowhere"
     nowhere.mkdir()
     monkeypatch.setenv("PIP_NO_INDEX", "1")  # as on a machine without a network: no index to ask
     monkeypatch.setenv("PIP_FIND_LINKS", str(nowhere))
     with pytest.raises(FileNotFoundError) as error:
-        weights.authors_wheel()
+        pretrained.authors_wheel()
     message = str(error.value)
-    assert str(tmp_path / "authors" / weights.WHEEL) in message
+    assert str(tmp_path / "authors" / pretrained.WHEEL) in message
     assert "could not be downloaded (pip: " in message and "still works" in message
     left = [path.name for path in (tmp_path / "authors").iterdir()]
     assert left in ([], [".lock"])
@@ -143,23 +143,23 @@ def test_offline_says_what_is_missing_where_it_goes_and_what_still_works(tmp_pat
 def test_another_wheel_of_that_name_is_not_accepted_from_the_index(tmp_path, monkeypatch):
     links = tmp_path / "links"
     links.mkdir()
-    with zipfile.ZipFile(links / weights.WHEEL, "w") as archive:
+    with zipfile.ZipFile(links / pretrained.WHEEL, "w") as archive:
         archive.writestr("geoclip/__init__.py", "raise SystemExit('executed')")
         archive.writestr(
             "geoclip-1.3.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: geoclip\nVersion: 1.3.0\n"
         )
         archive.writestr("geoclip-1.3.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
-    monkeypatch.setattr(weights, "AUTHORS", tmp_path / "authors")
+    monkeypatch.setattr(pretrained, "AUTHORS", tmp_path / "authors")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(links))
     with pytest.raises(FileNotFoundError, match="DO NOT MATCH THE HASHES"):
-        weights.authors_wheel()
-    assert not (tmp_path / "authors" / weights.WHEEL).exists()
+        pretrained.authors_wheel()
+    assert not (tmp_path / "authors" / pretrained.WHEEL).exists()
 
 
 def test_two_at_once_download_once(tmp_path, monkeypatch):
-    source = weights.authors_wheel()
-    monkeypatch.setattr(weights, "AUTHORS", tmp_path / "authors")
+    source = pretrained.authors_wheel()
+    monkeypatch.setattr(pretrained, "AUTHORS", tmp_path / "authors")
     downloads = []
 
     def download(wheel):
@@ -167,9 +167,9 @@ def test_two_at_once_download_once(tmp_path, monkeypatch):
         shutil.copyfile(source, wheel.with_suffix(".part"))
         os.replace(wheel.with_suffix(".part"), wheel)
 
-    monkeypatch.setattr(weights, "_download", download)
+    monkeypatch.setattr(pretrained, "_download", download)
     found = []
-    threads = [threading.Thread(target=lambda: found.append(weights.authors_package())) for _ in range(3)]
+    threads = [threading.Thread(target=lambda: found.append(pretrained.authors_package())) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -179,7 +179,7 @@ def test_two_at_once_download_once(tmp_path, monkeypatch):
 
 
 def test_the_authors_package_never_becomes_importable_as_ours():
-    weights.authors_package()
+    pretrained.authors_package()
     code = "import geoclip, sys; print(geoclip.__file__); print(*sys.path, sep='\\n')"
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert str(weights.AUTHORS) not in printed
+    assert str(pretrained.AUTHORS) not in printed

@@ -170,7 +170,7 @@ def data_folder() -> Path:
     if found is None:
         raise FileNotFoundError(
             "benchmarks are read from the folder that the environment variable GEOCLIP_DATA names, which is not "
-            "set; its layout stands in geoclip/datasets/cards.py"
+            "set; its layout stands in geoclip/datasets/benchmarks.py"
         )
     return found
 
@@ -238,7 +238,9 @@ def load(
     return photos
 
 
-def read_csv(csv: Path | str, images: Path | str | None = None, trust_header: bool = False) -> folder.Geotagged:
+def read_csv(
+    csv: Path | str, images: Path | str | None = None, trust_header: bool = False
+) -> folder.Geotagged:
     """Any CSV of photos and places: as the benchmarks' metadata where it is named so, else by its header."""
     read = places365.read if str(csv).endswith("_places365.csv") else folder.read
     return read(csv, images, trust_header=trust_header)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from geoclip import photos
-from geoclip.datasets import blue_marble, cards, folder
+from geoclip.datasets import benchmarks, blue_marble, folder
 from geoclip.photos import PhotoError
 
 PHOTOS_A_PART = 4096
@@ -101,7 +101,9 @@ class TarShards:
         local = [Path(url) for url in self.urls if "://" not in url]
         absent = [path for path in local if not path.is_file()]
         if absent:
-            raise FileNotFoundError(f"{absent[0]}: no such tar; {len(absent)} of {len(self.urls)} are missing")
+            raise FileNotFoundError(
+                f"{absent[0]}: no such tar; {len(absent)} of {len(self.urls)} are missing"
+            )
         self.name = pattern
         sizes = [path.stat().st_size for path in local]
         self.hash = hashlib.sha256(json.dumps([self.urls, sizes]).encode()).hexdigest()[:16]
@@ -144,7 +146,9 @@ class TarShards:
 class Tiles:
     """The tiles of a split of geoclip.datasets.blue_marble, rendered anew for each view; 4,096 a part."""
 
-    def __init__(self, split: str, config: blue_marble.TileConfig | None = None, tiles_a_part: int = PHOTOS_A_PART):
+    def __init__(
+        self, split: str, config: blue_marble.TileConfig | None = None, tiles_a_part: int = PHOTOS_A_PART
+    ):
         splits = blue_marble.splits()
         if split not in splits:
             raise ValueError(f"blue_marble has no split {split!r}: there are {', '.join(splits)}")
@@ -162,7 +166,7 @@ class Tiles:
             latlon = self.latlon[rows.start : rows.stop]
             generator = torch.Generator().manual_seed(views.seed * 2**32 + start)
             rendered = [
-                blue_marble.render(latlon, self.config, blue_marble.disturbance(len(latlon), generator))
+                blue_marble.render(latlon, self.config, blue_marble.augmentation(len(latlon), generator))
                 for _ in range(views.number)
             ]
             ids = [f"{self.name}/{row}" for row in rows]
@@ -179,8 +183,8 @@ def open_source(name: str, images: Path | str | None = None, photos_a_part: int 
     pattern such as `shards/{00000..00999}.tar`; a data set of datasets.cards, such as `im2gps3k`, in the folder
     that GEOCLIP_DATA names; or `blue_marble:SPLIT`. Raises ValueError or FileNotFoundError.
     """
-    if name in cards.CARDS:
-        data = cards.load(name, images=images)
+    if name in benchmarks.CARDS:
+        data = benchmarks.load(name, images=images)
         digest = hashlib.sha256(data.table.to_csv(index=False).encode()).hexdigest()
         return PhotoTable(data, digest, photos_a_part)
     if name.startswith("blue_marble:"):
@@ -188,12 +192,12 @@ def open_source(name: str, images: Path | str | None = None, photos_a_part: int 
     if name.endswith(".tar"):
         return TarShards(name)
     if name.endswith(".csv"):
-        data = cards.read_csv(name, images if images is not None else Path(name).parent)
+        data = benchmarks.read_csv(name, images if images is not None else Path(name).parent)
         digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
         return PhotoTable(data, digest, photos_a_part)
     raise ValueError(
         f"{name!r} is no source: give a CSV, tar shards (a path or address that ends in .tar, with braces for "
-        f"many), one of {', '.join(cards.CARDS)}, or blue_marble:SPLIT"
+        f"many), one of {', '.join(benchmarks.CARDS)}, or blue_marble:SPLIT"
     )
 
 
@@ -234,7 +238,9 @@ def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
     except Exception as error:
         if isinstance(photo, Path):
             return photos.open_photo(photo)  # which says what is wrong with the file
-        raise PhotoError(name, "empty (0 bytes)" if not photo else "not an image in a known format") from error
+        raise PhotoError(
+            name, "empty (0 bytes)" if not photo else "not an image in a known format"
+        ) from error
     with image:
         return photos.open_photo(image)
 
@@ -317,5 +323,3 @@ def _place(name: str, about: dict) -> tuple[float, float]:
 
 def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).strip().splitlines()[0]
-
-

@@ -13,10 +13,11 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from geoclip import earth, evaluation, paths, training
+from geoclip import earth, evaluation, paths
 from geoclip.baselines import geocells
 from geoclip.datasets import blue_marble
-from geoclip.training import TrainConfig, TrainingModule
+from geoclip.training import runs
+from geoclip.training.runs import TrainConfig, TrainingModule
 
 SPLITS = ("random", "blocked")
 BLOCK = 256  # images asked about at a time
@@ -36,7 +37,7 @@ def compare(
     wanted = []
     for name, fields in settings.items():
         for seed in seeds:
-            config = training.as_config({**fields, "seed": seed})
+            config = runs.as_config({**fields, "seed": seed})
             wanted.append((name, config, answers_file(config)))
     missing = [(config, file) for _, config, file in wanted if not file.is_file()]
     if missing and jobs == 1:
@@ -75,14 +76,14 @@ def in_processes(missing: Sequence[tuple[TrainConfig, Path]], jobs: int) -> None
 def answers_file(config: TrainConfig) -> Path:
     """Where a run's answers are kept; the name changes with the code that trains and asks."""
     folder = Path(__file__).parents[1]
-    code = [folder / name for name in ("baselines/comparison.py", "evaluation.py", "gallery.py", "earth.py")]
+    code = [folder / name for name in ("studies/comparison.py", "evaluation.py", "gallery.py", "earth.py")]
     asked = hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest()[:8]
-    return paths.CACHE / "runs" / training.run_key(config) / f"errors_{asked}.npz"
+    return paths.CACHE / "runs" / runs.run_key(config) / f"errors_{asked}.npz"
 
 
 def train_and_ask(config: TrainConfig, file: Path) -> None:
     """Train one model, unless it is there, and keep its errors in km on the test splits in `file`."""
-    run = training.train(config)
+    run = runs.train(config)
     module = run.load()
     found = {column: run.result[column] for column in COST}
     for split in SPLITS:
@@ -109,7 +110,7 @@ def answers(module: TrainingModule, images: Tensor) -> dict[str, Tensor]:
 
 def ceilings(config: geocells.GeocellsConfig) -> pd.DataFrame:
     """What the nearest cell's place leaves to a classifier that never errs: a tidy row a level and split."""
-    partitions = geocells.partitions(config, training.training_places(config))
+    partitions = geocells.partitions(config, runs.training_places(config))
     rows = []
     for level, cells in partitions.items():
         for split in SPLITS:

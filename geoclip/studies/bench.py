@@ -26,11 +26,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from geoclip import earth, features, gallery, paths, precision, weights
+from geoclip import earth, gallery, paths, precision, pretrained
+from geoclip.datasets import features
+from geoclip.datasets.sources import Views
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
-from geoclip.sources import Views
 
 OURS, AUTHORS = "ours", "authors' package 1.3.0"
 TOWER = "ViT-L-14-quickgelu"
@@ -81,9 +82,13 @@ class Bench:
 
     def measure_gemm(self, dtype: torch.dtype, runs: int) -> None:
         """The matrix rate now, FLOP/s, as the median of `runs` products; a warm processor's is below a cold one's."""
-        self.gemm[dtype] = 2 * self.sizes.gemm**3 / statistics.median(self.seconds(self.products[dtype], runs, 5))
+        self.gemm[dtype] = (
+            2 * self.sizes.gemm**3 / statistics.median(self.seconds(self.products[dtype], runs, 5))
+        )
 
-    def beside_gemm(self, work: Callable[[], object], dtype: torch.dtype, runs: int | None = None) -> list[float]:
+    def beside_gemm(
+        self, work: Callable[[], object], dtype: torch.dtype, runs: int | None = None
+    ) -> list[float]:
         """As seconds(work), with matrix products between the calls, whose median rate is from then on the limit."""
         taken, rates = [], []
         work()
@@ -117,7 +122,10 @@ class Bench:
     ) -> dict:  # fmt: skip
         """A row; items are what `rate` counts a second, flop and read_bytes what the limit is computed from."""
         median = statistics.median(seconds)
-        limit = max(flop / self.gemm[dtype or self.dtype] if flop else 0, read_bytes / self.bandwidth if read_bytes else 0)
+        limit = max(
+            flop / self.gemm[dtype or self.dtype] if flop else 0,
+            read_bytes / self.bandwidth if read_bytes else 0,
+        )
         row = {
             "task": task, "system": system, "size": size, "precision": name_of(dtype or self.dtype),
             "median_s": median, "low_s": min(seconds), "high_s": max(seconds), "runs": len(seconds),
@@ -131,7 +139,9 @@ class Bench:
                  f"{system:8.8} {task}: {median:.4g} s{rate}{share} {note}")  # fmt: skip
         return row
 
-    def note(self, task: str, value: float, unit: str, system: str = OURS, dtype: torch.dtype | None = None) -> None:
+    def note(
+        self, task: str, value: float, unit: str, system: str = OURS, dtype: torch.dtype | None = None
+    ) -> None:
         """A row that is no time: a rate, a cosine, megabytes."""
         kind = name_of(dtype) if dtype else ""
         self.rows.append({"task": task, "system": system, "precision": kind, "rate": value, "note": unit})
@@ -152,7 +162,10 @@ def name_of(dtype: torch.dtype) -> str:
 def machine(device: torch.device) -> dict:
     """What the numbers were measured on, and when."""
     gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if "model name" in line), platform.machine())
+    cpu = next(
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if "model name" in line),
+        platform.machine(),
+    )
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return {
         "hardware": gpu or cpu, "cores": len(os.sched_getaffinity(0)), "memory_gib": round(memory),
@@ -221,7 +234,9 @@ def tower(bench: Bench, compiled: bool = False) -> None:
             )  # fmt: skip
             if batch == 8 or (compiled and batch == bench.sizes.images[-1]):
                 single = features.Tower(encoder, features.Preprocessing.of(config), 8, "fp32", False)
-                cosine = torch.cosine_similarity(run(images)[:8].float(), single(images[:8]).float()).min().item()
+                cosine = (
+                    torch.cosine_similarity(run(images)[:8].float(), single(images[:8]).float()).min().item()
+                )
                 bench.note("image tower, least cosine to fp32", cosine, "cosine", dtype=dtype)
     del encoder
     bench.free()
@@ -238,7 +253,7 @@ def agreement(bench: Bench) -> None:
     from geoclip import photos
 
     config, generator = ImageEncoderConfig(bench.sizes.tower, None), np.random.default_rng(0)
-    whole = [photos.open_photo(load_sample_image("china.jpg")), photos.open_photo(str(weights.kauai()))]
+    whole = [photos.open_photo(load_sample_image("china.jpg")), photos.open_photo(str(pretrained.kauai()))]
     crops = []
     for i in range(bench.sizes.photos):
         photo = whole[i % len(whole)]
@@ -249,19 +264,25 @@ def agreement(bench: Bench) -> None:
         torch.manual_seed(0)  # open_clip draws its random weights from the global state
         images = ImageEncoder(config, torch.Generator().manual_seed(0))
         if images.feature_dim == 768:  # other towers keep a random head
-            images.head.load_state_dict(weights.head_state())
+            images.head.load_state_dict(pretrained.head_state())
         model = GeoCLIP(images, LocationEncoder.pretrained(), gallery.Gallery.official())
         answers[name] = model.eval().use_precision(name).predict(crops, 1)[0][:, 0]
     apart = earth.haversine_km(answers["fp32"], answers["bf16"])
-    bench.note("top-1 in bf16 is that of fp32", 100 * (apart == 0).double().mean().item(), f"% of {len(crops)} crops")
-    bench.note("top-1 in bf16 is within 25 km of that of fp32", 100 * (apart <= 25).double().mean().item(), f"% of {len(crops)} crops")
+    bench.note(
+        "top-1 in bf16 is that of fp32", 100 * (apart == 0).double().mean().item(), f"% of {len(crops)} crops"
+    )
+    bench.note(
+        "top-1 in bf16 is within 25 km of that of fp32",
+        100 * (apart <= 25).double().mean().item(),
+        f"% of {len(crops)} crops",
+    )
 
 
 def decoding(bench: Bench, workers: int) -> None:
     """Images a second of `embed` as a whole: JPEGs of 1024 × 768 from files, decoded, through the tower, to disk."""
     from PIL import Image
 
-    from geoclip.sources import open_source
+    from geoclip.datasets.sources import open_source
 
     n = bench.sizes.photos
     generator = np.random.default_rng(0)
@@ -271,7 +292,9 @@ def decoding(bench: Bench, workers: int) -> None:
         for i in range(n):
             if i < 64:  # pictures with the detail of a photo: a coarse pattern and fine noise
                 coarse = generator.integers(0, 255, (24, 32, 3), dtype=np.uint8)
-                picture = np.asarray(Image.fromarray(coarse).resize((1024, 768), Image.Resampling.BICUBIC), np.int16)
+                picture = np.asarray(
+                    Image.fromarray(coarse).resize((1024, 768), Image.Resampling.BICUBIC), np.int16
+                )
                 picture = np.clip(picture + generator.normal(0, 8, picture.shape), 0, 255).astype(np.uint8)
                 Image.fromarray(picture).save(folder / f"{i}.jpg", quality=85)
             else:
@@ -312,7 +335,12 @@ def places(bench: Bench) -> None:
     latlon = earth.sample_sphere(min(n, 20_000), torch.Generator().manual_seed(2))
     single = gallery.embed(encoder, latlon)
     low = gallery.embed(encoder, latlon, dtype=bench.dtype).float()
-    bench.note("encode a gallery, least cosine to fp32", torch.cosine_similarity(single, low).min().item(), "cosine", dtype=bench.dtype)
+    bench.note(
+        "encode a gallery, least cosine to fp32",
+        torch.cosine_similarity(single, low).min().item(),
+        "cosine",
+        dtype=bench.dtype,
+    )
     bench.free()
 
 
@@ -335,7 +363,9 @@ def searching(bench: Bench) -> None:
                     torch.randn(part.shape, generator=generator, device=bench.device), dim=1
                 ))  # fmt: skip
             for q in (1, 64):
-                query = nn.functional.normalize(torch.randn(q, dim, generator=generator, device=bench.device), dim=1)
+                query = nn.functional.normalize(
+                    torch.randn(q, dim, generator=generator, device=bench.device), dim=1
+                )
                 taken = bench.seconds(lambda query=query, rows=rows: gallery.search(query, rows, 5), 5, 1)
                 bench.add(
                     f"search, {q} quer{'y' if q == 1 else 'ies'}", taken, size=n, items=q, read_bytes=size,
@@ -348,14 +378,14 @@ def searching(bench: Bench) -> None:
 def indexing(bench: Bench) -> None:
     """An index over the places of the released encoder: how long it takes, and what it finds of an exact search.
 
-    The queries are place_index.made_queries, as far from their places as photos are.
+    The queries are place_index.synthetic_queries, as far from their places as photos are.
     """
-    from geoclip.place_index import PlaceIndex, made_queries
+    from geoclip.place_index import PlaceIndex, synthetic_queries
 
     n = bench.sizes.indexed
     generator = torch.Generator().manual_seed(3)
     rows = gallery.embed(LocationEncoder.pretrained(), earth.sample_sphere(n, generator), dtype=bench.dtype)
-    query = made_queries(rows, 64)
+    query = synthetic_queries(rows, 64)
     began = time.perf_counter()
     index = PlaceIndex(rows)
     bench.add("build an index", [time.perf_counter() - began], size=n, items=n)
@@ -369,7 +399,9 @@ def free_memory(device: torch.device) -> float:
     """Bytes that can be taken on the device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    return next(int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable"))
+    return next(
+        int(line.split()[1]) * 1024 for line in _lines("/proc/meminfo") if line.startswith("MemAvailable")
+    )
 
 
 def place_flop(config: LocationEncoderConfig) -> float:
@@ -388,16 +420,18 @@ def step_flop(batch: int, queue: int, feature_dim: int = 768) -> float:
 
 def training_step(bench: Bench, compiled: str = "") -> None:
     """One step on features, 512 images against 512 + 4,096 places, with optimiser, as training does it."""
-    from geoclip import training
+    from geoclip.training import runs
 
     batch, queue = 512, 4096
     with made_features(4 * batch, 1) as folder:
-        config = training.TrainConfig(data=str(folder), image=ImageEncoderConfig(TOWER, None), batch_size=batch, queue=queue)
-        data = training.training_set(config)
+        config = runs.TrainConfig(
+            data=str(folder), image=ImageEncoderConfig(TOWER, None), batch_size=batch, queue=queue
+        )
+        data = runs.training_set(config)
         data.keep_on(bench.device)
-        module = training.build(config, data).to(bench.device).train()
+        module = runs.build(config, data).to(bench.device).train()
         if compiled:
-            module.contrast = torch.compile(module.contrast, mode=compiled)
+            module.contrastive_loss = torch.compile(module.contrastive_loss, mode=compiled)
         (optimizer,), _ = module.configure_optimizers()
         steps = iter(range(10**9))
 
@@ -405,44 +439,46 @@ def training_step(bench: Bench, compiled: str = "") -> None:
             number = next(steps)
             keys = [(0, (number * batch + i) % len(data)) for i in range(batch)]
             loaded = {name: value.to(bench.device) for name, value in data.__getitems__(keys).items()}
-            with precision.arithmetic(bench.dtype if bench.device.type == "cuda" else torch.float32, bench.device):
-                loss = module.loss(loaded, training.seeded(0, number))["loss"]
+            with precision.arithmetic(
+                bench.dtype if bench.device.type == "cuda" else torch.float32, bench.device
+            ):
+                loss = module.loss(loaded, runs.seeded(0, number))["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
 
-        runs = bench.sizes.steps if bench.device.type == "cuda" else 3
+        repeats = bench.sizes.steps if bench.device.type == "cuda" else 3
 
         def several() -> None:
-            for _ in range(runs):
+            for _ in range(repeats):
                 step()
 
         dtype = bench.dtype if bench.device.type == "cuda" else torch.float32
-        taken = [seconds / runs for seconds in bench.seconds(several, 3, 1)]
+        taken = [seconds / repeats for seconds in bench.seconds(several, 3, 1)]
         bench.add(
             "training step on features, 512 + 4,096" + f", compiled ({compiled})" * bool(compiled), taken,
-            items=batch, flop=step_flop(batch, queue), dtype=dtype, note=f"mean of {runs} steps",
+            items=batch, flop=step_flop(batch, queue), dtype=dtype, note=f"mean of {repeats} steps",
         )  # fmt: skip
     bench.free()
 
 
 def epoch(bench: Bench) -> None:
     """`train` on as many made features as MP-16 has photos: seconds of each of two epochs, and what that means."""
-    from geoclip import training
+    from geoclip.training import runs
 
     n = bench.sizes.epoch
     with made_features(n, 1) as folder:
-        config = training.TrainConfig(
+        config = runs.TrainConfig(
             data=str(folder), image=ImageEncoderConfig(TOWER, None), epochs=2, workers=0,
             precision="auto" if bench.device.type == "cuda" else "32-true",
         )  # fmt: skip
         began = time.perf_counter()
-        run = training.train(config, folder / "run")
+        run = runs.train(config, folder / "run")
         whole = time.perf_counter() - began
         seconds = run.result["epoch_seconds"]
     bench.add("epoch on features", seconds[-1:], size=n, items=n, flop=step_flop(512, 4096) * (n // 512),
               note=f"second epoch; the first took {seconds[0]:.1f} s with compilation, all {whole:.1f} s with loading")  # fmt: skip
-    epochs = training.TrainConfig().epochs
+    epochs = runs.TrainConfig().epochs
     bench.note("whole training on features, projected", epochs * seconds[-1] + whole - sum(seconds),
                f"seconds: {epochs} epochs of {n:,} at the measured pace, and the measured start")  # fmt: skip
 
@@ -511,7 +547,7 @@ for line in sys.stdin:
 OUR_PROCESS = """
 import json, resource, sys, time
 import torch
-from geoclip import weights
+from geoclip import pretrained
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoder
@@ -529,7 +565,7 @@ class Authors:
     def __init__(self):
         threads = str(torch.get_num_threads())
         self.process = subprocess.Popen(
-            [sys.executable, "-c", AUTHORS_PROCESS, str(weights.authors_package()), threads],
+            [sys.executable, "-c", AUTHORS_PROCESS, str(pretrained.authors_package()), threads],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
         )  # fmt: skip
         self.start = json.loads(self.process.stdout.readline())
@@ -551,7 +587,7 @@ class Authors:
 
 def starting(bench: Bench) -> None:
     """Seconds to import and to show the help, in new processes, alternating."""
-    package = str(weights.authors_package())
+    package = str(pretrained.authors_package())
     commands = {
         ("import torch", "PyTorch"): ["-c", "import torch"],
         ("import geoclip", OURS): ["-c", "import geoclip"],
@@ -570,7 +606,7 @@ def starting(bench: Bench) -> None:
 
 def answering(bench: Bench) -> None:
     """One photo, cold and warm, 64 photos, the gallery, and a training step: ours and theirs, alternating."""
-    photo = str(weights.kauai())
+    photo = str(pretrained.kauai())
     threads = torch.get_num_threads()
     cold = {}
     with tempfile.TemporaryDirectory() as cache:
@@ -578,7 +614,7 @@ def answering(bench: Bench) -> None:
         for state in ("gallery not kept yet", "gallery kept"):
             link = Path(cache) / "authors"
             if not link.exists():
-                link.symlink_to(weights.AUTHORS)
+                link.symlink_to(pretrained.AUTHORS)
             began = time.perf_counter()
             done = subprocess.run(
                 [sys.executable, "-c", OUR_PROCESS, photo, str(threads), bench.sizes.tower], check=True,
@@ -598,7 +634,10 @@ def answering(bench: Bench) -> None:
     model = GeoCLIP(
         ImageEncoder(ImageEncoderConfig(bench.sizes.tower, None)), LocationEncoder.pretrained(), gallery.Gallery.official()
     ).eval()  # fmt: skip
-    flop, places_flop = flop_of(model.image_encoder.tower.visual, torch.zeros(1, 3, 224, 224)), place_flop(model.location_encoder.config)
+    flop, places_flop = (
+        flop_of(model.image_encoder.tower.visual, torch.zeros(1, 3, 224, 224)),
+        place_flop(model.location_encoder.config),
+    )
     model.use_precision("auto").predict(photo)
     image = model.views(photo)
     rounds = max(3, bench.sizes.runs - 2)
@@ -607,23 +646,51 @@ def answering(bench: Bench) -> None:
         for task, system, work in (
             ("predict a photo", OURS, lambda: model.predict(photo)),
             ("image tower alone", OURS, lambda: model.encode_images(image)),
-            ("encode a gallery, first time", OURS, lambda: model.gallery.embed(model.location_encoder, dtype=model.dtype)),
-            ("encode a gallery, after", OURS, lambda: model.gallery.embed(model.location_encoder, True, dtype=model.dtype).sum()),
+            (
+                "encode a gallery, first time",
+                OURS,
+                lambda: model.gallery.embed(model.location_encoder, dtype=model.dtype),
+            ),
+            (
+                "encode a gallery, after",
+                OURS,
+                lambda: model.gallery.embed(model.location_encoder, True, dtype=model.dtype).sum(),
+            ),
             ("predict a photo", AUTHORS, None),
             ("encode a gallery, first time", AUTHORS, None),
         ):
             with torch.inference_mode():
-                seconds = bench.seconds(work, 1, 0)[0] if work else authors.seconds("predict" if "photo" in task else "gallery", photo)
+                seconds = (
+                    bench.seconds(work, 1, 0)[0]
+                    if work
+                    else authors.seconds("predict" if "photo" in task else "gallery", photo)
+                )
             taken.setdefault((task, system), []).append(seconds)
     for (task, system), seconds in taken.items():
         dtype = bench.dtype if system == OURS else torch.float32
         tower_work = flop if "photo" in task or "tower" in task else 0
         again = "after" in task or (system == OURS and "photo" in task)
         encoding = 0 if again or "tower" in task else 100_000 * places_flop
-        bench.add(task, seconds, system, 100_000 if "gallery" in task else 1, 1, tower_work + encoding, dtype=dtype)
-    bench.add("predict 64 photos", bench.seconds(lambda: model.predict([photo] * 64), 2, 0), size=64, items=64, flop=64 * flop)
+        bench.add(
+            task, seconds, system, 100_000 if "gallery" in task else 1, 1, tower_work + encoding, dtype=dtype
+        )
+    bench.add(
+        "predict 64 photos",
+        bench.seconds(lambda: model.predict([photo] * 64), 2, 0),
+        size=64,
+        items=64,
+        flop=64 * flop,
+    )
     one = statistics.median(taken["predict a photo", AUTHORS])
-    bench.add("predict 64 photos", [64 * one], AUTHORS, 64, 64, note="64 times the measured one: it takes one photo", dtype=torch.float32)
+    bench.add(
+        "predict 64 photos",
+        [64 * one],
+        AUTHORS,
+        64,
+        64,
+        note="64 times the measured one: it takes one photo",
+        dtype=torch.float32,
+    )
     few, more = authors.seconds("step", 2), authors.seconds("step", 6)
     whole = few + (more - few) / 4 * 510
     bench.add("training step, 512 + 4,096, tower in it", [whole], AUTHORS, items=512, dtype=torch.float32,
@@ -681,7 +748,9 @@ def measured(name: str):
         path = folder / f"{name}.csv"
         if path.is_file():
             return pd.read_csv(path), folder.name
-    raise FileNotFoundError(f"no {name}.csv in data/results or data/measured: not measured yet, `make bench` does it")
+    raise FileNotFoundError(
+        f"no {name}.csv in data/results or data/measured: not measured yet, `make bench` does it"
+    )
 
 
 STEP, AUTHORS_STEP = "training step on features, 512 + 4,096", "training step, 512 + 4,096, tower in it"
@@ -691,10 +760,18 @@ def beside_authors(rows):
     """Seconds of ours and of the authors' package for what both were asked in one run, and how many times faster."""
     import pandas as pd
 
-    tasks = ["predict a photo, new process", "predict a photo", "predict 64 photos", "encode a gallery, first time", STEP]
+    tasks = [
+        "predict a photo, new process",
+        "predict a photo",
+        "predict 64 photos",
+        "encode a gallery, first time",
+        STEP,
+    ]
     table = []
     for task in tasks:
-        theirs = one(rows, AUTHORS_STEP if task == STEP else task, "median_s", system=AUTHORS, default=math.nan)
+        theirs = one(
+            rows, AUTHORS_STEP if task == STEP else task, "median_s", system=AUTHORS, default=math.nan
+        )
         kept = {"note": "gallery kept"} if "new process" in task else {}
         ours = one(rows, task, "median_s", system=OURS, default=math.nan, **kept)
         table.append({"task": task, "ours_s": ours, "authors_s": theirs, "times_faster": theirs / ours})
@@ -709,7 +786,10 @@ def aims(rows):
         return one(rows, task, column, default=math.nan, system=OURS, **where)
 
     authors = beside_authors(rows).set_index("task")["times_faster"]
-    limits = {q: 1 / of(f"search, {q}", "share_of_limit", size=100_000, precision="bf16") for q in ("1 query", "64 queries")}
+    limits = {
+        q: 1 / of(f"search, {q}", "share_of_limit", size=100_000, precision="bf16")
+        for q in ("1 query", "64 queries")
+    }
     table = [
         ("predict a photo, warm: times the authors' speed", ">=", 15, authors["predict a photo"]),
         ("… times the image tower alone", "<=", 1.3, of("predict a photo") / of("image tower alone")),
@@ -776,9 +856,16 @@ def growth_in_places(rows, counts=(100_000, 1_000_000, 10_000_000, 100_000_000))
     encoded = rows[(rows["task"] == "encode a gallery") & (rows["precision"] == "bf16")]["rate"].max()
     table = []
     for m in counts:
-        row = {"places": m, "fp32_gb": m * 512 * 4 / 1e9, "bf16_gb": m * 512 * 2 / 1e9, "encode_s": m / encoded}
+        row = {
+            "places": m,
+            "fp32_gb": m * 512 * 4 / 1e9,
+            "bf16_gb": m * 512 * 2 / 1e9,
+            "encode_s": m / encoded,
+        }
         for q in ("1 query", "64 queries"):
-            found = rows[(rows["task"] == f"search, {q}") & (rows["size"] == m) & (rows["precision"] == "bf16")]
+            found = rows[
+                (rows["task"] == f"search, {q}") & (rows["size"] == m) & (rows["precision"] == "bf16")
+            ]
             row[f"search_{q.replace(' ', '_')}_ms"] = 1000 * found["median_s"].min()
         table.append(row)
     return pd.DataFrame(table)

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from geoclip.seeds import over_seeds, paired_differences, plus_minus, t_interval, verdict
+from geoclip.studies.statistics import over_seeds, paired_differences, plus_minus, t_interval, verdict
 
 COLUMNS = ("acc_25km",)
 

@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from geoclip import earth, evaluation, paths, training
+from geoclip import earth, evaluation, paths
 from geoclip.baselines.towers import Pixels
-from geoclip.datasets import cards
+from geoclip.datasets import benchmarks
 from geoclip.datasets.folder import Geotagged
 from geoclip.gallery import Gallery
 from geoclip.model import GeoCLIP
 from geoclip.photos import PhotoError, centre_crop, open_photo
+from geoclip.training import runs
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Asked:
 
     name: str
     geoclip: GeoCLIP | None
-    trained: training.TrainingModule | None = None
+    trained: runs.TrainingModule | None = None
 
     @property
     def gallery(self) -> Gallery | None:
@@ -53,7 +54,9 @@ class Asked:
         if ten_crop:
             raise ValueError(f"{self.name} has no ten-crop answer; only GeoCLIP averages logits over crops")
         if getattr(self.trained.config, "seg_channels", 0):
-            raise ValueError(f"{self.name} wants a segmentation map behind each photo; it answers tiles alone")
+            raise ValueError(
+                f"{self.name} wants a segmentation map behind each photo; it answers tiles alone"
+            )
         return functools.partial(centre, pixels=Pixels.of(self.trained.config.image))
 
     @torch.inference_mode()
@@ -63,7 +66,9 @@ class Asked:
             return self.geoclip.locate_views(views)[0][:, 0].cpu()
         return self.trained.locate(views[:, 0].to(self.trained.device)).cpu()
 
-    def locate_tiles(self, split: str, batch_size: int = 256) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n 2"]]:
+    def locate_tiles(
+        self, split: str, batch_size: int = 256
+    ) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n 2"]]:
         """Its answers for the tiles of a split of the embedded data, and their places."""
         images, latlon = self.trained.test_tiles(split)
         return torch.cat([self.locate(part[:, None]) for part in images.split(batch_size)]), latlon
@@ -97,7 +102,7 @@ def load(
     if checkpoint is None:
         name, trained, model = "authors' weights", None, GeoCLIP.pretrained(clip_weights, precision)
     else:
-        name, trained = Path(checkpoint).stem, training.load(checkpoint).to(device)
+        name, trained = Path(checkpoint).stem, runs.load(checkpoint).to(device)
         model = trained.model if isinstance(getattr(trained, "model", None), GeoCLIP) else None
     if model is not None:
         model = model.to(device).eval().use_precision(precision)
@@ -131,22 +136,31 @@ def answer(
 
 
 def benchmark_table(
-    name: str, model: Asked | None, gallery: Gallery, places: Float[Tensor, "m 2"], ten_crop: bool = False, seed: int = 0
+    name: str,
+    model: Asked | None,
+    gallery: Gallery,
+    places: Float[Tensor, "m 2"],
+    ten_crop: bool = False,
+    seed: int = 0,
 ) -> pd.DataFrame:
     """evaluation.benchmark of a card of geoclip.datasets, as far as GEOCLIP_DATA goes: empty where it holds
     nothing, ceilings and floors for coordinates alone, and the model's accuracy where the photos are there.
 
     places: the gallery's, in double precision. Photos that cannot be read are misses.
     """
-    state = cards.on_disk(name)
+    state = benchmarks.on_disk(name)
     if state == "nothing":
         return pd.DataFrame()
-    photos, predicted = cards.load(name), None
+    photos, predicted = benchmarks.load(name), None
     if state == "photos" and model is not None:
         model.use_gallery(gallery, keep=True)
         batch_size = 6 if ten_crop else 64
         predicted = answer(photos, model.views(ten_crop), model.locate, batch_size).predicted
-    about = {"data": photos.name, "split": "test", "model": "coordinates" if predicted is None else model.name}
+    about = {
+        "data": photos.name,
+        "split": "test",
+        "model": "coordinates" if predicted is None else model.name,
+    }
     truth = torch.from_numpy(photos.latlon)
     return evaluation.benchmark(truth, places, predicted, photos.authors, about, seed=seed)
 

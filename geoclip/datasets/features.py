@@ -29,8 +29,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from geoclip import paths, precision
+from geoclip.datasets.sources import Chunk, Source, Tiles, Views
 from geoclip.image_encoder import CONV_TOWER, ImageEncoder, ImageEncoderConfig, in_bf16
-from geoclip.sources import Chunk, Source, Tiles, Views
 
 INFO = "features.json"
 UNREADABLE = "unreadable.csv"
@@ -140,9 +140,18 @@ def tower_hash(tower: nn.Module) -> str:
 @functools.cache
 def code_hash() -> str:
     """Hash of the modules that decide what the features are."""
-    folder = Path(__file__).parent
-    modules = ["features", "sources", "photos", "image_encoder", "cpu_bf16", "datasets/blue_marble"]
-    return hashlib.sha256(b"".join((folder / f"{module}.py").read_bytes() for module in modules)).hexdigest()[:16]
+    folder = Path(__file__).parents[1]
+    modules = [
+        "datasets/features",
+        "datasets/sources",
+        "photos",
+        "image_encoder",
+        "cpu_bf16",
+        "datasets/blue_marble",
+    ]
+    return hashlib.sha256(b"".join((folder / f"{module}.py").read_bytes() for module in modules)).hexdigest()[
+        :16
+    ]
 
 
 def rank_and_world() -> tuple[int, int, int]:
@@ -325,7 +334,9 @@ class FeatureData(Dataset):
     ):
         self.folder, self.views_a_step, self.seed = Path(folder), views_a_step, seed
         if not (self.folder / INFO).is_file():
-            raise FileNotFoundError(f"{self.folder} holds no features: make them with `python -m geoclip embed`")
+            raise FileNotFoundError(
+                f"{self.folder} holds no features: make them with `python -m geoclip embed`"
+            )
         self.info = FeatureInfo.read(self.folder / INFO)
         self.views, self.dim = self.info.views.number, self.info.dim
         if encoder is not None:
@@ -347,7 +358,11 @@ class FeatureData(Dataset):
 
     def require(self, encoder: ImageEncoderConfig) -> None:
         """ValueError unless these features are what the tower of `encoder` makes."""
-        wanted = {"tower": encoder.tower, "weights": encoder.weights, "preprocessing": Preprocessing.of(encoder)}
+        wanted = {
+            "tower": encoder.tower,
+            "weights": encoder.weights,
+            "preprocessing": Preprocessing.of(encoder),
+        }
         for name, value in wanted.items():
             if getattr(self.info, name) != value:
                 raise ValueError(
@@ -398,7 +413,9 @@ class FeatureData(Dataset):
             self._all = torch.empty(len(self), self.views, self.dim, dtype=torch.float16, device=device)
             for part, start in enumerate(range(0, len(self), 1 << 16)):  # bounded memory on the way
                 rows = self.image[start : start + (1 << 16)]
-                self._all[start : start + len(rows)].copy_(torch.from_numpy(self._read(rows)), non_blocking=part > 0)
+                self._all[start : start + len(rows)].copy_(
+                    torch.from_numpy(self._read(rows)), non_blocking=part > 0
+                )
             self.latlon = self.latlon.to(device)
 
     @property
@@ -435,7 +452,9 @@ class FeatureData(Dataset):
         return self._maps[part]
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "_maps"}  # maps stay with their process
+        return {
+            name: value for name, value in vars(self).items() if name != "_maps"
+        }  # maps stay with their process
 
 
 def drawn_views(seed: int, epoch: int, image: np.ndarray, views: int, k: int) -> np.ndarray:

@@ -65,10 +65,14 @@ def read_urls(path: Path | str) -> pd.DataFrame:
     if headed:
         identity = next((first.index(name) for name in ID_COLUMNS if name in first), None)
         if identity is None:
-            raise ValueError(f"{path}: the header {','.join(first)} names no image; it needs one of {', '.join(ID_COLUMNS)}")
+            raise ValueError(
+                f"{path}: the header {','.join(first)} names no image; it needs one of {', '.join(ID_COLUMNS)}"
+            )
         table = table.iloc[1:, [identity, first.index("url")]]
     elif table.shape[1] != 2:
-        raise ValueError(f"{path}: {table.shape[1]} columns and no header; an address list has image id and url")
+        raise ValueError(
+            f"{path}: {table.shape[1]} columns and no header; an address list has image id and url"
+        )
     table = table.set_axis(["id", "url"], axis=1)
     if table.empty:
         raise ValueError(f"{path} lists no address")
@@ -111,7 +115,16 @@ def environment() -> Path:
         if (folder / "ready").is_file():
             return python
         print(f"geoclip: installing {IMG2DATASET} into {folder} (once)", file=sys.stderr)
-        pip = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", IMG2DATASET, "setuptools<81"]
+        pip = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            IMG2DATASET,
+            "setuptools<81",
+        ]
         try:
             venv.create(folder, clear=True, with_pip=True)
             subprocess.run(pip, capture_output=True, text=True, check=True)
@@ -173,7 +186,9 @@ def download(
                 )
     reasons = pd.read_csv(out / UNAVAILABLE)["reason"].value_counts().sort_index()
     reasons = reasons.sort_values(ascending=False, kind="stable")
-    return Downloaded(len(listed), sum(count["successes"] for count in counts), reasons.to_dict(), shards, out)
+    return Downloaded(
+        len(listed), sum(count["successes"] for count in counts), reasons.to_dict(), shards, out
+    )
 
 
 def claim(out: Path, listed: pd.DataFrame, photos_a_shard: int) -> None:

@@ -30,8 +30,8 @@ from threadpoolctl import threadpool_limits
 
 from geoclip import earth, paths
 from geoclip.datasets import nus_wide
+from geoclip.datasets.geography import Task
 from geoclip.datasets.nus_wide import NusWide
-from geoclip.datasets.real_geography import Task
 
 Measure = Literal["accuracy", "r2"]
 JOBS = 2  # seeds at a time; each holds its own scaled copy of the training rows
@@ -217,7 +217,9 @@ class _Sums:
         return weights, self.y - self.x @ weights
 
 
-def hidden_layer(measure: Measure | Literal["labels"], config: HiddenLayerConfig | None = None, seed: int = 0):
+def hidden_layer(
+    measure: Measure | Literal["labels"], config: HiddenLayerConfig | None = None, seed: int = 0
+):
     """A probe with one hidden layer of ReLU, to fit and to predict with; "labels": several of {0, 1} at once."""
     config = config or HiddenLayerConfig()
     options = {
@@ -377,7 +379,9 @@ def difference(rows: pd.DataFrame, one: str, other: str, by: list[str]) -> pd.Da
 def readable(summary: pd.DataFrame, rows: list[str], columns: list[str]) -> pd.DataFrame:
     """A summary laid out for reading: "84.6 (82.0–87.1)", accuracy in percent to 0.1, R² to 0.01."""
     text = [
-        f"{s:.1f} ({low:.1f} to {high:.1f})" if measure == "accuracy" else f"{s:.2f} ({low:.2f} to {high:.2f})"
+        f"{s:.1f} ({low:.1f} to {high:.1f})"
+        if measure == "accuracy"
+        else f"{s:.2f} ({low:.2f} to {high:.2f})"
         for measure, s, low, high in summary[["measure", "score", "low", "high"]].itertuples(index=False)
     ]
     text = [line.split(" (nan")[0] for line in text]
@@ -453,7 +457,9 @@ def mean_average_precision(labels: np.ndarray, scores: np.ndarray) -> dict[str, 
     """
     seen = labels.any(0)
     if not seen.any():
-        raise ValueError(f"none of the {labels.shape[1]} concepts has a positive image; nothing can be scored")
+        raise ValueError(
+            f"none of the {labels.shape[1]} concepts has a positive image; nothing can be scored"
+        )
     labels, scores = labels[:, seen], scores[:, seen]
     return {
         "map_macro": float(average_precision_score(labels, scores, average="macro")),
@@ -495,7 +501,9 @@ def probe_labels(
     inputs = {"GPS": embed(embedding, data.latlon)}
     if visual is not None:
         if len(visual) != len(data.table):
-            raise ValueError(f"{len(visual)} visual features but {len(data.table)} photos; they must be the same")
+            raise ValueError(
+                f"{len(visual)} visual features but {len(data.table)} photos; they must be the same"
+            )
         inputs |= {"visual": visual, "GPS + visual": np.concatenate([inputs["GPS"], visual], 1)}
     train, test = data.rows("train"), data.rows("test")
     rows = []
@@ -506,7 +514,9 @@ def probe_labels(
     return pd.DataFrame(rows)
 
 
-def nus_wide_table(embedding: Callable, config: HiddenLayerConfig | None = None, seed: int = 0) -> pd.DataFrame:
+def nus_wide_table(
+    embedding: Callable, config: HiddenLayerConfig | None = None, seed: int = 0
+) -> pd.DataFrame:
     """The published mAP on geo-tagged NUS-WIDE and ours beside, as far as the user has brought the data.
 
     Columns input, published_map, map_macro, map_micro, n_train, n_test, status; without the data, ours are NaN and
@@ -525,7 +535,9 @@ def nus_wide_table(embedding: Callable, config: HiddenLayerConfig | None = None,
     ours = probe_labels(data, embedding, visual, config, seed).set_index("input")
     table = table.join(ours[["map_macro", "map_micro", "n_train", "n_test"]])
     missing = f"needs visual features: `python -m geoclip embed` to {features}"
-    table["status"] = np.where(table["map_macro"].isna(), missing, "; ".join(data.notes) or "the published subset")
+    table["status"] = np.where(
+        table["map_macro"].isna(), missing, "; ".join(data.notes) or "the published subset"
+    )
     return table.reset_index()
 
 

@@ -1,0 +1,1 @@
+"""Running and accepting the notebooks, and reporting their results."""

@@ -1,0 +1,1 @@
+"""What the notebooks ask: ablations, statistics over seeds, figures, probes."""

@@ -1,0 +1,1 @@
+"""Training runs: configuration, data, Lightning module, runs."""
