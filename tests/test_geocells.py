@@ -15,7 +15,7 @@ from geoclip.baselines import geocells, labels, samples
 from geoclip.baselines.geocells import LEVELS, GeocellsConfig
 from geoclip.baselines.partition import Partition
 from geoclip.baselines.towers import Pixels, Tower
-from geoclip.datasets import blue_marble, places365
+from geoclip.datasets import benchmarks, blue_marble
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.training import runs
@@ -252,7 +252,7 @@ def test_ceilings_of_the_published_partitions_on_im2gps3k(geoclip_data, file, ce
     if not path.is_file():
         pytest.skip(f"GEOCLIP_DATA holds no cells/{file}: bring the published partition to check its ceiling")
     places = Partition.read(path)
-    truth = places365.read(geoclip_data / "benchmarks" / "im2gps3k_places365.csv").latlon
+    truth = benchmarks.read_places365(geoclip_data / "benchmarks" / "im2gps3k_places365.csv").latlon
     found = evaluation.summarize(evaluation.ceiling(torch.from_numpy(truth), torch.from_numpy(places.latlon)))
     assert len(places) == cells
     assert [found[f"acc_{km}km"] for km in (1, 25, 200)] == pytest.approx(expected, abs=0.05)

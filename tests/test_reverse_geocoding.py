@@ -1,4 +1,4 @@
-"""The nearest town: right across the date line, at the poles and far out at sea."""
+"""The nearest town: correct across ±180°, at the poles and far out at sea."""
 
 import numpy as np
 import torch
@@ -26,6 +26,13 @@ def test_the_town_is_the_nearest_of_all_by_brute_force():
     there = torch.from_numpy(towns[["lat", "lon"]].to_numpy(np.float64, copy=True))
     brute = torch.stack([earth.haversine_km(place, there).min() for place in places])
     np.testing.assert_allclose(nearest_town(places)["town_km"], brute, rtol=1e-9)
+
+
+def test_states_across_the_date_line_and_beside_each_other():
+    # Both sides of ±180° belong to Northern Fiji; in degrees, the eastern side is closest to the Americas.
+    found = nearest_town([[-16.8, 179.99], [-16.8, -179.99], [48.137, 11.575], [40.71, -74.006]], states=True)
+    assert found["state"].tolist() == ["Northern, FJ", "Northern, FJ", "Bavaria, DE", "New York, US"]
+    assert "state" not in nearest_town([[0, 0]])
 
 
 def test_across_the_date_line():

