@@ -1,12 +1,23 @@
 # GeoCLIP, reproduced. `make help` lists the targets; PYTHON=python3.12 chooses the Python that .venv is made of.
 SHELL := /bin/bash
 PYTHON ?= python3
-# Where the environment is made, and where caches go (GEOCLIP_CACHE, GEOCLIP_RESULTS, GEOCLIP_DATA: see the README).
-VENV ?= .venv
+# The environment: VENV if given, else .venv if it exists, else the active conda environment (but base), else .venv.
+CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
+VENV ?= $(or $(wildcard .venv),$(CONDA),.venv)
 BIN := $(VENV)/bin/python
-READY := $(VENV)/ready
+READY := $(VENV)/geoclip-ready
 
-# The same outputs wherever it runs: nothing from the user's own Python folders, the same hashes each time.
+# Relative paths in GEOCLIP_* become absolute: notebooks run in another folder.
+absolute = $(shell case '$($(1))' in (/*) echo '$($(1))';; (*) echo '$(CURDIR)/$($(1))';; esac)
+$(foreach name,GEOCLIP_DATA GEOCLIP_CACHE GEOCLIP_RESULTS GEOCLIP_FIGURES,$(if $($(name)),\
+  $(eval override $(name) := $(call absolute,$(name)))$(eval export $(name))))
+ifneq ($(GEOCLIP_DATA),)
+ifeq ($(shell test -d '$(GEOCLIP_DATA)' && echo yes),)
+$(error GEOCLIP_DATA names $(GEOCLIP_DATA), which is not a folder; correct or unset it)
+endif
+endif
+
+# The same results everywhere: no packages from the user's own Python folders, the same hashes each time.
 export PYTHONHASHSEED := 0
 export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
@@ -15,31 +26,34 @@ unexport PYTHONPATH PYTHONHOME
 .PHONY: help reproduce test lab bench accept lint setup python weights
 .DELETE_ON_ERROR:
 
-help:  ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## */  make \1|/' | column -t -s '|'
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## *(.*)/\1|\2/p' Makefile | \
+	  while IFS='|' read -r name text; do printf '  make %-11s %s\n' "$$name" "$$text"; done
 
 reproduce: weights  ## run all notebooks, write figures/ and data/results/, print the results (ONLY="03 04", PROFILE=paper)
 	@$(BIN) -m geoclip reproduce $(if $(ONLY),--only $(ONLY)) $(if $(PROFILE),--profile $(PROFILE))
 
-test: weights  ## pytest over the package, then nbval over all notebooks
-	$(BIN) -m pytest tests
+test: weights  ## run all tests, then compare all notebooks with their committed outputs
+	$(BIN) -m pytest tests -m ""
 	$(BIN) -m pytest --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 1200 \
 	  --nbval-kernel-startup-timeout 180 --nbval-current-env -W default
 
 lab: weights  ## open JupyterLab on the first notebook
 	$(BIN) -m jupyterlab notebooks/00_where_is_this.ipynb
 
-bench: weights  ## measure ours against the authors' package (minutes); table in data/results/11_bench.csv
+bench: weights  ## measure speed beside the authors' package (minutes); the table is data/results/11_bench.csv
 	$(BIN) -m geoclip bench
 
-accept: weights  ## make what notebook NB finds the expectation: make accept NB=04
+accept: weights  ## make the results of notebook NB the expected ones: make accept NB=04
 	@test -n "$(NB)" || { echo 'make accept needs the number of a notebook: make accept NB=04' >&2; exit 2; }
 	@$(BIN) -m geoclip accept $(NB)
 
-lint: setup  ## ruff over code and notebooks
+lint: setup  ## check style and types: ruff over code and notebooks, mypy over the core
 	$(BIN) -m ruff check .
+	$(BIN) -m ruff format --check .
+	$(BIN) -m mypy
 
-setup: $(READY)  ## make .venv and install; again only when pyproject.toml or constraints.txt changed
+setup: $(READY)  ## make the environment and install; again only if pyproject.toml or constraints.txt changed
 
 python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -54,4 +68,4 @@ $(READY): pyproject.toml constraints.txt | python
 	@touch $@
 
 weights: $(READY)
-	@$(BIN) -c 'from geoclip import weights; weights.authors_wheel()'
+	@$(BIN) -c 'from geoclip import pretrained; pretrained.authors_wheel()'

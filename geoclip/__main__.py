@@ -1,17 +1,31 @@
-"""The command line: `python -m geoclip COMMAND …`. Each command is one module of geoclip.commands."""
+"""The command line, `python -m geoclip COMMAND …` or `geoclip-reproduced COMMAND …`: one module of geoclip.commands each.
+
+The package that the paper's authors publish is also imported as `geoclip`. Only one of the two can be imported in an
+environment; the command `geoclip-reproduced` always is this project's.
+"""
 
 import ast
+import contextlib
 import importlib
 import importlib.resources
 import os
+import shlex
+import signal
 import sys
+import traceback
+from pathlib import Path
+
+USAGE = """usage: python -m geoclip COMMAND [options]     (or: geoclip-reproduced COMMAND [options])
+
+COMMAND --help lists the options of a command. Exit status: 0 success, 1 some items failed, 2 nothing could be done,
+130 interrupted, 143 terminated. GEOCLIP_TRACEBACK=1 shows where an error comes from.
+"""
 
 
 def commands() -> dict[str, str]:
-    """Command name → first line of its module's docstring, read without importing it (torch takes seconds)."""
-    folder = importlib.resources.files("geoclip.commands")
+    """Map each command to the first line of its module's docstring, without importing the module."""
     found = {}
-    for file in sorted(folder.iterdir(), key=lambda file: file.name):
+    for file in sorted(importlib.resources.files("geoclip.commands").iterdir(), key=lambda file: file.name):
         if file.name.endswith(".py") and file.name != "__init__.py":
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
             found[file.name.removesuffix(".py")] = text.partition("\n")[0]
@@ -19,28 +33,55 @@ def commands() -> dict[str, str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; returns its exit status: 0 all well, 1 some items failed, 2 nothing could be done."""
+    """Run one command and return its exit status; errors are printed in a line, not as a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
     known = commands()
     if not arguments or arguments[0] in ("-h", "--help"):
-        print("usage: python -m geoclip COMMAND [options]     (COMMAND --help lists its options)\n")
+        print(USAGE)
         print("\n".join(f"  {name:<12}{line}" for name, line in known.items()))
         return 0
     name, *rest = arguments
     if name not in known:
-        print(f"geoclip: error: no command {name!r}; there are {', '.join(known)}", file=sys.stderr)
+        print(f"geoclip: error: no command {name!r}; choose from {', '.join(known)}", file=sys.stderr)
         return 2
-    command = importlib.import_module(f"geoclip.commands.{name}")
-    options = command.parser().parse_args(rest)
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        return command.run(options) or 0
-    except (ValueError, OSError, ImportError) as error:
+        from geoclip import paths
+
+        paths.make_variables_absolute()
+        command = importlib.import_module(f"geoclip.commands.{name}")
+        options = command.parser().parse_args(rest)
+        paths.geoclip_data()  # raises if the folder is missing, before any work is done
+        status = command.run(options) or 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has enough
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("geoclip: interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
         if os.environ.get("GEOCLIP_TRACEBACK"):
             raise
-        print(f"geoclip: error: {error}", file=sys.stderr)
+        print(f"geoclip: error: {_describe(error, arguments)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+
+
+def _terminate(signum, frame):
+    sys.exit(128 + signum)  # as an exception, so that temporary files and child processes are cleaned up
+
+
+def _describe(error: Exception, arguments: list[str]) -> str:
+    """The message of `error`, and the command if a library raised it: a library does not know our options."""
+    if isinstance(error, FileNotFoundError | PermissionError | ImportError):
+        return str(error)
+    innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+    if innermost.is_relative_to(Path(__file__).resolve().parent) and isinstance(error, ValueError | OSError):
+        return str(error)
+    what = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return f"{what}\n  while running: {shlex.join(arguments)}   (GEOCLIP_TRACEBACK=1 shows where)"
 
 
 if __name__ == "__main__":

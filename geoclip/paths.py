@@ -1,69 +1,109 @@
-"""Where things lie: the repository's folders, the cache, and writing without leaving half a file behind."""
+"""Folders of the project, and writing files so that an interruption leaves no half-written one.
+
+In a checkout everything lies below its root. An installed package carries the map outlines, published tables and
+profiles inside itself, caches in the user's cache folder and writes results to ./geoclip_results.
+"""
 
 import contextlib
+import errno
+import glob
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+VARIABLES = ("GEOCLIP_CACHE", "GEOCLIP_DATA", "GEOCLIP_FIGURES", "GEOCLIP_RESULTS")
+
+_PACKAGE = Path(__file__).resolve().parent
+CHECKOUT = (_PACKAGE.parent / "pyproject.toml").is_file()
+ROOT = _PACKAGE.parent if CHECKOUT else _PACKAGE  # the wheel keeps data/ and notebooks/ below the package
+
+
+def _user_cache() -> Path:
+    import platformdirs
+
+    return platformdirs.user_cache_path("geoclip-reproduced")
+
+
+def _folder(variable: str, default: Path) -> Path:
+    return Path(os.environ.get(variable) or default).expanduser().absolute()
+
+
 DATA = ROOT / "data"
-# The cache may be put on another disk; everything in it can be made again.
-CACHE = Path(os.environ.get("GEOCLIP_CACHE", DATA / "cache"))
-RAW = DATA / "raw"
-RESULTS = Path(os.environ.get("GEOCLIP_RESULTS", DATA / "results"))
+CACHE = _folder("GEOCLIP_CACHE", DATA / "cache" if CHECKOUT else _user_cache())  # safe to delete
+RESULTS = _folder("GEOCLIP_RESULTS", DATA / "results" if CHECKOUT else Path("geoclip_results"))
+FIGURES = _folder("GEOCLIP_FIGURES", ROOT / "figures" if CHECKOUT else RESULTS / "figures")
 EXPECTED = DATA / "expected"
 PAPER = DATA / "paper"
 NATURAL_EARTH = DATA / "natural_earth"
-FIGURES = Path(os.environ.get("GEOCLIP_FIGURES", ROOT / "figures"))
 NOTEBOOKS = ROOT / "notebooks"
 
 
-def geoclip_data() -> Path | None:
-    """The folder of benchmark data that the user brings, from the environment variable GEOCLIP_DATA.
+def make_variables_absolute() -> None:
+    """Make the paths in GEOCLIP_* absolute, so that processes started in other folders read the same ones."""
+    for name in VARIABLES:
+        if os.environ.get(name):
+            os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
 
-    Returns None where the variable is not set. Raises FileNotFoundError where it names no folder.
+
+def geoclip_data() -> Path | None:
+    """Return the folder of benchmark data that the environment variable GEOCLIP_DATA names, or None if it is unset.
+
+    Raises FileNotFoundError if it names something that is not a folder.
     """
     name = os.environ.get("GEOCLIP_DATA")
     if not name:
         return None
-    folder = Path(name).expanduser().resolve()
+    folder = Path(name).expanduser().absolute()
     if not folder.is_dir():
         raise FileNotFoundError(f"GEOCLIP_DATA names {folder}, which is not a folder; correct or unset it")
     return folder
 
 
 def make_folder(folder: Path) -> Path:
-    """`folder`, made where it does not exist; PermissionError says which folder may not be written."""
+    """Create `folder` if needed and return it. Raises PermissionError with the folder's name and the remedy."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except PermissionError as error:
         raise PermissionError(
-            f"{folder} may not be written; give yourself permission, or set GEOCLIP_CACHE (caches) or "
-            f"GEOCLIP_RESULTS (results) to a folder that may"
+            f"no permission to write to {folder}: change its permissions, or set GEOCLIP_CACHE (caches) or "
+            "GEOCLIP_RESULTS (results) to a folder you can write to"
         ) from error
     return folder
 
 
 @contextlib.contextmanager
 def atomic(path: Path | str) -> Iterator[Path]:
-    """A temporary file beside `path`, moved over it when the block ends well and removed when it does not.
+    """Yield a temporary file beside `path`; it replaces `path` if the block succeeds and is removed if not.
 
-    Raises PermissionError that names the folder where it may not be written.
+    Raises OSError with the name of `path` if it cannot be written (no permission, disk full). Temporary files for
+    `path` that a killed process left more than an hour ago are removed.
     """
     path = Path(path)
     make_folder(path.parent)
+    for left in path.parent.glob(f".{glob.escape(path.stem)}.????????{glob.escape(path.suffix)}"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                left.unlink()
+    temporary = None
     try:
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
-    except PermissionError as error:
-        raise PermissionError(f"{path.parent} may not be written: {path.name} was not saved") from error
-    os.close(handle)
-    temporary = Path(name)
-    try:
+        temporary = Path(name)
+        os.close(handle)
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp makes files private; results are not
+        temporary.chmod(0o666 & ~umask)  # mkstemp creates private files
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())  # else a crash of the machine may leave the new name with empty contents
         os.replace(temporary, path)
+    except OSError as error:
+        ours = Path(error.filename or "").name.startswith(f".{path.stem}.")
+        full = error.filename is None and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        if ours or full:
+            raise OSError(error.errno, f"cannot be saved ({error.strerror})", str(path)) from error
+        raise
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary:
+            temporary.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What all tests share: shapes checked at run time, few threads, and the benchmark data of a user."""
+"""Shared by all tests: shapes checked at run time, few threads, and the user's benchmark data."""
 
 import os
 from pathlib import Path
@@ -6,17 +6,33 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
-# Before torch and numpy are imported: more threads than this only slow small tensors down.
+# Set before torch and numpy are imported: more threads only slow small tensors down.
 os.environ.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
 os.environ["MPLBACKEND"] = "agg"
 
-# Annotated shapes and types are checked here, and cost a user nothing. To be set before geoclip is imported.
+# Annotated shapes and types are checked in the tests only. Set before geoclip is imported.
 install_import_hook("geoclip", "typechecker.checked")
+
+
+def pytest_configure():
+    from geoclip import paths
+
+    try:
+        paths.make_variables_absolute()
+        paths.geoclip_data()
+    except FileNotFoundError as error:
+        raise pytest.UsageError(str(error)) from error
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if "geoclip_data" in getattr(item, "fixturenames", ()):
+            item.add_marker("data")
 
 
 @pytest.fixture(scope="session")
 def geoclip_data() -> Path:
-    """The folder that GEOCLIP_DATA names; a test that needs it is skipped where it is not set."""
+    """The folder that GEOCLIP_DATA names; tests that use it are marked `data`, and skipped if it is not set."""
     from geoclip import paths
 
     folder = paths.geoclip_data()

@@ -1,1 +1,1 @@
-"""One module a subcommand of `python -m geoclip`: parser() and run(options)."""
+"""The commands of `python -m geoclip`, one module each with `parser()` and `run(options)`."""

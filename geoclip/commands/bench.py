@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 def parser() -> ArgumentParser:
     """The options of `python -m geoclip bench`."""
     parser = ArgumentParser(prog="python -m geoclip bench", description=__doc__)
-    parser.add_argument("--device", type=str, default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what to measure")
     parser.add_argument(
         "--sizes", type=str | None, default=None, help="cpu, gpu or tiny; default by the device"
     )

@@ -41,7 +41,12 @@ def parser() -> ArgumentParser:
         "--workers", type=int | None, default=None, help="decoding processes, default one a core"
     )
     parser.add_argument("--devices", type=int, default=1, help="processes on this machine, each with a GPU")
-    parser.add_argument("--precision", type=str, default="auto", choices=["auto", "fp32", "bf16"])
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=["auto", "fp32", "bf16"],
+        help="arithmetic of the tower; auto: the fastest that this machine computes well",
+    )
     parser.add_argument(
         "--compile", type=bool, default=False, help="torch.compile the tower (a minute at the start)"
     )
