@@ -15,6 +15,8 @@ import sys
 import traceback
 from pathlib import Path
 
+from geoclip import paths
+
 USAGE = """usage: python -m geoclip COMMAND [options]     (or: geoclip-reproduced COMMAND [options])
 
 COMMAND --help lists the options of a command. Exit status: 0 success, 1 some items failed, 2 nothing could be done,
@@ -35,24 +37,9 @@ def commands() -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; errors are printed in a line, not as a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    known = commands()
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(USAGE)
-        print("\n".join(f"  {name:<12}{line}" for name, line in known.items()))
-        return 0
-    name, *rest = arguments
-    if name not in known:
-        print(f"geoclip: error: no command {name!r}; choose from {', '.join(known)}", file=sys.stderr)
-        return 2
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        from geoclip import paths
-
-        paths.make_variables_absolute()
-        command = importlib.import_module(f"geoclip.commands.{name}")
-        options = command.parser().parse_args(rest)
-        paths.geoclip_data()  # raises if the folder is missing, before any work is done
-        status = command.run(options) or 0
+        status = _run(arguments)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # the reader, such as `head`, has enough
@@ -69,12 +56,30 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
 
 
+def _run(arguments: list[str]) -> int:
+    known = commands()
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        print("\n".join(f"  {name:<12}{line}" for name, line in known.items()))
+        return 0
+    name, *rest = arguments
+    if name not in known:
+        raise ValueError(f"no command {name!r}; choose from {', '.join(known)}")
+    paths.make_variables_absolute()
+    command = importlib.import_module(f"geoclip.commands.{name}")
+    options = command.parser().parse_args(rest)
+    paths.geoclip_data()  # raises if the folder is missing, before any work is done
+    return command.run(options) or 0
+
+
 def _terminate(signum, frame):
     sys.exit(128 + signum)  # as an exception, so that temporary files and child processes are cleaned up
 
 
 def _describe(error: Exception, arguments: list[str]) -> str:
     """The message of `error`, and the command if a library raised it: a library does not know our options."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{os.fsdecode(error.filename)}: {error.strerror}"
     if isinstance(error, FileNotFoundError | PermissionError | ImportError):
         return str(error)
     innermost = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()

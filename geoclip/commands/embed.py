@@ -58,8 +58,7 @@ def run(options) -> int:
     """Embed, or start one process a device; says what was embedded, found, unreadable and failed."""
     if options.devices > 1:
         return _launch(options, sys.argv[sys.argv.index("embed") :])
-    import os
-
+    import joblib
     import torch
 
     from geoclip.datasets import features
@@ -82,7 +81,7 @@ def run(options) -> int:
         encoder.to(f"cuda:{local_rank}")
     workers = options.workers
     if workers is None:
-        workers = max(1, len(os.sched_getaffinity(0)) // max(1, torch.cuda.device_count()))
+        workers = max(1, joblib.cpu_count() // max(1, torch.cuda.device_count()))
     number = 10 if options.ten_crop else options.views
     report = features.embed(
         source, encoder, options.out, Views(number=number, seed=options.seed, ten_crop=options.ten_crop),

@@ -1,7 +1,6 @@
 """Score a model on a benchmark, on a CSV of your own photos, or on the embedded tiles."""
 
 import hashlib
-import os
 import re
 from pathlib import Path
 
@@ -203,11 +202,12 @@ def sample(places, size: int, seed: int):
 
 def workers(options) -> int:
     """Processes that open photos: on a CPU the tower needs the cores itself."""
+    import joblib
     import torch
 
     if options.workers is not None:
         return options.workers
-    return len(os.sched_getaffinity(0)) if torch.cuda.is_available() else 0
+    return joblib.cpu_count() if torch.cuda.is_available() else 0
 
 
 def data_hash(options) -> str:
