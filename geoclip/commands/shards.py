@@ -1,64 +1,61 @@
-"""Download photos known by address (MP-16's list of URLs) into tar shards, with img2dataset."""
+"""Download photos known by URL (such as MP-16's list) into tar shards, ready to embed."""
 
 from jsonargparse import ArgumentParser
 
 EPILOG = """
-URLS is a CSV of `image id, url`; PLACES, such as mp16_places365.csv, gives the images their coordinates by the
-same ids. Given again, the command goes on at the first shard that is not whole. Links that are dead are listed
-in OUT/unavailable.csv with the reason, and the exit status is then 1. The shards are embedded as they are:
-python -m geoclip embed 'OUT/{00000..00472}.tar' --out FEATURES. On a cluster: img2dataset --distributor pyspark
-or ray with the list OUT/list.jsonl.
+URLS is a CSV of `image id, url`; PLACES, such as mp16_places365.csv, gives the coordinates by the same ids. Rerun the
+command to resume from the first incomplete shard. Failed links are listed with the reason in OUT/unavailable.csv, and
+the exit status is then 1. Embed the shards as they are: python -m geoclip embed 'OUT/{00000..00472}.tar' --out
+FEATURES. Under torchrun or SLURM, every process downloads its own shards.
 """
 
 
 def parser() -> ArgumentParser:
     """The options."""
     parser = ArgumentParser(prog="python -m geoclip shards", description=__doc__, epilog=EPILOG)
-    parser.add_argument("urls", type=str, help="CSV of image id and url, with a header or without")
+    parser.add_argument("urls", type=str, help="CSV of image id and URL, with or without a header")
     parser.add_argument("--places", type=str, required=True, help="CSV with the places of these images")
     parser.add_argument(
         "--out", type=str, required=True, help="folder of the shards; an unfinished one is completed"
     )
-    parser.add_argument("--shard-size", type=int, default=10_000, help="addresses a shard")
+    parser.add_argument("--shard-size", type=int, default=10_000, help="URLs per shard")
+    parser.add_argument("--processes", type=int, default=1, help="processes, each with its own shard")
+    parser.add_argument("--threads", type=int, default=64, help="simultaneous downloads per process")
+    parser.add_argument("--timeout", type=float, default=30, help="seconds per photo, redirects included")
+    parser.add_argument("--max-mb", type=float, default=50, help="megabytes per photo")
+    parser.add_argument("--retries", type=int, default=2, help="further attempts after a temporary failure")
     parser.add_argument(
-        "--processes", type=int, default=1, help="processes that download, each its own shard"
-    )
-    parser.add_argument("--threads", type=int, default=64, help="downloads at a time of each process")
-    parser.add_argument("--timeout", type=int, default=10, help="seconds to wait for an answer")
-    parser.add_argument("--retries", type=int, default=2, help="more tries of an address that failed")
-    parser.add_argument(
-        "--python",
-        type=str | None,
-        default=None,
-        help="a Python that has img2dataset; default: installed at first use",
+        "--allow-private",
+        action="store_true",
+        help="also contact private and loopback addresses, and use the environment's proxy",
     )
     return parser
 
 
 def run(options) -> int:
-    """Download, and say how many photos came and why the others did not; 1 where some did not."""
-    from geoclip.datasets import benchmarks, shards
+    """Downloads, and reports how many photos were saved and why the others were not; 1 if any failed."""
+    for option, least in (("shard_size", 1), ("processes", 1), ("threads", 1), ("retries", 0)):
+        if getattr(options, option) < least:
+            raise ValueError(f"--{option.replace('_', '-')} must be at least {least}")
+    for option in ("timeout", "max_mb"):
+        if not getattr(options, option) > 0:
+            raise ValueError(f"--{option.replace('_', '-')} must be greater than 0")
 
-    if (
-        min(options.shard_size, options.processes, options.threads, options.timeout) < 1
-        or options.retries < 0
-    ):
-        raise ValueError(
-            "--shard-size, --processes, --threads and --timeout must be at least 1, --retries at least 0"
-        )
+    from geoclip.datasets import benchmarks, features, shards
+
     urls = shards.read_urls(options.urls)
     listed = shards.join_places(urls, benchmarks.read_csv(options.places).table)
     if len(listed) < len(urls):
-        print(
-            f"{len(urls) - len(listed):,} of {len(urls):,} addresses are left out: {options.places} has no place for them"
-        )
-    done = shards.download(
-        listed, options.out, options.shard_size, options.processes, options.threads, options.timeout, options.retries,
-        options.python,
-    )  # fmt: skip
+        left = len(urls) - len(listed)
+        print(f"{left:,} of {len(urls):,} URLs are skipped: {options.places} has no place for them")
+    limits = shards.Limits(
+        options.threads, options.timeout, options.max_mb, options.retries, options.allow_private
+    )
+    rank, world, _ = features.rank_and_world()
+    done = shards.download(listed, options.out, options.shard_size, options.processes, limits, rank, world)
     print(f"{done.photos:,} of {done.listed:,} photos in {done.pattern}")
     for reason, count in done.failed.items():
         print(f"  {count:,} failed: {reason}")
     if done.failed:
-        print(f"all of them are in {done.folder / shards.UNAVAILABLE}")
-    return 1 if done.failed else 0
+        print(f"all failures are listed in {done.folder / shards.UNAVAILABLE}")
+    return 1 if done.failed and world == 1 else 0

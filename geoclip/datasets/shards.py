@@ -1,41 +1,66 @@
-"""Photos that are known by address: a list of addresses becomes webdataset tar shards, downloaded by img2dataset.
+"""Downloads photos known by URL (image id, url) into webdataset tar shards and lists the links that fail.
 
-img2dataset runs in an environment of its own, since its requirements are many; Spark and Ray stand behind it for
-more than one machine. What can no longer be had is listed with the reason and counted.
+Lists of URLs are not trusted. Only public addresses are contacted, also after redirects and whatever the name server
+answers; each photo has a limit of time and size; and only responses that start like an image file are kept.
 """
 
+import asyncio
+import errno
 import hashlib
+import ipaddress
+import itertools
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
-import venv
+import socket
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import aiohttp
 import pandas as pd
 from filelock import FileLock
 
 from geoclip import paths
 
-IMG2DATASET = "img2dataset==1.47.0"
-LIST, CLAIM, UNAVAILABLE = "list.jsonl", "list.sha256", "unavailable.csv"
+CLAIM, UNAVAILABLE = "list.sha256", "unavailable.csv"
 ID_COLUMNS = ("id", "image_id", "img_id", "img_file")
+# How image files start: offset, bytes, suffix in the tar.
+MAGIC = (
+    (0, b"\xff\xd8\xff", "jpg"),
+    (0, b"\x89PNG\r\n\x1a\n", "png"),
+    (0, b"GIF8", "gif"),
+    (8, b"WEBP", "webp"),
+)
+TEMPORARY = (429, 500, 502, 503, 504)  # answers that another attempt may improve
+LOST = (
+    (TimeoutError, "timed out"),
+    (aiohttp.ClientPayloadError, "the connection was lost before the whole photo had arrived"),
+    (aiohttp.ClientConnectorDNSError, "the host name cannot be resolved"),
+    (aiohttp.ClientConnectorError, "the server cannot be reached"),
+)
 
-# Runs in img2dataset's environment, which reads its parquet files.
-FAILED = """
-import glob, sys
-import pandas as pd
-parts = [pd.read_parquet(path) for path in sorted(glob.glob(sys.argv[1] + "/*.parquet"))]
-table = pd.concat(parts, ignore_index=True).sort_values("key")
-bad = table[table["status"] != "success"]
-bad[["id", "url", "error_message"]].rename(columns={"error_message": "reason"}).to_csv(sys.argv[2], index=False)
-"""
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds on the downloads of one process.
+
+    connections: simultaneous downloads. seconds, megabytes: at most, per photo, redirects included. retries: further
+    attempts after a timeout, a lost connection or a server error. allow_private: also contact loopback and private
+    addresses, and use the proxy that the environment names.
+    """
+
+    connections: int = 64
+    seconds: float = 30
+    megabytes: float = 50
+    retries: int = 2
+    allow_private: bool = False
 
 
 @dataclass(frozen=True)
 class Downloaded:
-    """What became of a list: addresses in it, photos in the shards, and how many failed for which reason."""
+    """The outcome: URLs listed, photos saved, number of failures by reason, number of shards, their folder."""
 
     listed: int
     photos: int
@@ -45,41 +70,38 @@ class Downloaded:
 
     @property
     def pattern(self) -> str:
-        """The shards as `python -m geoclip embed` takes them."""
+        """The shards as `python -m geoclip embed` expects them."""
         return f"{self.folder}/{{{0:05d}..{self.shards - 1:05d}}}.tar"
 
 
 def read_urls(path: Path | str) -> pd.DataFrame:
-    """Columns id and url of an address list: a CSV of `image id, url`, with a header or without (MP-16's has none).
+    """Columns id and url of a CSV of `image id, url`, with or without a header (MP-16's list has none).
 
-    Raises ValueError that names file, line and value for a row without an http address or an id that comes twice.
+    Raises ValueError, naming file, line and value, for a row without an http address or a repeated id.
     """
     try:
         table = pd.read_csv(
             path, header=None, dtype=str, keep_default_na=False, skipinitialspace=True, skip_blank_lines=False
         )
-    except (pd.errors.ParserError, pd.errors.EmptyDataError) as error:
-        raise ValueError(f"{path} is no list of addresses: {str(error).strip()}") from error
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a list of URLs: {str(error).strip()}") from error
     first = [name.strip().lower() for name in table.iloc[0]]
-    headed = "url" in first
-    if headed:
+    if "url" in first:
         identity = next((first.index(name) for name in ID_COLUMNS if name in first), None)
         if identity is None:
             raise ValueError(
-                f"{path}: the header {','.join(first)} names no image; it needs one of {', '.join(ID_COLUMNS)}"
+                f"{path}: the header {','.join(first)} has no image id; it needs one of {', '.join(ID_COLUMNS)}"
             )
         table = table.iloc[1:, [identity, first.index("url")]]
     elif table.shape[1] != 2:
-        raise ValueError(
-            f"{path}: {table.shape[1]} columns and no header; an address list has image id and url"
-        )
+        raise ValueError(f"{path}: {table.shape[1]} columns and no header; expected image id and url")
     table = table.set_axis(["id", "url"], axis=1)
     if table.empty:
-        raise ValueError(f"{path} lists no address")
+        raise ValueError(f"{path} contains no URLs")
     for wrong, what in (
-        (~table["url"].str.match(r"https?://\S+$"), "is no http address"),
+        (~table["url"].str.match(r"https?://\S+$"), "is not an http address"),
         (table["id"].str.strip() == "", "has no image id"),
-        (table["id"].duplicated(), "names an image a second time"),
+        (table["id"].duplicated(), "repeats an image id"),
     ):
         if wrong.any():
             row = wrong.idxmax()
@@ -88,55 +110,20 @@ def read_urls(path: Path | str) -> pd.DataFrame:
 
 
 def join_places(urls: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
-    """id, url, LAT, LON of the addresses whose image `places` (columns file, lat, lon) knows, in the list's order.
+    """id, url, LAT, LON of the URLs whose image id is in `places` (columns file, lat, lon), in the list's order.
 
-    Raises ValueError where it knows none, or one of them twice.
+    Raises ValueError if there are none, or if a place is given twice.
     """
     known = places.rename(columns={"file": "id", "lat": "LAT", "lon": "LON"})[["id", "LAT", "LON"]]
     known = known[known["id"].isin(urls["id"])]
     if twice := known.loc[known["id"].duplicated(), "id"].tolist():
-        raise ValueError(f"the places name {twice[0]} twice")
+        raise ValueError(f"the places list {twice[0]} twice")
     if known.empty:
         raise ValueError(
-            f"not one of the {len(urls):,} addresses has a place: the list has ids such as {urls['id'].iloc[0]!r}, "
-            f"the places {places['file'].iloc[0]!r}"
+            f"none of the {len(urls):,} URLs has a place: the list has ids such as {urls['id'].iloc[0]!r}, the "
+            f"places {places['file'].iloc[0]!r}"
         )
     return urls.merge(known, on="id")
-
-
-def environment() -> Path:
-    """The Python of img2dataset's own environment in the cache, made at first use.
-
-    Raises OSError that says what to do where it cannot be installed.
-    """
-    folder = paths.make_folder(paths.CACHE) / "img2dataset"
-    python = folder / "bin" / "python"
-    with FileLock(folder.with_suffix(".lock")):
-        if (folder / "ready").is_file():
-            return python
-        print(f"geoclip: installing {IMG2DATASET} into {folder} (once)", file=sys.stderr)
-        pip = [
-            python,
-            "-m",
-            "pip",
-            "install",
-            "--quiet",
-            "--disable-pip-version-check",
-            IMG2DATASET,
-            "setuptools<81",
-        ]
-        try:
-            venv.create(folder, clear=True, with_pip=True)
-            subprocess.run(pip, capture_output=True, text=True, check=True)
-        except subprocess.CalledProcessError as error:
-            said = (error.stderr or error.stdout or str(error)).strip()
-            said = said.decode(errors="replace") if isinstance(said, bytes) else said
-            raise OSError(
-                f"{IMG2DATASET} could not be installed ({said.splitlines()[-1]}). Install it where there is a network, "
-                f"and name the Python that has it with --python"
-            ) from error
-        (folder / "ready").touch()
-    return python
 
 
 def download(
@@ -144,71 +131,151 @@ def download(
     out: Path | str,
     photos_a_shard: int = 10_000,
     processes: int = 1,
-    threads: int = 64,
-    timeout: int = 10,
-    retries: int = 2,
-    python: Path | str | None = None,
+    limits: Limits | None = None,
+    rank: int = 0,
+    world: int = 1,
 ) -> Downloaded:
-    """Download id, url, LAT, LON (join_places) into OUT/00000.tar …, going on at the first shard that is not whole.
+    """Downloads the photos of `join_places` into OUT/00000.tar, …; a rerun resumes at the first incomplete shard.
 
-    The photos are kept byte for byte, never re-encoded: a photo that arrives broken is found when it is embedded,
-    not turned into a valid one that is half grey. What has no answer after `retries` more tries is listed with its
-    reason in OUT/unavailable.csv. Raises ValueError where OUT holds the shards of another list or cut, OSError
-    where img2dataset ends in an error.
+    Photos are stored as received, never re-encoded. Failures are listed with the reason in OUT/unavailable.csv. With
+    several machines, this process makes the shards rank, rank + world, …. Raises ValueError if OUT holds the shards of
+    another list, OSError if the disk is full.
     """
     out = paths.make_folder(Path(out).resolve())
-    python = Path(python) if python else environment()
-    with FileLock(out / ".lock"):  # two on one list would write the same shards
+    shards = -(-len(listed) // photos_a_shard)
+    with FileLock(out / f".lock-{rank}"):
         claim(out, listed, photos_a_shard)
-        for path in out.glob("*_stats.json"):  # a shard is whole when its statistics are
-            if statistics(path) is None:
-                path.unlink()
-        settings = {
-            "url_list": out / LIST, "input_format": "jsonl", "output_folder": out, "output_format": "webdataset",
-            "save_additional_columns": json.dumps(["id", "LAT", "LON"]), "disable_all_reencoding": True,
-            "extract_exif": False, "number_sample_per_shard": photos_a_shard, "processes_count": processes,
-            "thread_count": threads, "timeout": timeout, "retries": retries, "incremental_mode": "incremental",
-        }  # fmt: skip
-        arguments = [f"--{name}={value}" for name, value in settings.items()]
-        with (out / "log.txt").open("a") as log:
-            done = subprocess.run(
-                [python, "-m", "img2dataset.main", *arguments], stdout=log, stderr=subprocess.STDOUT, check=False,
-                env=os.environ | {"WANDB_MODE": "disabled", "NO_ALBUMENTATIONS_UPDATE": "1"},
-            )  # fmt: skip
-        shards = -(-len(listed) // photos_a_shard)
-        counts = [count for path in out.glob("*_stats.json") if (count := statistics(path)) is not None]
-        with paths.atomic(out / UNAVAILABLE) as temporary:
-            told = subprocess.run([python, "-c", FAILED, out, temporary], capture_output=True, check=False)
-            if done.returncode or told.returncode or len(counts) < shards:
-                raise OSError(
-                    f"img2dataset ended with {len(counts)} of {shards} shards (see {out / 'log.txt'}); give the same "
-                    f"command again to go on"
-                )
-    reasons = pd.read_csv(out / UNAVAILABLE)["reason"].value_counts().sort_index()
-    reasons = reasons.sort_values(ascending=False, kind="stable")
-    return Downloaded(
-        len(listed), sum(count["successes"] for count in counts), reasons.to_dict(), shards, out
-    )
+        wanted = [part for part in range(rank, shards, world) if statistics(out, part) is None]
+        for left in itertools.chain.from_iterable(out.glob(f".{part:05d}*") for part in wanted):
+            left.unlink()  # temporary files of a killed run
+        cut = [listed[part * photos_a_shard : (part + 1) * photos_a_shard] for part in wanted]
+        jobs = (cut, [out] * len(cut), wanted, [limits or Limits()] * len(cut))
+        if processes == 1:
+            list(map(_download_shard, *jobs))
+        else:
+            with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+                list(pool.map(_download_shard, *jobs))
+    made = [found for part in range(shards) if (found := statistics(out, part)) is not None]
+    failed = pd.DataFrame([row for found in made for row in found["failed"]], columns=["id", "url", "reason"])
+    with paths.atomic(out / UNAVAILABLE) as temporary:
+        failed.to_csv(temporary, index=False)
+    counts = failed["reason"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
+    photos = sum(found["successes"] for found in made)
+    return Downloaded(len(listed), photos, counts.to_dict(), shards, out)
 
 
 def claim(out: Path, listed: pd.DataFrame, photos_a_shard: int) -> None:
-    """Say in `out` what is downloaded there. ValueError where something else is, or was cut otherwise."""
-    text = json.dumps({"photos_a_shard": photos_a_shard}) + "\n"
-    text += listed.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
+    """Records in `out` what is downloaded there; ValueError if it holds another list or another shard size."""
+    rows = listed.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
+    digest = hashlib.sha256(f"{photos_a_shard}\n{rows}".encode()).hexdigest()
     kept = out / CLAIM
-    other = any(out.glob("*.tar")) or any(out.glob("*_stats.json"))
-    if kept.is_file() or other:
-        if not kept.is_file() or kept.read_text() != hashlib.sha256(text.encode()).hexdigest():
-            raise ValueError(f"{out} holds the shards of another list, or cut otherwise; name another folder")
-    with paths.atomic(out / LIST) as temporary:
-        temporary.write_text(text.partition("\n")[2])
+    if kept.read_text() != digest if kept.is_file() else any(out.glob("*.tar")):
+        raise ValueError(f"{out} holds shards of another list or of another size; choose another folder")
     with paths.atomic(kept) as temporary:
-        temporary.write_text(hashlib.sha256(text.encode()).hexdigest())
+        temporary.write_text(digest)
 
 
-def statistics(path: Path) -> dict | None:
-    """What img2dataset says of a shard; None for half a file."""
+def statistics(out: Path, part: int) -> dict | None:
+    """The counts of a shard: {"successes": n, "failed": [[id, url, reason], …]}; None if it is incomplete."""
     try:
-        return json.loads(path.read_text())
-    except ValueError:
+        found = json.loads((out / f"{part:05d}_stats.json").read_text(encoding="utf-8"))
+        return found if (out / f"{part:05d}.tar").is_file() and "failed" in found else None
+    except (OSError, ValueError):
         return None
+
+
+def _download_shard(rows: pd.DataFrame, out: Path, part: int, limits: Limits) -> None:
+    """Writes one tar and then its counts, each by renaming a temporary file."""
+    try:
+        with paths.atomic(out / f"{part:05d}.tar") as temporary, temporary.open("wb") as file:
+            failed = asyncio.run(_fetch_all(rows, file, part, limits))
+            file.flush()
+            os.fsync(file.fileno())
+        counts = {"successes": len(rows) - len(failed), "failed": failed}
+        with paths.atomic(out / f"{part:05d}_stats.json") as temporary:
+            temporary.write_text(json.dumps(counts, ensure_ascii=False), encoding="utf-8")
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = f"the disk is full: shard {part} was not written to {out}; free some space and rerun"
+            raise OSError(error.errno, reason) from error
+        raise
+
+
+async def _fetch_all(rows: pd.DataFrame, file: BinaryIO, part: int, limits: Limits) -> list[list[str]]:
+    """Writes photos to the tar as they arrive; returns [id, url, reason] of the others, in the list's order."""
+    from webdataset import TarWriter
+
+    make_socket = None if limits.allow_private else _public_socket
+    session = aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=limits.connections, socket_factory=make_socket),
+        timeout=aiohttp.ClientTimeout(total=limits.seconds),
+        headers={"User-Agent": "Mozilla/5.0 (compatible; geoclip-reproduced)", "Accept-Encoding": "identity"},
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        trust_env=limits.allow_private,
+    )
+    failed, running, waiting = {}, {}, iter(enumerate(rows.itertuples(index=False)))
+    async with session:
+        with TarWriter(file, mtime=0) as tar:
+            while True:
+                for index, row in itertools.islice(waiting, limits.connections - len(running)):
+                    running[asyncio.create_task(_fetch(session, row.url, limits))] = index, row
+                if not running:
+                    return [failed[index] for index in sorted(failed)]
+                for task in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
+                    (index, row), (body, reason) = running.pop(task), task.result()
+                    if reason:
+                        failed[index] = [row.id, row.url, reason]
+                        continue
+                    about = json.dumps({"id": row.id, "url": row.url, "LAT": row.LAT, "LON": row.LON})
+                    key = f"{part:05d}{index:05d}"
+                    tar.write({"__key__": key, _suffix(body): body, "json": about.encode()})
+
+
+async def _fetch(session: aiohttp.ClientSession, url: str, limits: Limits) -> tuple[bytes, str]:
+    """(the photo, "") or (b"", the reason why there is none)."""
+    reason = ""
+    for attempt in range(limits.retries + 1):
+        await asyncio.sleep(attempt)
+        try:
+            async with session.get(url) as response:
+                if response.status == 200:
+                    return await _body(response, limits.megabytes), ""
+                reason, final = f"HTTP {response.status} {response.reason}", response.status not in TEMPORARY
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            cause = getattr(error, "os_error", error)
+            final = isinstance(cause, PermissionError | ValueError)
+            reason = next((text for kind, text in LOST if isinstance(error, kind)), type(error).__name__)
+            reason = str(cause) if isinstance(cause, PermissionError | _NotAPhoto) else reason
+        if final:
+            break
+    return b"", reason
+
+
+class _NotAPhoto(ValueError):
+    """A response that is not a photo within the limits; another attempt would not help."""
+
+
+async def _body(response: aiohttp.ClientResponse, megabytes: float) -> bytes:
+    body = bytearray()
+    async for chunk in response.content.iter_chunked(1 << 16):
+        body += chunk
+        if len(body) > megabytes * 1e6:
+            raise _NotAPhoto(f"larger than {megabytes:g} MB")
+    if not _suffix(body):
+        raise _NotAPhoto(f"not an image but {response.content_type}" if body else "the response is empty")
+    return bytes(body)
+
+
+def _suffix(body: bytes) -> str:
+    return next((suffix for at, magic, suffix in MAGIC if body[at : at + len(magic)] == magic), "")
+
+
+def _public_socket(address_info: tuple) -> socket.socket:
+    """A socket for one resolved address, called before each connection; PermissionError unless it is public."""
+    family, kind, protocol, _, address = address_info
+    ip = ipaddress.ip_address(address[0].partition("%")[0])
+    ip = getattr(ip, "ipv4_mapped", None) or ip
+    if not ip.is_global or ip.is_multicast:
+        raise PermissionError(f"refused: {ip} is not a public address")
+    return socket.socket(family, kind, protocol)
