@@ -170,7 +170,7 @@ def claim(out: Path, listed: pd.DataFrame, photos_a_shard: int) -> None:
     digest = hashlib.sha256(f"{photos_a_shard}\n{rows}".encode()).hexdigest()
     kept = out / CLAIM
     if kept.read_text() != digest if kept.is_file() else any(out.glob("*.tar")):
-        raise ValueError(f"{out} holds shards of another list or of another size; choose another folder")
+        raise ValueError(f"{out} holds the shards of another list or of another size; choose another folder")
     with paths.atomic(kept) as temporary:
         temporary.write_text(digest)
 
@@ -262,9 +262,10 @@ async def _body(response: aiohttp.ClientResponse, megabytes: float) -> bytes:
         body += chunk
         if len(body) > megabytes * 1e6:
             raise _NotAPhoto(f"larger than {megabytes:g} MB")
-    if not _suffix(body):
-        raise _NotAPhoto(f"not an image but {response.content_type}" if body else "the response is empty")
-    return bytes(body)
+    photo = bytes(body)
+    if not _suffix(photo):
+        raise _NotAPhoto(f"not an image but {response.content_type}" if photo else "the response is empty")
+    return photo
 
 
 def _suffix(body: bytes) -> str:

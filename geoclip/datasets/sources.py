@@ -23,7 +23,7 @@ from geoclip.photos import PhotoError
 PHOTOS_A_PART = 4096
 TILES_A_CHUNK = 256
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-# Where shards keep coordinates: the columns that img2dataset copied into each photo's json.
+# Where tar shards keep coordinates: keys of the json beside each photo.
 LATLON_KEYS = (("LAT", "LON"), ("lat", "lon"), ("latitude", "longitude"))
 # A JPEG is decoded at a half, a quarter or an eighth when its short side stays this many times the tower's.
 DRAFT_MARGIN = 2
