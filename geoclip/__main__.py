@@ -1,7 +1,7 @@
-"""The command line, `python -m geoclip COMMAND …` or `geoclip-reproduced COMMAND …`: one module of geoclip.commands each.
+"""The command line: `python -m geoclip COMMAND …`. Each command is one module of geoclip.commands.
 
-The package that the paper's authors publish is also imported as `geoclip`. Only one of the two can be imported in an
-environment; the command `geoclip-reproduced` always is this project's.
+The paper's authors publish a package that is also imported as `geoclip`, and an environment can hold only one of the
+two. The command `geoclip-reproduced` always runs this one.
 """
 
 import ast
@@ -19,8 +19,9 @@ from geoclip import paths
 
 USAGE = """usage: python -m geoclip COMMAND [options]     (or: geoclip-reproduced COMMAND [options])
 
-COMMAND --help lists the options of a command. Exit status: 0 success, 1 some items failed, 2 nothing could be done,
-130 interrupted, 143 terminated. GEOCLIP_TRACEBACK=1 shows where an error comes from.
+COMMAND --help lists the options of a command. Exit status: 0 success, 1 some items failed, 2 nothing could be
+done, 130 interrupted, 143 terminated. GEOCLIP_TRACEBACK=1 shows where an error comes from. The package of the
+paper's authors is imported as `geoclip` too: `geoclip-reproduced` always runs this one.
 """
 
 

@@ -1,7 +1,7 @@
 """Folders of the project, and writing files so that an interruption leaves no half-written one.
 
-In a checkout everything lies below its root. An installed package carries the map outlines, published tables and
-profiles inside itself, caches in the user's cache folder and writes results to ./geoclip_results.
+In a checkout everything lies below its root. An installed package carries the map outlines, published tables
+and profiles inside itself, caches in the user's cache folder and writes results to ./geoclip_results.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def make_variables_absolute() -> None:
 
 
 def geoclip_data() -> Path | None:
-    """Return the folder of benchmark data that the environment variable GEOCLIP_DATA names, or None if it is unset.
+    """Return the folder of benchmark data named by the environment variable GEOCLIP_DATA, or None if it is unset.
 
     Raises FileNotFoundError if it names something that is not a folder.
     """
@@ -62,7 +62,7 @@ def geoclip_data() -> Path | None:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create `folder` if needed and return it. Raises PermissionError with the folder's name and the remedy."""
+    """Create `folder` if needed and return it. Raises PermissionError that names it and the remedy."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except PermissionError as error:
@@ -77,8 +77,8 @@ def make_folder(folder: Path) -> Path:
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary file beside `path`; it replaces `path` if the block succeeds and is removed if not.
 
-    Raises OSError with the name of `path` if it cannot be written (no permission, disk full). Temporary files for
-    `path` that a killed process left more than an hour ago are removed.
+    Raises OSError with the name of `path` if it cannot be written (no permission, disk full). Temporary files
+    for `path` that a killed process left more than an hour ago are removed.
     """
     path = Path(path)
     make_folder(path.parent)

@@ -32,7 +32,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def geoclip_data() -> Path:
-    """The folder that GEOCLIP_DATA names; tests that use it are marked `data`, and skipped if it is not set."""
+    """The folder that GEOCLIP_DATA names; tests that use it are marked `data`, and skipped without it."""
     from geoclip import paths
 
     folder = paths.geoclip_data()

@@ -142,8 +142,11 @@ def test_an_unknown_command_is_named(capsys):
 
 
 def test_a_reader_that_leaves_is_no_error():
-    code = "import sys; from geoclip import __main__ as m; m.commands = lambda: dict.fromkeys(map(str, range(9**6)), '')\n"
-    code += "sys.exit(m.main(['--help']))"
+    code = (
+        "import sys; from geoclip import __main__ as m\n"
+        "m.commands = lambda: dict.fromkeys(map(str, range(9**6)), '')\n"
+        "sys.exit(m.main(['--help']))"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
