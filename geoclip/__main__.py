@@ -1,7 +1,7 @@
 """The command line: `python -m geoclip COMMAND …`. Each command is one module of geoclip.commands.
 
-The paper's authors publish a package that is also imported as `geoclip`, and an environment can hold only one of the
-two. The command `geoclip-reproduced` always runs this one.
+The paper's authors publish a package that is also imported as `geoclip`, and an environment can hold only
+one of the two. The command `geoclip-reproduced` always runs this one.
 """
 
 import ast

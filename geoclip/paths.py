@@ -48,7 +48,7 @@ def make_variables_absolute() -> None:
 
 
 def geoclip_data() -> Path | None:
-    """Return the folder of benchmark data named by the environment variable GEOCLIP_DATA, or None if it is unset.
+    """Return the folder of benchmark data that GEOCLIP_DATA names, or None if the variable is unset.
 
     Raises FileNotFoundError if it names something that is not a folder.
     """

@@ -1,4 +1,4 @@
-"""The house: one list of dependencies, light imports, commands that exist, published tables with sources."""
+"""The repository: one list of dependencies, light imports, make targets, published tables with sources."""
 
 import csv
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""The type checker of the tests: beartype, for which an int is a float as everywhere else in Python."""
+"""The run-time type checker of the tests: beartype, accepting an int where a float is expected (PEP 484)."""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,4 +1,4 @@
-"""A web server of a test's own."""
+"""A local web server for one test."""
 
 import contextlib
 import http.server
@@ -7,7 +7,7 @@ import threading
 
 @contextlib.contextmanager
 def serving(handler):
-    """The address of a server that answers with `handler` (http.server), until the block ends."""
+    """Yield the address of a server that answers with `handler` (http.server) until the block ends."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:

@@ -1,11 +1,11 @@
-"""Make the map outlines beside this file from the npm package `world-atlas` (Natural Earth as TopoJSON).
+"""Write the map outlines beside this file from the npm package `world-atlas` (Natural Earth as TopoJSON).
 
     npm pack world-atlas@2.0.2 && tar xzf world-atlas-2.0.2.tgz
     python data/natural_earth/make.py package/
 
-Natural Earth is in the public domain. TopoJSON keeps each stretch of coast or border once, as an "arc" of
-integer steps; here the arcs become (lon, lat) lines and rings in degrees: the small scale (1:110 m, for maps
-of the Earth) as it is, the middle one (1:50 m, for regions) simplified within 0.03°, about a pixel of a map.
+Natural Earth is in the public domain. TopoJSON stores each stretch of coast or border once, as an "arc" of
+integer steps. This script turns the arcs into (lon, lat) lines and rings in degrees. The 1:110 m scale, for
+world maps, is kept as it is; the 1:50 m scale, for regions, is simplified to 0.03°, about one pixel of a map.
 """
 
 import json
@@ -34,20 +34,20 @@ GRID = 0.01  # degrees: about 1 km
 
 
 def arcs(topology: dict, within_deg: float = 0.0) -> list[list[tuple[float, float]]]:
-    """Each arc as (lon, lat) points: running sums of integer steps, scaled and shifted; then simplified."""
+    """Return each arc as (lon, lat) points: the cumulative, scaled and shifted steps, simplified."""
     (sx, sy), (tx, ty) = topology["transform"]["scale"], topology["transform"]["translate"]
     lines = []
     for steps in topology["arcs"]:
         points = accumulate(map(tuple, steps), lambda a, b: (a[0] + b[0], a[1] + b[1]))
         line = LineString(follow([], [(x * sx + tx, y * sy + ty) for x, y in points]))
-        # An arc that closes on itself is an island: simplified too far it would be no ring any more.
+        # A closed arc is an island; with fewer than four points it would no longer be a ring.
         simple = line.simplify(within_deg)
         lines.append(list((line if line.is_closed and len(simple.coords) < 4 else simple).coords))
     return lines
 
 
 def follow(line: list, points: list) -> list:
-    """`line` and then `points`, without a jump of longitude: world-atlas lets lines cross the date line."""
+    """Append `points` to `line` without jumps of 360°: lines of world-atlas may cross the date line."""
     line = list(line)
     for lon, lat in points:
         line.append((lon - 360 * round((lon - line[-1][0]) / 360) if line else lon, lat))
@@ -55,7 +55,7 @@ def follow(line: list, points: list) -> list:
 
 
 def area(geometry: dict, lines: list) -> MultiPolygon:
-    """A geometry's polygons, cut at the date line as maps need them, on a grid of 0.01°."""
+    """Return the polygons of a geometry, cut at the date line and rounded to a grid of 0.01°."""
     kind, indices = geometry["type"], geometry.get("arcs")
     polygons = {"Polygon": [indices], "MultiPolygon": indices}[kind]
     parts = [
@@ -67,14 +67,14 @@ def area(geometry: dict, lines: list) -> MultiPolygon:
 
 
 def region(indices: list[int], lines: list):
-    """What a ring of arcs encloses, within ±180°; ~i means arc i backwards, a shared end is kept once."""
+    """Return the area enclosed by a ring of arcs, within ±180°. Index ~i stands for arc i reversed."""
     points = []
     for index in indices:
         line = lines[index] if index >= 0 else lines[~index][::-1]
         points = follow(points, line[1:] if points else line)
     if len(points) < 4:
-        return Polygon()  # an islet of two arcs that the simplification has flattened
-    if abs(points[-1][0] - points[0][0]) > 180:  # around a pole, and closed over it
+        return Polygon()  # an islet of two arcs that simplification has flattened
+    if abs(points[-1][0] - points[0][0]) > 180:  # the ring goes around a pole: close it there
         pole = -90.0 if points[0][1] < 0 else 90.0
         points = [*points, (points[-1][0], pole), (points[0][0], pole)]
     shape = make_valid(Polygon(points))
@@ -83,12 +83,12 @@ def region(indices: list[int], lines: list):
 
 
 def flat(indices: list) -> list[int]:
-    """The arc indices of nested lists."""
+    """Flatten nested lists of arc indices."""
     return [i for part in indices for i in (flat(part) if isinstance(part, list) else [part])]
 
 
 def write(name: str, features: dict) -> None:
-    """`features`: name → geometry; one line of GeoJSON each."""
+    """Write `features` (name → geometry) as GeoJSON, one feature per line."""
     lines = [
         json.dumps(
             {"type": "Feature", "properties": {"name": label}, "geometry": json.loads(to_geojson(shape))},

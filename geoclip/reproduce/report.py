@@ -186,6 +186,8 @@ def _checked(name: str) -> str:
 
 
 def _git(*arguments: str) -> str | None:
+    if not paths.CHECKOUT:
+        return None
     try:
         done = subprocess.run(["git", *arguments], cwd=paths.ROOT, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
