@@ -68,7 +68,9 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(f"no command {name!r}; choose from {', '.join(known)}")
     paths.make_variables_absolute()
     command = importlib.import_module(f"geoclip.commands.{name}")
-    options = command.parser().parse_args(rest)
+    parser = command.parser()
+    parser.prog = f"python -m geoclip {name}"
+    options = parser.parse_args(rest)
     paths.geoclip_data()  # raises if the folder is missing, before any work is done
     return command.run(options) or 0
 

@@ -42,7 +42,11 @@ def test_help_is_light_and_explains_every_option(printed_help, name):
     if name == "train" and loaded:
         pytest.xfail("train --help imports torch")
     assert not loaded, f"{name} --help imports {loaded}"
-    assert command_line.commands()[name] and text.startswith("usage: ") and "<" not in text
+    assert (
+        command_line.commands()[name]
+        and text.startswith(f"usage: python -m geoclip {name} ")
+        and "<" not in text
+    )
     options = re.findall(r"^  (-[^\n]*?|\w+)(?:  +|\n +|$)([^\n]*)", text, flags=re.MULTILINE)
     assert ("-h, --help", "Show this help message and exit.") in options
     missing = [option for option, about in options if not re.match(r"[^\W\d(]\w*\W+\w+|\d", about)]
