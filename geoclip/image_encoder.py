@@ -6,21 +6,22 @@ convolutional tower from scratch instead, since CLIP's weights are not at hand e
 
 import contextlib
 import copy
-import functools
 import itertools
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from geoclip import photos
 from geoclip.location_encoder import initialise
 
 CONV_TOWER = "conv"
+TIMM = "timm/"
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,70 @@ class ImageEncoderConfig:
     frozen: bool = True
     hidden: int = 768
     dim: int = 512
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What a tower expects of an image: the one preprocessing behind training, embedding, prediction and evaluation.
+
+    pixels: side p of the square input. resample: "bicubic" or "bilinear". mean, std: of the RGB channels in [0, 1].
+    resize: "shortest" resizes the short side to p and cuts out the centre; "squash" resizes both sides to p.
+    """
+
+    pixels: int = 224
+    resample: str = "bicubic"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    resize: str = "shortest"
+
+    @classmethod
+    def of(cls, config: ImageEncoderConfig) -> "Preprocessing":
+        """The preprocessing of a tower, without loading it. Raises ValueError for an unknown tower.
+
+        "conv" takes RGB in [-1, 1], as tiles are rendered. Local files and random weights of a CLIP tower take
+        OpenAI's statistics, open_clip's default.
+        """
+        if config.tower == CONV_TOWER:
+            return cls(32)
+        if config.tower.startswith(TIMM):
+            import timm
+
+            known = timm.models.get_pretrained_cfg(timm_name(config.tower))
+            data = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
+            return cls(data["input_size"][-1], data["interpolation"], tuple(data["mean"]), tuple(data["std"]))
+        import open_clip
+
+        clip_feature_dim(config.tower)
+        released = open_clip.get_pretrained_cfg(config.tower, config.weights or "") or {}
+        pixels = open_clip.get_model_config(config.tower)["vision_cfg"].get("image_size", 224)
+        mean = released.get("mean", open_clip.OPENAI_DATASET_MEAN)
+        std = released.get("std", open_clip.OPENAI_DATASET_STD)
+        resize = released.get("resize_mode", "shortest")
+        return cls(pixels, released.get("interpolation", "bicubic"), tuple(mean), tuple(std), resize)
+
+    def crop(self, image: Image.Image) -> Image.Image:
+        """The p × p pixels that the tower sees of an RGB image."""
+        p, (width, height) = self.pixels, image.size
+        if self.resize == "squash":
+            return image.resize((p, p), self.filter)
+        short = min(width, height)
+        size = (p, int(p * height / width)) if width == short else (int(p * width / height), p)
+        return photos.centre_crop(image.resize(size, self.filter) if short != p else image, p)
+
+    @property
+    def filter(self) -> Image.Resampling:
+        """Pillow's name of `resample`."""
+        return Image.Resampling[self.resample.upper()]
+
+    def __call__(self, image: Image.Image) -> Float[Tensor, "3 p p"]:
+        """The tower's input for one RGB image."""
+        return self.normalise(torch.from_numpy(np.array(self.crop(image))).permute(2, 0, 1))
+
+    def normalise(self, images: Tensor) -> Float[Tensor, "*n 3 p p"]:
+        """Standardise RGB images (…, 3, p, p): uint8, or floats in [0, 1]."""
+        images = images.float() / 255 if images.dtype == torch.uint8 else images
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
 
 
 class ConvTower(nn.Module):
@@ -78,7 +143,7 @@ class ImageEncoder(nn.Module):
         """with_tower: False leaves the tower out until load_tower, for training on features."""
         super().__init__()
         self.config = config = config or ImageEncoderConfig()
-        self.preprocess: Callable
+        self.preprocess = Preprocessing.of(config)
         self.tower: nn.Module | None = None
         self.dtype = torch.float32  # of a CLIP tower's arithmetic
         conv = config.tower == CONV_TOWER
@@ -99,13 +164,13 @@ class ImageEncoder(nn.Module):
         """
         config = self.config
         if config.tower != CONV_TOWER:
-            self.tower, self.preprocess = load_clip(config.tower, config.weights)
+            self.tower = load_clip(config.tower, config.weights)
         elif config.weights is not None:
-            self.tower, self.preprocess = load_conv(config.weights), tile_transform()
+            self.tower = load_conv(config.weights)
         elif config.frozen:
             raise ValueError('the "conv" tower has no released weights: train it with frozen=False')
         else:
-            self.tower, self.preprocess = ConvTower(), tile_transform()
+            self.tower = ConvTower()
         self.tower.requires_grad_(not config.frozen)
 
     def to_bf16(self) -> None:
@@ -159,15 +224,6 @@ def clip_feature_dim(tower: str) -> int:
     return config["embed_dim"]
 
 
-def clip_input(tower: str) -> tuple[int, tuple[float, ...], tuple[float, ...]]:
-    """Side in pixels, mean and standard deviation of RGB that a CLIP tower expects (OpenAI's)."""
-    import open_clip
-
-    clip_feature_dim(tower)
-    side = open_clip.get_model_config(tower)["vision_cfg"].get("image_size", 224)
-    return side, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-
-
 def load_conv(checkpoint: str) -> ConvTower:
     """The "conv" tower of a checkpoint of `python -m geoclip train`; nothing in the file is executed.
 
@@ -187,22 +243,18 @@ def load_conv(checkpoint: str) -> ConvTower:
     return tower
 
 
-def tile_transform(pixels: int = 32) -> Callable:
-    """PIL image → (3, p, p) in [-1, 1]: what a photo becomes for the tower of the rendered tiles."""
-    from torchvision import transforms
+def timm_name(tower: str) -> str:
+    """The name after "timm/"; ValueError where timm has no such model."""
+    import timm
 
-    return transforms.Compose(
-        [
-            transforms.Resize(pixels, transforms.InterpolationMode.BICUBIC),
-            functools.partial(photos.centre_crop, side=pixels),
-            transforms.ToTensor(),
-            transforms.Normalize([0.5] * 3, [0.5] * 3),
-        ]
-    )
+    name = tower.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise ValueError(f"no tower {tower!r}: {TIMM!r} may be followed by any of timm.list_models()")
+    return name
 
 
-def load_clip(tower: str, weights: str | None) -> tuple[nn.Module, Callable]:
-    """An open_clip model in evaluation mode and its preprocessing (PIL image → tensor).
+def load_clip(tower: str, weights: str | None) -> nn.Module:
+    """An open_clip model in evaluation mode.
 
     weights: "openai" (for the paper's tower the pinned file of geoclip.clip, downloaded at first use with
     progress, then kept), another of open_clip's tags, a local file in Hugging Face's or open_clip's naming, or
@@ -210,7 +262,6 @@ def load_clip(tower: str, weights: str | None) -> tuple[nn.Module, Callable]:
     OSError, saying what still works, where weights cannot be had.
     """
     import open_clip
-    from torchvision import transforms
 
     from geoclip import clip
 
@@ -222,9 +273,7 @@ def load_clip(tower: str, weights: str | None) -> tuple[nn.Module, Callable]:
         state, tag = clip.read(weights), None
     try:
         with quiet_root():
-            model, _, preprocess = open_clip.create_model_and_transforms(
-                tower, pretrained=tag, pretrained_image=False, weights_only=True
-            )
+            model = open_clip.create_model(tower, pretrained=tag, pretrained_image=False, weights_only=True)
     except (OSError, RuntimeError) as error:  # open_clip wraps a failed download in a RuntimeError
         if tag is None:
             raise
@@ -238,10 +287,7 @@ def load_clip(tower: str, weights: str | None) -> tuple[nn.Module, Callable]:
                 f"another shape, such as {unlike[0]}"
             )
         model.load_state_dict(state)
-    for i, step in enumerate(preprocess.transforms):
-        if isinstance(step, transforms.CenterCrop):
-            preprocess.transforms[i] = functools.partial(photos.centre_crop, side=step.size[0])
-    return model.eval(), preprocess
+    return model.eval()
 
 
 @contextlib.contextmanager

@@ -13,12 +13,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from geoclip import earth, evaluation, paths
-from geoclip.baselines.towers import Pixels
 from geoclip.datasets import benchmarks
 from geoclip.datasets.folder import Geotagged
 from geoclip.gallery import Gallery
+from geoclip.image_encoder import Preprocessing
 from geoclip.model import GeoCLIP
-from geoclip.photos import PhotoError, centre_crop, open_photo
+from geoclip.photos import PhotoError, open_photo
 from geoclip.training import runs
 
 
@@ -57,7 +57,7 @@ class Asked:
             raise ValueError(
                 f"{self.name} wants a segmentation map behind each photo; it answers tiles alone"
             )
-        return functools.partial(centre, pixels=Pixels.of(self.trained.config.image))
+        return functools.partial(centre, preprocess=Preprocessing.of(self.trained.config.image))
 
     @torch.inference_mode()
     def locate(self, views: Float[Tensor, "n v c h w"]) -> Float[Tensor, "n 2"]:
@@ -74,12 +74,9 @@ class Asked:
         return torch.cat([self.locate(part[:, None]) for part in images.split(batch_size)]), latlon
 
 
-def centre(path: Path, pixels: Pixels) -> Float[Tensor, "1 3 h w"]:
-    """The middle of a photo at a tower's size, or PhotoError."""
-    from torchvision.transforms import functional
-
-    whole = functional.resize(open_photo(path), pixels.side, functional.InterpolationMode.BICUBIC)
-    return pixels.tensor(centre_crop(whole, pixels.side))[None]
+def centre(path: Path, preprocess: Preprocessing) -> Float[Tensor, "1 3 h w"]:
+    """The middle of a photo as a tower takes it, or PhotoError."""
+    return preprocess(open_photo(path))[None]
 
 
 @dataclass(frozen=True)

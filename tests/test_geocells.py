@@ -14,10 +14,10 @@ from geoclip import evaluation
 from geoclip.baselines import geocells, labels, samples
 from geoclip.baselines.geocells import LEVELS, GeocellsConfig
 from geoclip.baselines.partition import Partition
-from geoclip.baselines.towers import Pixels, Tower
+from geoclip.baselines.towers import Tower
 from geoclip.datasets import benchmarks, blue_marble
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
-from geoclip.image_encoder import ImageEncoderConfig
+from geoclip.image_encoder import ImageEncoderConfig, Preprocessing
 from geoclip.training import runs
 
 SMALL = GeocellsConfig(
@@ -348,6 +348,6 @@ def test_a_timm_tower_takes_maps_of_many_channels():
     tower = Tower(config, runs.seeded(0), channels=150).eval()
     with torch.inference_mode():
         assert tower(torch.zeros(1, 150, 224, 224)).shape == (1, tower.dim) == (1, 192)
-    assert Pixels.of(config).side == 224
+    assert Preprocessing.of(config).pixels == 224
     with pytest.raises(ValueError, match="no tower 'timm/vit_of_nobody'"):
-        Pixels.of(ImageEncoderConfig("timm/vit_of_nobody"))
+        Preprocessing.of(ImageEncoderConfig("timm/vit_of_nobody"))

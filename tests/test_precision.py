@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from geoclip import cpu_bf16, earth, gallery, place_index, precision
+from geoclip import cpu_bf16, earth, gallery, image_encoder, place_index, precision
 from geoclip.datasets import features
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, in_bf16
@@ -76,7 +76,7 @@ def test_places_in_bf16_stay_within_a_ten_thousandth():
 
 def test_images_in_bf16_stay_within_a_thousandth(model):
     images = torch.randint(256, (6, 3, 224, 224), generator=seeded(4), dtype=torch.uint8)
-    preprocessing = features.Preprocessing.of(model.image_encoder.config)
+    preprocessing = image_encoder.Preprocessing.of(model.image_encoder.config)
     single = features.Tower(model.image_encoder, preprocessing, 4, "fp32", False)(images)
     low = features.Tower(model.image_encoder, preprocessing, 4, "bf16", False)(images)
     assert torch.cosine_similarity(single.float(), low.float()).min() >= 0.999

@@ -18,8 +18,8 @@ from torch.utils.data import Dataset
 from geoclip import earth
 from geoclip.baselines import labels, samples
 from geoclip.baselines.geocells import known_cross_entropy
-from geoclip.baselines.towers import TIMM, Tower
-from geoclip.image_encoder import CONV_TOWER, ImageEncoderConfig, load_clip
+from geoclip.baselines.towers import Tower
+from geoclip.image_encoder import CONV_TOWER, TIMM, ImageEncoderConfig, load_clip
 from geoclip.location_encoder import initialise
 from geoclip.training.runs import TrainConfig, TrainingModule, seeded
 
@@ -136,7 +136,7 @@ class ClipText(nn.Module):
 
     def __init__(self, config: ContextConfig, generator: torch.Generator):
         super().__init__()
-        self.clip, _ = load_clip(config.image.tower, config.image.weights)
+        self.clip = load_clip(config.image.tower, config.image.weights)
         del self.clip.visual
         self.project = nn.Linear(self.clip.text_projection.shape[1], config.caption_dim)
         initialise(self.project, generator)

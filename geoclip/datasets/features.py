@@ -30,34 +30,10 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_in
 
 from geoclip import paths, precision
 from geoclip.datasets.sources import Chunk, Source, Tiles, Views
-from geoclip.image_encoder import CONV_TOWER, ImageEncoder, ImageEncoderConfig, in_bf16
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, in_bf16
 
 INFO = "features.json"
 UNREADABLE = "unreadable.csv"
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What is done to photos before the tower: side in pixels, resampling, mean and deviation of each channel."""
-
-    pixels: int = 224
-    resample: str = "bicubic"
-    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
-    std: tuple[float, ...] = (1.0, 1.0, 1.0)
-
-    @classmethod
-    def of(cls, config: ImageEncoderConfig) -> "Preprocessing":
-        """The preprocessing that belongs to a tower, known without loading it."""
-        if config.tower == CONV_TOWER:
-            return cls(32, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # [-1, 1], as tiles are rendered
-        import open_clip
-
-        # a local file or random weights stand in for OpenAI's, whose statistics are open_clip's default
-        released = open_clip.get_pretrained_cfg(config.tower, config.weights or "") or {}
-        pixels = open_clip.get_model_config(config.tower)["vision_cfg"]["image_size"]
-        mean = released.get("mean", open_clip.OPENAI_DATASET_MEAN)
-        std = released.get("std", open_clip.OPENAI_DATASET_STD)
-        return cls(pixels, released.get("interpolation", "bicubic"), tuple(mean), tuple(std))
 
 
 @dataclass(frozen=True)
@@ -239,8 +215,7 @@ class Tower:
             tower = in_bf16(tower, self.device)
         self.features = torch.compile(tower) if compiled else tower
         self.batch_size = batch_size
-        self.mean = torch.tensor(preprocessing.mean, device=self.device).view(3, 1, 1)
-        self.std = torch.tensor(preprocessing.std, device=self.device).view(3, 1, 1)
+        self.preprocessing = preprocessing
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Float[Tensor, "n c"]:
@@ -252,7 +227,7 @@ class Tower:
         """On the device and normalised there: bytes travel, not floats."""
         images = images.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
-            images = (images.float() / 255 - self.mean) / self.std
+            images = self.preprocessing.normalise(images)
         return images.to(self.dtype)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from geoclip import earth, gallery, paths, precision, pretrained
+from geoclip import earth, gallery, image_encoder, paths, precision, pretrained
 from geoclip.datasets import features
 from geoclip.datasets.sources import Views
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
@@ -214,7 +214,7 @@ def tower(bench: Bench, compiled: bool = False) -> None:
     """Images a second through the tower, from decoded bytes to float16 features on the CPU."""
     config = ImageEncoderConfig(bench.sizes.tower, None)
     encoder = ImageEncoder(config, torch.Generator().manual_seed(0))
-    pixels = features.Preprocessing.of(config).pixels
+    pixels = image_encoder.Preprocessing.of(config).pixels
     flop = flop_of(encoder.tower.visual, torch.zeros(1, 3, pixels, pixels))
     encoder.to(bench.device)
     generator = torch.Generator().manual_seed(0)
@@ -226,14 +226,16 @@ def tower(bench: Bench, compiled: bool = False) -> None:
         for dtype, name in ((bench.dtype, "auto"), (torch.float32, "fp32")):
             if name == "fp32" and (dtype == bench.dtype or batch != 8):
                 continue
-            run = features.Tower(encoder, features.Preprocessing.of(config), batch, name_of(dtype), compiled)
+            run = features.Tower(
+                encoder, image_encoder.Preprocessing.of(config), batch, name_of(dtype), compiled
+            )
             taken = bench.beside_gemm(lambda run=run, images=images: run(images), dtype)
             bench.add(
                 "image tower" + ", compiled" * compiled, taken, size=batch, items=batch, flop=batch * flop, dtype=dtype,
                 note=f"{flop / 1e9:.0f} GFLOP an image",
             )  # fmt: skip
             if batch == 8 or (compiled and batch == bench.sizes.images[-1]):
-                single = features.Tower(encoder, features.Preprocessing.of(config), 8, "fp32", False)
+                single = features.Tower(encoder, image_encoder.Preprocessing.of(config), 8, "fp32", False)
                 cosine = (
                     torch.cosine_similarity(run(images)[:8].float(), single(images[:8]).float()).min().item()
                 )
@@ -494,7 +496,7 @@ class made_features(tempfile.TemporaryDirectory):
         out = Path(super().__enter__()) / "features"
         image, a_shard = ImageEncoderConfig(TOWER, None), 1 << 16
         info = features.FeatureInfo(
-            TOWER, None, "made", features.Preprocessing.of(image), Views(number=self.views), 768, "made", "made", "made",
+            TOWER, None, "made", image_encoder.Preprocessing.of(image), Views(number=self.views), 768, "made", "made", "made",
             -(-self.n // a_shard),
         )  # fmt: skip
         out.mkdir()

@@ -34,7 +34,7 @@ from geoclip.datasets.features import FeatureData
 from geoclip.datasets.photo_training import PhotoTraining
 from geoclip.gallery import Gallery
 from geoclip.gps_queue import GPSQueue
-from geoclip.image_encoder import CONV_TOWER, ImageEncoderConfig, clip_input
+from geoclip.image_encoder import CONV_TOWER, ImageEncoderConfig, Preprocessing
 from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.model import GeoCLIP
 
@@ -227,9 +227,9 @@ def training_set(config: TrainConfig) -> Dataset:
 
 def photo_training(config: TrainConfig) -> PhotoTraining:
     """The photos of a CSV, sized and normalised as the configuration's tower wants them."""
-    side, mean, std = config.tiles.pixels, (0.5,) * 3, (0.5,) * 3  # RGB in [-1, 1], as tiles are
-    if config.image.tower != CONV_TOWER:
-        side, mean, std = clip_input(config.image.tower)
+    expected = Preprocessing.of(config.image)
+    side = config.tiles.pixels if config.image.tower == CONV_TOWER else expected.pixels
+    mean, std = expected.mean, expected.std
     return PhotoTraining(
         config.data, config.images, side, mean, std, config.views, config.fraction, config.seed
     )
