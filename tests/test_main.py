@@ -44,7 +44,7 @@ def test_help_is_light_and_explains_every_option(printed_help, name):
     assert not loaded, f"{name} --help imports {loaded}"
     assert (
         command_line.commands()[name]
-        and text.startswith(f"usage: python -m geoclip {name} ")
+        and text.startswith(f"usage: python -m geoclip {name}")
         and "<" not in text
     )
     options = re.findall(r"^  (-[^\n]*?|\w+)(?:  +|\n +|$)([^\n]*)", text, flags=re.MULTILINE)
