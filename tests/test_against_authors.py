@@ -28,6 +28,7 @@ from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.model import GeoCLIP
 
+pytestmark = pytest.mark.slow
 TEXTS = ["desert", "a photo of the Eiffel Tower at night", "Naïve café, São Paulo!"]
 ENCODED = 2  # photos that go through CLIP; all of them are compared after preprocessing
 EVERY = 40  # of the gallery, for all predictions but the first
@@ -146,6 +147,7 @@ def test_a_image_features(both):
     assert relative(model.image_encoder.head(ours["features"]), theirs["images"]) <= 1e-4
 
 
+@pytest.mark.data
 def test_b_preprocessing_of_real_photos(both):
     theirs, _, model, _ = both
     std = torch.tensor(open_clip.OPENAI_DATASET_STD)[:, None, None]
