@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, ImageOps
 # Formats that hold photos. EPS is left out on purpose: Pillow hands it to Ghostscript, which runs programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "QOI", "TGA")
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .mpo .png .webp .avif .tif .tiff .gif .bmp .ppm .pgm .pnm .jp2 .j2k .qoi .tga".split()
+    ".jpg .jpeg .jpe .mpo .png .webp .avif .tif .tiff .gif .bmp .ppm .pgm .pnm .jp2 .j2k .qoi .tga .heic .heif".split()
 )
 # Resizing makes the short side 224 px; a strip of 1 × 60,000 px would become gigabytes.
 LONGEST_SIDES = 50

@@ -1,5 +1,7 @@
 """Reading the public formats: what is in them comes out, and what is wrong in them is named."""
 
+import os
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -245,28 +247,38 @@ def test_a_folder_of_geotagged_photos_becomes_a_data_set(tmp_path, capsys):
     cut = photos / "cut.jpg"
     cut.write_bytes(cut.read_bytes()[:-200])
     (photos / "text.jpg").write_text("not a photo")
+    (photos / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 40)
+    geotagged(photos / "two\nlines.jpg", 3.5, 4.5)
+    geotagged(photos / "latin.jpg", 3.5, 4.5)
+    os.rename(photos / "latin.jpg", os.fsencode(photos / "caf") + b"\xe9.jpg")  # not UTF-8
     assert command_line.main(["dataset", str(photos), "--out", str(csv)]) == 1
-    assert "4 of 6 photos could not be used" in capsys.readouterr().out
+    assert "7 of 9 photos could not be used" in capsys.readouterr().out
 
     read = folder.read(csv, photos)
     assert read.table["file"].tolist() == ["rio.jpg", "trip/tokyo.jpg"] and read.missing() == []
     np.testing.assert_allclose(read.latlon, [[-22.9519, -43.2105], [35.6586, 139.7454]], atol=1e-6)
     unused = pd.read_csv(tmp_path / "out/my_unused.csv").set_index("file")["reason"]
-    assert set(unused.index) == {"plain.jpg", "broken.jpg", "cut.jpg", "text.jpg"}
+    assert set(unused.index) == {
+        "plain.jpg", "broken.jpg", "cut.jpg", "text.jpg", "phone.HEIC", "two\\nlines.jpg", "caf\\udce9.jpg",
+    }  # fmt: skip
+    assert unused["two\\nlines.jpg"] == "its name contains a line break; rename it"
+    assert unused["caf\\udce9.jpg"] == "its name is not UTF-8; rename it"
+    assert unused["phone.HEIC"] == "a HEIC photo; convert it to JPEG first"
     assert unused["plain.jpg"] == "no GPS position in its EXIF"
     assert unused["broken.jpg"] == "EXIF longitude: a fraction with the denominator 0"
     assert "truncated" in unused["cut.jpg"].lower()
     assert unused["text.jpg"] == "not an image in a known format"
 
-    for name in unused.index:
-        (photos / name).unlink()
+    for path in photos.rglob("*.*"):
+        if path.name not in ("rio.jpg", "tokyo.jpg"):
+            path.unlink()
     assert command_line.main(["dataset", str(photos), "--out", str(csv)]) == 0
     assert not (tmp_path / "out/my_unused.csv").exists()  # that of the run before is gone
 
 
 def test_a_folder_without_a_usable_photo_writes_nothing(tmp_path, capsys):
     geotagged(tmp_path / "photos/plain.jpg")
-    for source, message in (("photos", "no photo there says where"), ("none", "no such folder")):
+    for source, message in (("photos", "no photo has a usable GPS position"), ("none", "no such folder")):
         assert command_line.main(["dataset", str(tmp_path / source), "--out", str(tmp_path / "my.csv")]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "my.csv").exists()

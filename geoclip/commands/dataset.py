@@ -4,25 +4,25 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-CHECKED_AT = 224  # px: decoding a JPEG that small shows whether it is whole, in a fraction of the time
+CHECKED_AT = 224  # px: decoding a JPEG at this size shows whether it is complete, in a fraction of the time
 EPILOG = """
-Every photo below FOLDER whose EXIF says where it was taken becomes a row; names are relative to FOLDER. The
-others are listed in the CSV's neighbour *_unused.csv with the reason, and the exit status is then 1. The CSV
-trains and evaluates like any other: python -m geoclip embed my.csv --images FOLDER --out FEATURES, then
-python -m geoclip train --data FEATURES …; python -m geoclip evaluate --csv my.csv --images FOLDER
+Every photo below FOLDER with a GPS position in its EXIF data becomes a row; names are relative to FOLDER. The other
+photos are listed with the reason in *_unused.csv beside the CSV, and the exit status is then 1. Use the CSV like any
+other: python -m geoclip embed my.csv --images FOLDER --out FEATURES, then python -m geoclip train --data FEATURES …;
+python -m geoclip evaluate --csv my.csv --images FOLDER
 """
 
 
 def parser() -> ArgumentParser:
     """The options."""
     parser = ArgumentParser(prog="python -m geoclip dataset", description=__doc__, epilog=EPILOG)
-    parser.add_argument("folder", type=str, help="searched with all its folders")
+    parser.add_argument("folder", type=str, help="folder of photos, searched with its subfolders")
     parser.add_argument("--out", type=str, required=True, help="the CSV to write, such as my.csv")
     return parser
 
 
 def run(options) -> int:
-    """Write the CSV and the list of what could not be used; 1 where that list is not empty."""
+    """Write the CSV and the list of unused photos; return 1 if that list is not empty."""
     import pandas as pd
     from tqdm import tqdm
 
@@ -36,22 +36,23 @@ def run(options) -> int:
     for path in tqdm(photos.find_photos([folder]), unit="photo", disable=None):
         name = path.relative_to(folder).as_posix()
         try:
+            sources.check_name(name)
             place = photos.exif_latlon(path)
-            if place is not None:
-                sources.decode(
-                    path, str(path), CHECKED_AT
-                )  # a truncated photo is found out now, not in training
-        except photos.PhotoError as error:
-            # of an EXIF value that is wrong the error names the value too
-            what = error.name.removeprefix(str(path)).lstrip(": ")
-            unused.append((name, f"{what}: {error.reason}" if what else error.reason))
-            continue
-        if place is None:
-            unused.append((name, "no GPS position in its EXIF"))
-        else:
+            if place is None:
+                unused.append((name, "no GPS position in its EXIF"))
+                continue
+            sources.decode(path, str(path), CHECKED_AT)  # a truncated photo is noticed now, not in training
             used.append((name, *place))
+        except photos.PhotoError as error:
+            # for a wrong EXIF value, the error also names the value
+            what = (
+                ""
+                if error.name == sources.printable(name)
+                else error.name.removeprefix(str(path)).lstrip(": ")
+            )
+            unused.append((sources.printable(name), f"{what}: {error.reason}" if what else error.reason))
     listed = out.with_name(f"{out.stem}_unused.csv")
-    listed.unlink(missing_ok=True)  # that of an earlier run
+    listed.unlink(missing_ok=True)  # of an earlier run
     if unused:
         with paths.atomic(listed) as temporary:
             pd.DataFrame(unused, columns=["file", "reason"]).to_csv(temporary, index=False)
@@ -61,7 +62,7 @@ def run(options) -> int:
             print(f"… and {len(unused) - 10:,} more")
         print(f"{len(unused):,} of {len(used) + len(unused):,} photos could not be used; all are in {listed}")
     if not used:
-        raise ValueError(f"{folder}: no photo there says where it was taken; {out} was not written")
+        raise ValueError(f"{folder}: no photo has a usable GPS position; {out} was not written")
     with paths.atomic(out) as temporary:
         table = pd.DataFrame(used, columns=["IMG_FILE", "LAT", "LON"])
         table.to_csv(temporary, index=False, float_format="%.7f")  # 1 cm

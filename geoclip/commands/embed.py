@@ -1,14 +1,21 @@
-"""Embed images once with the frozen tower and keep the features for training."""
+"""Embed images once with the frozen tower and store the features for training."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
+
+LEAST = {"views": 1, "batch_size": 1, "shard_size": 1, "devices": 1, "workers": 0, "seed": 0}
+EPILOG = """
+Rerun the command to complete an unfinished folder and to replace damaged shards. Photos that cannot be read are listed
+in OUT/unreadable.csv with the reason, and the exit status is then 1.
+"""
 
 
 def parser() -> ArgumentParser:
     """The options of `python -m geoclip embed`."""
-    parser = ArgumentParser(prog="python -m geoclip embed", description=__doc__)
+    parser = ArgumentParser(prog="python -m geoclip embed", description=__doc__, epilog=EPILOG)
     parser.add_argument(
         "source",
         type=str,
@@ -18,29 +25,29 @@ def parser() -> ArgumentParser:
         "--out", type=str, required=True, help="folder of features; an unfinished one is completed"
     )
     parser.add_argument(
-        "--images", type=str | None, default=None, help="folder of a CSV's photos, default its own"
+        "--images", type=str | None, default=None, help="image folder of a CSV (default: that of the CSV)"
     )
     parser.add_argument(
-        "--views", type=int, default=8, help="views of each photo: the whole, then random crops"
+        "--views", type=int, default=8, help="views per photo: the centre crop, then random crops"
     )
     parser.add_argument(
-        "--ten-crop", action="store_true", help="instead the ten crops of the paper's evaluation"
+        "--ten-crop", action="store_true", help="the ten crops of the paper's evaluation instead"
     )
-    parser.add_argument("--tower", type=str, default="ViT-L-14-quickgelu", help="an open_clip model")
+    parser.add_argument("--tower", type=str, default="ViT-L-14-quickgelu", help="name of an open_clip model")
     parser.add_argument(
         "--weights", type=str | None, default="openai", help="open_clip tag or file; null for random weights"
     )
     parser.add_argument(
-        "--checkpoint", type=str | None, default=None, help="take the tower of a trained model"
+        "--checkpoint", type=str | None, default=None, help="use the tower of a trained model"
     )
-    parser.add_argument("--batch-size", type=int, default=256, help="views through the tower at once")
+    parser.add_argument("--batch-size", type=int, default=256, help="views that the tower computes at once")
     parser.add_argument(
-        "--shard-size", type=int, default=4096, help="photos a shard (a tar is always one shard)"
+        "--shard-size", type=int, default=4096, help="photos per shard (a tar is always one shard)"
     )
     parser.add_argument(
-        "--workers", type=int | None, default=None, help="decoding processes, default one a core"
+        "--workers", type=int | None, default=None, help="decoding processes (default: one per core)"
     )
-    parser.add_argument("--devices", type=int, default=1, help="processes on this machine, each with a GPU")
+    parser.add_argument("--devices", type=int, default=1, help="processes on this machine, one per GPU")
     parser.add_argument(
         "--precision",
         default="auto",
@@ -48,78 +55,103 @@ def parser() -> ArgumentParser:
         help="arithmetic of the tower; auto: the fastest that this machine computes well",
     )
     parser.add_argument(
-        "--compile", type=bool, default=False, help="torch.compile the tower (a minute at the start)"
+        "--compile", type=bool, default=False, help="compile the tower (takes a minute at the start)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the random crops")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random crops")
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a benchmark with another number of rows than published"
+    )
+    parser.add_argument(
+        "--allow-pipe",
+        action="store_true",
+        help="accept the source pipe:COMMAND, which runs a shell command",
+    )
+    parser.add_argument(
+        "--verify",
+        default="quick",
+        choices=["quick", "full"],
+        help="of the shards that exist: headers, hashes of small files and sampled blocks, or every byte",
+    )
     return parser
 
 
 def run(options) -> int:
-    """Embed, or start one process a device; says what was embedded, found, unreadable and failed."""
-    if options.devices > 1:
-        return _launch(options, sys.argv[sys.argv.index("embed") :])
+    """Embed, or start one process per device, and report what was embedded, found, unreadable and failed."""
+    for name, least in LEAST.items():
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     import joblib
     import torch
 
-    from geoclip.datasets import features
+    from geoclip.datasets import benchmarks, features
     from geoclip.datasets.sources import Views, open_source
     from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
     from geoclip.model import load_checkpoint
 
-    if min(options.views, options.batch_size, options.shard_size) < 1:
-        raise ValueError("--views, --batch-size and --shard-size must be at least 1")
+    gpus = torch.cuda.device_count()
+    if gpus and options.devices > gpus:
+        raise ValueError(f"--devices {options.devices}: this machine has {gpus} GPUs")
+    source = open_source(
+        options.source, options.images, options.shard_size, options.strict, options.allow_pipe
+    )
+    if options.devices > 1:
+        return _launch(options, sys.argv[sys.argv.index("embed") :])
     rank, world, local_rank = features.rank_and_world()
-    source = open_source(options.source, options.images, options.shard_size)
+    if options.source in benchmarks.CARDS and rank == 0:
+        expected = benchmarks.CARDS[options.source].n
+        print(f"{source.name}: {len(source.data):,} of {expected or len(source.data):,} expected")
     if options.checkpoint:
         encoder = load_checkpoint(options.checkpoint).image_encoder
     else:
         # random weights are the same in every process and every run
         generator = torch.Generator().manual_seed(0)
-        trained = options.weights is not None
-        encoder = ImageEncoder(ImageEncoderConfig(options.tower, options.weights, frozen=trained), generator)
-    if torch.cuda.is_available():
+        frozen = options.weights is not None
+        encoder = ImageEncoder(ImageEncoderConfig(options.tower, options.weights, frozen), generator)
+    if gpus:
         encoder.to(f"cuda:{local_rank}")
     workers = options.workers
     if workers is None:
-        workers = max(1, joblib.cpu_count() // max(1, torch.cuda.device_count()))
-    number = 10 if options.ten_crop else options.views
+        workers = max(1, joblib.cpu_count() // max(1, gpus))
     report = features.embed(
-        source, encoder, options.out, Views(number=number, seed=options.seed, ten_crop=options.ten_crop),
-        options.batch_size, workers, options.precision, rank, world, options.compile, progress=sys.stderr.isatty(),
-    )  # fmt: skip
+        source,
+        encoder,
+        options.out,
+        Views(number=10 if options.ten_crop else options.views, seed=options.seed, ten_crop=options.ten_crop),
+        options.batch_size,
+        workers,
+        options.precision,
+        rank,
+        world,
+        options.compile,
+        progress=sys.stderr.isatty(),
+        full=options.verify == "full",
+    )
     rate = report.embedded / report.seconds if report.embedded else 0
     print(
-        f"{options.out}: {report.embedded:,} images embedded ({rate:,.1f} a second), {report.found:,} were there, "
+        f"{options.out}: {report.embedded:,} images embedded ({rate:,.1f} per second), {report.found:,} found, "
         f"{report.unreadable:,} unreadable (listed in {features.UNREADABLE})"
     )
     for part, reason in report.failed:
         print(f"geoclip: shard {part} was not made: {reason}", file=sys.stderr)
-    # torchrun ends all processes when one fails, and a photo that cannot be read is no reason for that
+    # torchrun ends all processes when one fails, which an unreadable photo does not justify
     return 1 if world == 1 and (report.failed or report.unreadable) else 0
 
 
 def _launch(options, arguments: list[str]) -> int:
-    """The same command as --devices processes under torchrun; the status is that of one process doing it all."""
-    from pathlib import Path
-
+    """Run the same command in --devices processes under torchrun; return the status that one process would."""
     from geoclip.datasets import features
 
     out = Path(options.out)
-    before = features.count_unreadable(out)
-    at = arguments.index("--devices") if "--devices" in arguments else None
-    kept = arguments[:at] + arguments[at + 2 :] if at is not None else [
-        argument for argument in arguments if not argument.startswith("--devices=")
-    ]  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={options.devices}",
-    ]
-    status = subprocess.run([*command, "-m", "geoclip", *kept], check=False).returncode
+    before = features.merge_unreadable(out) if out.is_dir() else 0
+    kept = [argument for argument in arguments if not argument.startswith("--devices=")]
+    if "--devices" in kept:
+        at = kept.index("--devices")
+        del kept[at : at + 2]
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={options.devices}"]
+    status = subprocess.run([sys.executable, "-m", *torchrun, "-m", "geoclip", *kept], check=False).returncode
     if status:
         return status
     shards = features.FeatureInfo.read(out / features.INFO).shards
     failed = features.missing_shards(out, range(shards))
-    return 1 if failed or features.count_unreadable(out) != before else 0
+    return 1 if failed or features.merge_unreadable(out) != before else 0

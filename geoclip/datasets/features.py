@@ -1,21 +1,21 @@
-"""Features: images embedded once by the frozen tower and kept, so that training never runs the tower again.
+"""Features: images embedded once by the frozen tower and stored, so that training never runs the tower.
 
-A folder of features holds `features.json` (what made them) and one folder a shard with features.npy (m, v, c)
-float16, latlon.npy (m, 2) float32, ids.txt, unreadable.csv and shard.json. A shard appears whole, by one rename,
-or not at all; so a run that was killed goes on at the first shard that is not there.
+A feature folder holds `features.json`, which describes how the features were made, and one folder per shard with
+features.npy (m, v, c) float16, latlon.npy (m, 2) float32, ids.txt, unreadable.csv and shard.json. A shard appears
+complete, by a rename, or not at all, so an interrupted run resumes at the first missing shard. Shards are verified
+against the hashes in shard.json when they are opened.
 """
 
-import contextlib
 import csv
 import dataclasses
 import errno
-import functools
 import hashlib
 import io
 import itertools
 import json
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,21 +27,26 @@ from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from tqdm import tqdm
 
 from geoclip import paths, precision
 from geoclip.datasets.sources import Chunk, Source, Tiles, Views
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, in_bf16
 
-INFO = "features.json"
-UNREADABLE = "unreadable.csv"
+INFO, SHARD, UNREADABLE = "features.json", "shard.json", "unreadable.csv"
+# Raised by hand whenever the same photo, tower and views no longer give the same features.
+RECIPE = 1
+# A quick verification hashes this many blocks of a file, evenly spaced; of small files, all.
+BLOCKS, BLOCK_BYTES, SMALL_BYTES = 16, 1 << 12, 1 << 24
+HASHED = ("features.npy", "latlon.npy", "ids.txt")
 
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """What made a folder of features; two folders with one info hold the same numbers.
+    """How the features of a folder were made; two folders with equal info hold the same numbers.
 
-    tower, weights: as in ImageEncoderConfig, with the weights' own hash in tower_hash; source, data: name and
-    hash of what was embedded; code: hash of the modules that embed; shards: how many there will be.
+    tower, weights: as in ImageEncoderConfig; tower_hash: of the weights themselves; source, data: name and hash of what
+    was embedded; recipe: RECIPE; shards: their number.
     """
 
     tower: str
@@ -52,12 +57,12 @@ class FeatureInfo:
     dim: int
     source: str
     data: str
-    code: str
+    recipe: int
     shards: int
 
     @classmethod
     def of(cls, source: Source, encoder: ImageEncoder, views: Views) -> "FeatureInfo":
-        """The info of the features that `encoder` would make of `source`."""
+        """Describes the features that `encoder` makes of `source`."""
         config = encoder.config
         return cls(
             tower=config.tower,
@@ -68,24 +73,27 @@ class FeatureInfo:
             dim=encoder.feature_dim,
             source=source.name,
             data=source.hash,
-            code=code_hash(),
+            recipe=RECIPE,
             shards=source.parts,
         )
 
     @classmethod
     def read(cls, path: Path) -> "FeatureInfo":
-        """From a JSON file; ValueError where it is not one of ours."""
+        """Reads a features.json or shard.json; ValueError if it is damaged or from another version."""
+        found = _read_json(path)
         try:
-            found = json.loads(path.read_text())
             for name, kind in (("preprocessing", Preprocessing), ("views", Views)):
                 values = {key: tuple(v) if isinstance(v, list) else v for key, v in found[name].items()}
                 found[name] = kind(**values)
             return cls(**{field.name: found[field.name] for field in dataclasses.fields(cls)})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} does not describe features ({error!r})") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} does not describe features ({error!r}): it is damaged or was made by another version; embed "
+                f"into another folder"
+            ) from error
 
     def differences(self, other: "FeatureInfo") -> list[str]:
-        """One phrase for each field in which the two differ."""
+        """A phrase for each field that differs."""
         return [
             f"{field.name} {getattr(self, field.name)} instead of {getattr(other, field.name)}"
             for field in dataclasses.fields(self)
@@ -95,7 +103,7 @@ class FeatureInfo:
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What one process did: images embedded now, found already there, unreadable, shards that failed and why."""
+    """What one process did: images embedded, images already there, unreadable images, (shard, reason) that failed."""
 
     embedded: int
     found: int
@@ -105,7 +113,7 @@ class EmbedReport:
 
 
 def tower_hash(tower: nn.Module) -> str:
-    """Hash of the weights that make image features; a CLIP model's text half does not count."""
+    """Hash of the weights that make image features, without the text half of a CLIP model."""
     digest = hashlib.sha256()
     for name, tensor in sorted(getattr(tower, "visual", tower).state_dict().items()):
         digest.update(name.encode())
@@ -113,25 +121,8 @@ def tower_hash(tower: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-@functools.cache
-def code_hash() -> str:
-    """Hash of the modules that decide what the features are."""
-    folder = Path(__file__).parents[1]
-    modules = [
-        "datasets/features",
-        "datasets/sources",
-        "photos",
-        "image_encoder",
-        "cpu_bf16",
-        "datasets/blue_marble",
-    ]
-    return hashlib.sha256(b"".join((folder / f"{module}.py").read_bytes() for module in modules)).hexdigest()[
-        :16
-    ]
-
-
 def rank_and_world() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) under torchrun or SLURM; (0, 1, 0) elsewhere."""
+    """(rank, number of processes, rank on this machine) under torchrun or SLURM, otherwise (0, 1, 0)."""
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 
     for kind in (TorchElasticEnvironment, SLURMEnvironment):
@@ -153,25 +144,32 @@ def embed(
     world: int = 1,
     compiled: bool = False,
     progress: bool = False,
+    full: bool = False,
 ) -> EmbedReport:
-    """Write the features of `source` to the folder `out`, going on where an earlier run stopped.
+    """Writes the features of `source` to the folder `out`, resuming where an earlier run stopped.
 
-    batch_size: views through the tower at once; workers: processes that decode; rank, world: this process
-    takes the shards rank, rank + world, … Photos that cannot be read are listed in unreadable.csv. A tar that
-    cannot be read whole makes no shard and is reported. Raises ValueError where `out` holds features made
-    otherwise or no photo can be read, OSError where the disk is full; whole shards stay in every case.
+    batch_size: views through the tower at once; workers: decoding processes; rank, world: this process makes the shards
+    rank, rank + world, …; full: verify every byte of the shards that are there. Damaged shards are made again.
+    Photos that cannot be read are listed in unreadable.csv; a tar that cannot be read to its end makes no shard and
+    is reported. Raises ValueError if `out` holds other features or no photo can be read, OSError if the disk is
+    full; complete shards are kept in every case.
     """
     began = time.perf_counter()
     if views and views.ten_crop and isinstance(source, Tiles):
-        raise ValueError("tiles are rendered in views of their own, not in ten crops: those are for photos")
+        raise ValueError("tiles are rendered, so ten crops cannot be cut from them")
     out = paths.make_folder(Path(out))
     views = dataclasses.replace(views or Views(), pixels=Preprocessing.of(encoder.config).pixels)
     info = FeatureInfo.of(source, encoder, views)
     claim(out, info)
-    mine = [part for part in range(rank, source.parts, world)]
+    mine, found = range(rank, source.parts, world), 0
+    for part in set(mine) - set(missing_shards(out, mine)):
+        try:
+            found += check_shard(out, part, info, full)
+        except ValueError as error:
+            print(f"geoclip: {error}", file=sys.stderr)
+            shutil.rmtree(shard_folder(out, part))
     wanted = missing_shards(out, mine)
-    there = sorted(set(mine) - set(wanted))
-    for part in wanted:  # what a killed run left of shards that are this process's to make
+    for part in wanted:  # temporary folders of a killed run
         for left in out.glob(f".{shard_folder(out, part).name}.*"):
             shutil.rmtree(left)
     tower = Tower(encoder, info.preprocessing, batch_size, arithmetic, compiled)
@@ -183,29 +181,33 @@ def embed(
         prefetch_factor=4 if workers and wanted else None,
     )
     embedded, unreadable, failed, open_shards = 0, 0, [], {}
-    with _progress(progress, f"rank {rank}: {len(there)} of {len(mine)} shards there") as tell:
-        for chunk in stream:
-            if isinstance(chunk, _Failed):
-                open_shards.pop(chunk.part, None)
-                failed.append((chunk.part, chunk.reason))
-            elif isinstance(chunk, _End):
-                shard = open_shards.pop(chunk.part, None) or Shard(chunk.part)
-                if rank == 0 and not there and embedded == 0 and shard.unreadable:
-                    raise ValueError(nothing_readable(source, shard))
-                shard.write(out, info, tower.dtype)
-                unreadable += len(shard.unreadable)
-            else:
-                shard = open_shards.setdefault(chunk.part, Shard(chunk.part))
+    title = f"rank {rank}: {len(mine) - len(wanted)} of {len(mine)} shards found"
+    with tqdm(desc=title, unit=" images", smoothing=0.05, disable=not progress) as bar:
+        for part, chunk in stream:
+            shard = open_shards.setdefault(part, Shard(part))
+            if isinstance(chunk, Chunk):
                 shard.add(chunk, tower)
                 embedded += len(chunk.ids)
-                tell(len(chunk.ids))
+                bar.update(len(chunk.ids))
+                continue
+            del open_shards[part]
+            if chunk:
+                failed.append((part, chunk))
+                continue
+            if rank == 0 and not found and not embedded and shard.unreadable:
+                name, reason = shard.unreadable[0]
+                raise ValueError(
+                    f"{source.name}: none of the first {len(shard.unreadable):,} photos can be read ({name}: "
+                    f"{reason}); is the image folder right?"
+                )
+            shard.write(out, info, tower.dtype)
+            unreadable += len(shard.unreadable)
     merge_unreadable(out)
-    found = sum(_shard_json(out, part)["n"] for part in there)
     return EmbedReport(embedded, found, unreadable, tuple(failed), time.perf_counter() - began)
 
 
 class Tower:
-    """The image tower as embedding runs it: one device, one arithmetic, bounded batches."""
+    """The image tower on its device, in one arithmetic and in batches of bounded size."""
 
     def __init__(self, encoder, preprocessing, batch_size, arithmetic: precision.Precision, compiled: bool):
         self.device = next(encoder.tower.parameters()).device
@@ -219,12 +221,12 @@ class Tower:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Float[Tensor, "n c"]:
-        """float16 features, on the CPU, of images (n, 3, p, p): uint8, or floats as the tower takes them."""
+        """float16 features on the CPU of images (n, 3, p, p): uint8, or floats that are already normalised."""
         parts = [self.features(self.prepared(part)) for part in images.split(self.batch_size)]
         return torch.cat(parts).half().cpu()
 
     def prepared(self, images: Tensor) -> Tensor:
-        """On the device and normalised there: bytes travel, not floats."""
+        """Normalises the images on the device, so that bytes are copied to it, not floats."""
         images = images.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = self.preprocessing.normalise(images)
@@ -232,7 +234,7 @@ class Tower:
 
 
 class Shard:
-    """The features of one part while they gather, and how they become a folder."""
+    """Collects the features of one part and writes them to a folder."""
 
     def __init__(self, part: int):
         self.part = part
@@ -242,7 +244,7 @@ class Shard:
         self.unreadable: list[tuple[str, str]] = []
 
     def add(self, chunk: Chunk, tower: Tower) -> None:
-        """Embed a chunk and keep its features."""
+        """Embeds a chunk and keeps its features."""
         self.unreadable += chunk.unreadable
         if not chunk.ids:
             return
@@ -252,51 +254,55 @@ class Shard:
         self.latlon += chunk.latlon
 
     def write(self, out: Path, info: FeatureInfo, dtype: torch.dtype) -> None:
-        """Appear in `out` by one rename. Raises OSError where the disk is full, and leaves nothing behind."""
-        if bad := [name for name in self.ids if "\n" in name]:
-            raise ValueError(f"{info.source}: the name {bad[0]!r} has a line break in it")
+        """Writes the shard to a temporary folder, then renames it.
+
+        Raises ValueError for features that are not finite, OSError if the disk is full; neither leaves anything.
+        """
         empty = np.empty((0, info.views.number, info.dim), np.float16)
         features = np.concatenate([empty, *self.features])
+        if bad := _not_finite(features):
+            raise ValueError(
+                f"{info.source}, shard {self.part}: the features of {self.ids[bad[0]]} are not finite; is the tower "
+                f"whole? With --precision fp32 they may be finite"
+            )
         final = shard_folder(out, self.part)
         temporary = out / f".{final.name}.{os.getpid()}"
-        about = {
-            **dataclasses.asdict(info),
-            "shard": self.part,
-            "n": len(self.ids),
-            "unreadable": len(self.unreadable),
-            "arithmetic": str(dtype).removeprefix("torch."),
-            "features_sha256": hashlib.sha256(features.data).hexdigest(),
-        }
         try:
             temporary.mkdir()
-            _write_array(temporary / "features.npy", features)
-            _write_array(temporary / "latlon.npy", np.array(self.latlon, np.float32).reshape(-1, 2))
+            _write(temporary / "features.npy", *_npy(features))
+            _write(temporary / "latlon.npy", *_npy(np.array(self.latlon, np.float32).reshape(-1, 2)))
             _write(temporary / "ids.txt", ("\n".join(self.ids) + "\n" * bool(self.ids)).encode())
             _write(temporary / UNREADABLE, _csv_bytes((self.part, *row) for row in self.unreadable))
-            _write(temporary / "shard.json", json.dumps(about, indent=1).encode())
+            about = {
+                **dataclasses.asdict(info),
+                "shard": self.part,
+                "n": len(self.ids),
+                "unreadable": len(self.unreadable),
+                "arithmetic": str(dtype).removeprefix("torch."),
+                "sampled_sha256": file_hash(temporary / "features.npy", BLOCKS),
+                "sha256": {name: file_hash(temporary / name) for name in HASHED},
+            }
+            _write(temporary / SHARD, json.dumps(about, indent=1).encode())
             os.rename(temporary, final)
             _sync_folder(out)
         except OSError as error:
+            kept = len(list(out.glob("shard-*")))
+            reason = f"the disk is full: shard {self.part} was not written to {out}, {kept} complete shards are kept"
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                whole = len(list(out.glob("shard-*")))
-                raise OSError(
-                    error.errno,
-                    f"the disk is full: shard {self.part} was not written to {out}; {whole} whole shards stay. "
-                    f"Make room and give the same command again",
-                ) from error
+                raise OSError(error.errno, f"{reason}; free some space and rerun") from error
             raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
 class FeatureData(Dataset):
-    """A folder of features as a training set, memory-mapped: only what a batch needs is read.
+    """A feature folder as a training set, memory-mapped: only what a batch needs is read.
 
-    latlon: (n, 2) degrees; views, dim: how many views of each image are kept, and c. A key is (epoch, i), and a
-    batch of keys gives {"feature": (b, views_a_step, c) float32, "latlon": (b, 2), "index": (b,)} with views
-    drawn at random for each image and epoch. fraction: part that is used; smaller parts lie within larger ones.
-    Raises ValueError for an incomplete or mixed folder, and, given the image encoder that is to be trained,
-    for features of another tower, weights or preprocessing.
+    latlon: (n, 2) degrees; views, dim: views stored per image, and c. A key is (epoch, i); a batch of keys gives
+    {"feature": (b, views_a_step, c) float32, "latlon": (b, 2), "index": (b,)} with views drawn at random per image and
+    epoch. fraction: part of the images to use; smaller fractions are subsets of larger ones. full: verify every byte,
+    not only sampled blocks of large shards. encoder: the image encoder to be trained. Raises ValueError if the folder is
+    incomplete, mixed or damaged, or was made by another tower, weights or preprocessing than the encoder's.
     """
 
     def __init__(
@@ -306,33 +312,38 @@ class FeatureData(Dataset):
         views_a_step: int = 1,
         fraction: float = 1.0,
         seed: int = 0,
+        full: bool = False,
     ):
         self.folder, self.views_a_step, self.seed = Path(folder), views_a_step, seed
         if not (self.folder / INFO).is_file():
             raise FileNotFoundError(
-                f"{self.folder} holds no features: make them with `python -m geoclip embed`"
+                f"{self.folder} contains no features: create them with `python -m geoclip embed`"
             )
         self.info = FeatureInfo.read(self.folder / INFO)
         self.views, self.dim = self.info.views.number, self.info.dim
         if encoder is not None:
             self.require(encoder)
         if views_a_step > self.views:
-            raise ValueError(f"{self.folder} keeps {self.views} views of each image, not {views_a_step}")
-        self.check_whole()
+            raise ValueError(f"{self.folder} stores {self.views} views of each image, not {views_a_step}")
         shards = range(self.info.shards)
-        self.starts = np.cumsum([0] + [_shard_json(self.folder, part)["n"] for part in shards])
+        if absent := missing_shards(self.folder, shards):
+            raise ValueError(
+                f"{self.folder} is incomplete: {len(absent)} of {self.info.shards} shards are missing, the first "
+                f"is {absent[0]}; rerun the embed command to complete it"
+            )
+        self.starts = np.cumsum([0] + [check_shard(self.folder, part, self.info, full) for part in shards])
         places = np.concatenate([np.load(self._file(part, "latlon.npy")) for part in shards])
         if len(places) == 0:
-            raise ValueError(f"{self.folder}: not one image could be read, see {UNREADABLE} there")
+            raise ValueError(f"{self.folder}: no image could be read, see {UNREADABLE} there")
         self.image = np.arange(len(places))
         if fraction < 1:
             order = np.random.default_rng(0).permutation(len(places))
             self.image = np.sort(order[: max(1, round(fraction * len(places)))])
         self.latlon = torch.from_numpy(places[self.image])
-        self._all: Tensor | None = None  # on a GPU that has room for them
+        self._all: Tensor | None = None  # all features, on a GPU
 
     def require(self, encoder: ImageEncoderConfig) -> None:
-        """ValueError unless these features are what the tower of `encoder` makes."""
+        """Raises ValueError unless the tower of `encoder` makes these features."""
         wanted = {
             "tower": encoder.tower,
             "weights": encoder.weights,
@@ -341,28 +352,16 @@ class FeatureData(Dataset):
         for name, value in wanted.items():
             if getattr(self.info, name) != value:
                 raise ValueError(
-                    f"{self.folder} holds features of {name} {getattr(self.info, name)}, but the model has "
-                    f"{value}: train with that {name}, or embed again"
+                    f"{self.folder} holds features of {name} {getattr(self.info, name)}, but the model has {value}: train "
+                    f"with the same {name}, or embed again"
                 )
-
-    def check_whole(self) -> None:
-        """ValueError that names the first shard that is missing or was made otherwise."""
-        if absent := missing_shards(self.folder, range(self.info.shards)):
-            raise ValueError(
-                f"{self.folder} is incomplete: {len(absent)} of {self.info.shards} shards are missing, the first "
-                f"is {absent[0]}; give the embed command again to complete it"
-            )
-        for part in range(self.info.shards):
-            made = FeatureInfo.read(shard_folder(self.folder, part) / "shard.json")
-            if wrong := made.differences(self.info):
-                raise ValueError(f"{shard_folder(self.folder, part)} was made otherwise: {'; '.join(wrong)}")
 
     def __len__(self) -> int:
         return len(self.image)
 
     def ids(self) -> list[str]:
         """The names of the images, in order."""
-        parts = (self._file(part, "ids.txt").read_text() for part in range(self.info.shards))
+        parts = (self._file(part, "ids.txt").read_text(encoding="utf-8") for part in range(self.info.shards))
         names = [name for text in parts for name in text.split("\n")[:-1]]
         return [names[image] for image in self.image]
 
@@ -379,7 +378,7 @@ class FeatureData(Dataset):
         return {"feature": feature.float(), "latlon": self.latlon[rows], "index": rows}
 
     def keep_on(self, device: torch.device | str) -> None:
-        """Hold all features on a GPU from now on, where they take at most half of its free memory."""
+        """Moves all features to a GPU if they take at most half of its free memory."""
         device = torch.device(device)
         if device.type != "cuda" or self.on_gpu:
             return
@@ -395,25 +394,27 @@ class FeatureData(Dataset):
 
     @property
     def on_gpu(self) -> bool:
-        """Whether keep_on found room."""
+        """Whether `keep_on` moved the features to a GPU."""
         return self._all is not None
 
     def tensor(self) -> Float[Tensor, "n v c"]:
-        """All features at once, float16; for sets that fit in memory."""
+        """All features, float16, for sets that fit in memory."""
         return torch.from_numpy(self._read(self.image))
 
     def _read(self, image: np.ndarray, view: np.ndarray | None = None) -> np.ndarray:
-        """(b, k, c) features of these images and views (b, k); all views without `view`."""
+        """(b, k, c) features of images (b,) and views (b, k), default all views; ValueError if one is not finite."""
         if view is None:
             view = np.broadcast_to(np.arange(self.views), (len(image), self.views))
         features = np.empty((*view.shape, self.dim), np.float16)
         shard = np.searchsorted(self.starts, image, side="right") - 1
-        # in the order in which they lie on the disk: neighbours share a read
+        # in the order on disk, so that neighbours share a read
         order = np.argsort(image, kind="stable")
         edges = np.flatnonzero(np.diff(shard[order], prepend=-1, append=self.info.shards))
         for start, stop in itertools.pairwise(edges):
             pick, part = order[start:stop], int(shard[order[start]])
             features[pick] = self._map(part)[(image[pick] - self.starts[part])[:, None], view[pick]]
+            if _not_finite(features[pick]):
+                raise _damaged(shard_folder(self.folder, part), "features.npy has values that are not finite")
         return features
 
     def _file(self, part: int, name: str) -> Path:
@@ -429,14 +430,13 @@ class FeatureData(Dataset):
     def __getstate__(self) -> dict:
         return {
             name: value for name, value in vars(self).items() if name != "_maps"
-        }  # maps stay with their process
+        }  # memory maps are not pickled
 
 
 def drawn_views(seed: int, epoch: int, image: np.ndarray, views: int, k: int) -> np.ndarray:
     """(b, k) different views of each image, a function of seed, epoch and image alone.
 
-    So a batch has the same views on whichever rank, in whichever batch and worker it is read, and no table of
-    draws is kept. splitmix64 (Steele, Lea, Flood 2014) gives each view of each image a number; the k smallest win.
+    An image has the same views on every rank, in every batch and worker, without a table of draws. splitmix64 (Steele, Lea, Flood 2014) gives each view of each image a number; the k smallest win.
     """
     key = np.array([seed, epoch], np.int64).view(np.uint64)
     base = _splitmix64(_splitmix64(_splitmix64(key[:1]) ^ key[1:]) ^ image.astype(np.uint64))
@@ -453,7 +453,7 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def claim(out: Path, info: FeatureInfo) -> None:
-    """Say in `out` what is being written there. Raises ValueError where something else is there already."""
+    """Records in `out` what is written there. Raises ValueError if it holds other features."""
     path = out / INFO
     if path.is_file():
         if wrong := FeatureInfo.read(path).differences(info):
@@ -464,102 +464,116 @@ def claim(out: Path, info: FeatureInfo) -> None:
 
 
 def shard_folder(out: Path, part: int) -> Path:
-    """Where shard `part` lies; it exists if and only if it is whole."""
+    """The folder of shard `part`; it exists if and only if the shard is complete."""
     return out / f"shard-{part:06d}"
 
 
 def missing_shards(out: Path, parts: Iterable[int]) -> list[int]:
-    """Those of `parts` that are not there."""
+    """Those of `parts` that do not exist."""
     return [part for part in parts if not shard_folder(out, part).is_dir()]
 
 
 def merge_unreadable(out: Path) -> int:
-    """Gather what the whole shards could not read in OUT/unreadable.csv (shard, id, reason); how many rows."""
-    with FileLock(out / ".unreadable.lock"):  # the last process to come sees the shards of all others
+    """Collects the unreadable photos of all shards in OUT/unreadable.csv (shard, id, reason); returns their number."""
+    with FileLock(out / ".unreadable.lock"):  # the last process sees the shards of all others
         rows = []
         for path in sorted(out.glob(f"shard-*/{UNREADABLE}")):
-            with path.open(newline="") as file:
-                rows += list(csv.reader(file))
+            with path.open(newline="", encoding="utf-8", errors="replace") as file:
+                rows += list(csv.reader(line.replace("\0", "") for line in file))
         with paths.atomic(out / UNREADABLE) as temporary:
             temporary.write_bytes(_csv_bytes([("shard", "id", "reason"), *rows]))
     return len(rows)
 
 
-def count_unreadable(out: Path) -> int:
-    """How many photos OUT/unreadable.csv lists; 0 without it."""
-    if not (out / UNREADABLE).is_file():
-        return 0
-    with (out / UNREADABLE).open(newline="") as file:
-        return sum(1 for _ in csv.reader(file)) - 1
-
-
-def nothing_readable(source: Source, shard: Shard) -> str:
-    """The message for a source of which no photo can be read."""
-    name, reason = shard.unreadable[0]
-    return (
-        f"{source.name}: not one of the first {len(shard.unreadable):,} photos can be read ({name}: {reason}); "
-        f"is the folder of images right?"
-    )
-
-
-@dataclass(frozen=True)
-class _End:
-    part: int
-
-
-@dataclass(frozen=True)
-class _Failed:
-    part: int
-    reason: str
-
-
 class _Parts(IterableDataset):
-    """The wanted parts as one stream, each with an end; every worker reads whole parts."""
+    """Stream (part, chunk) of the wanted parts, then (part, "") or (part, why it failed); a worker reads whole parts."""
 
     def __init__(self, source: Source, parts: list[int], views: Views, size: int):
         self.source, self.parts, self.views, self.size = source, parts, views, size
 
-    def __iter__(self) -> Iterator[Chunk | _End | _Failed]:
+    def __iter__(self) -> Iterator[tuple[int, Chunk | str]]:
         worker = get_worker_info()
         mine = self.parts if worker is None else self.parts[worker.id :: worker.num_workers]
         for part in mine:
             try:
-                yield from self.source.chunks(part, self.views, self.size)
+                yield from ((part, chunk) for chunk in self.source.chunks(part, self.views, self.size))
             except OSError as error:
-                yield _Failed(part, str(error))
+                yield part, str(error)
             else:
-                yield _End(part)
+                yield part, ""
 
 
-@contextlib.contextmanager
-def _progress(show: bool, description: str):
-    if not show:
-        yield lambda n: None
-        return
-    from tqdm import tqdm
+def check_shard(out: Path, part: int, info: FeatureInfo, full: bool = False) -> int:
+    """The number of images in a shard, after its description, headers and hashes are verified.
 
-    with tqdm(desc=description, unit=" images", smoothing=0.05) as bar:
-        yield bar.update
+    Of a large features.npy, blocks are sampled unless `full`. Raises ValueError with the shard's folder.
+    """
+    folder = shard_folder(out, part)
+    about = _read_json(folder / SHARD)
+    if wrong := FeatureInfo.read(folder / SHARD).differences(info):
+        raise ValueError(f"{folder} was made differently: {'; '.join(wrong)}")
+    try:
+        n, hashes, sampled = int(about["n"]), about["sha256"], about["sampled_sha256"]
+        shapes = {"features.npy": (n, info.views.number, info.dim), "latlon.npy": (n, 2)}
+        for name in HASHED:
+            if name in shapes and (found := np.load(folder / name, mmap_mode="r").shape) != shapes[name]:
+                raise ValueError(f"{name} has shape {found} instead of {shapes[name]}")
+            quick = not full and name in shapes and (folder / name).stat().st_size > SMALL_BYTES
+            if file_hash(folder / name, BLOCKS if quick else 0) != (sampled if quick else hashes[name]):
+                raise ValueError(f"{name} has changed since it was written")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _damaged(folder, str(error)) from error
+    return n
 
 
-def _shard_json(out: Path, part: int) -> dict:
-    return json.loads((shard_folder(out, part) / "shard.json").read_text())
+def _damaged(folder: Path, what: str) -> ValueError:
+    return ValueError(f"{folder} is damaged: {what}; rerun the embed command to make it again")
 
 
-def _write_array(path: Path, array: np.ndarray) -> None:
-    """As np.save, but through write(): numpy's own way loses the reason when the disk is full."""
+def file_hash(path: Path, blocks: int = 0) -> str:
+    """SHA-256 of a file, or of its size and so many evenly spaced blocks, the first and the last among them."""
+    with path.open("rb") as file:
+        if not blocks:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        size = path.stat().st_size
+        digest = hashlib.sha256(str(size).encode())
+        for start in np.linspace(0, max(0, size - BLOCK_BYTES), blocks).astype(int):
+            file.seek(start)
+            digest.update(file.read(BLOCK_BYTES))
+        return digest.hexdigest()
+
+
+def _not_finite(features: np.ndarray) -> np.ndarray | list:
+    """Rows of float16 features (n, v, c) with NaN or infinity, empty if there are none."""
+    bad = (np.ascontiguousarray(features).view(np.uint16) & 0x7C00) == 0x7C00  # all exponent bits set
+    return np.flatnonzero(bad.any((1, 2))).tolist() if bad.any() else []
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        found, reason = None, str(error)
+    if not isinstance(found, dict):
+        raise _damaged(
+            path.parent, f"{path.name} cannot be read ({reason if found is None else 'not an object'})"
+        )
+    return found
+
+
+def _write(path: Path, *contents) -> None:
     with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(np.ascontiguousarray(array).data)
+        for content in contents:
+            file.write(content)
         file.flush()
         os.fsync(file.fileno())
 
 
-def _write(path: Path, content: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+def _npy(array: np.ndarray) -> tuple[bytes, memoryview]:
+    """Header and data of a .npy file; np.save loses the reason if the disk is full."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    return header.getvalue(), np.ascontiguousarray(array).data
 
 
 def _sync_folder(folder: Path) -> None:

@@ -5,13 +5,11 @@ answers; each photo has a limit of time and size; and only responses that start 
 """
 
 import asyncio
-import errno
 import hashlib
 import ipaddress
 import itertools
 import json
 import multiprocessing
-import os
 import socket
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -185,20 +183,12 @@ def statistics(out: Path, part: int) -> dict | None:
 
 
 def _download_shard(rows: pd.DataFrame, out: Path, part: int, limits: Limits) -> None:
-    """Writes one tar and then its counts, each by renaming a temporary file."""
-    try:
-        with paths.atomic(out / f"{part:05d}.tar") as temporary, temporary.open("wb") as file:
-            failed = asyncio.run(_fetch_all(rows, file, part, limits))
-            file.flush()
-            os.fsync(file.fileno())
-        counts = {"successes": len(rows) - len(failed), "failed": failed}
-        with paths.atomic(out / f"{part:05d}_stats.json") as temporary:
-            temporary.write_text(json.dumps(counts, ensure_ascii=False), encoding="utf-8")
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = f"the disk is full: shard {part} was not written to {out}; free some space and rerun"
-            raise OSError(error.errno, reason) from error
-        raise
+    """Write one tar and then its counts, each by renaming a temporary file."""
+    with paths.atomic(out / f"{part:05d}.tar") as temporary, temporary.open("wb") as file:
+        failed = asyncio.run(_fetch_all(rows, file, part, limits))
+    counts = {"successes": len(rows) - len(failed), "failed": failed}
+    with paths.atomic(out / f"{part:05d}_stats.json") as temporary:
+        temporary.write_text(json.dumps(counts, ensure_ascii=False), encoding="utf-8")
 
 
 async def _fetch_all(rows: pd.DataFrame, file: BinaryIO, part: int, limits: Limits) -> list[list[str]]:

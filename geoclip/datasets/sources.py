@@ -1,18 +1,23 @@
-"""What can be embedded: photos of a CSV, webdataset tar shards, and the tiles that a data set renders.
+"""Image sources for embedding: photos listed in a CSV, webdataset tar shards, and rendered tiles.
 
-A source is cut into parts that never change, so that a run that was stopped goes on at the first part that is
-not there yet, with any number of processes. Each part is read in chunks of photos with their views.
+A source is divided into fixed parts, so that an interrupted run resumes at the first missing part with any number of
+processes. Each part is read in chunks of photos with their views.
 """
 
+import contextlib
 import hashlib
 import io
 import json
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlparse
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -22,21 +27,23 @@ from geoclip.photos import PhotoError
 
 PHOTOS_A_PART = 4096
 TILES_A_CHUNK = 256
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
 # Where tar shards keep coordinates: keys of the json beside each photo.
 LATLON_KEYS = (("LAT", "LON"), ("lat", "lon"), ("latitude", "longitude"))
-# A JPEG is decoded at a half, a quarter or an eighth when its short side stays this many times the tower's.
+# JPEGs are decoded at 1/2, 1/4 or 1/8 while their short side stays at least this many times the tower's.
 DRAFT_MARGIN = 2
+# Photos with more pixels than this, once reduced, are decoded by one process of the machine at a time.
+LARGE_PIXELS = 25_000_000
 
 
 @dataclass(frozen=True)
 class Views:
-    """How views of a photo are made for a tower.
+    """How the views of a photo are made.
 
-    pixels: side of the views. number: v; view 0 is the whole photo as in prediction (short side resized,
-    centre cut out), the others are random crops of area `crop_area` of the photo and side ratio within
-    `crop_ratio`, half of them mirrored. seed: of these crops; photo i has the same ones in every run.
-    ten_crop: instead the ten views of the paper's evaluation (photos.ten_crop), for which number must be 10.
+    pixels: side of the views. number: v; view 0 is the photo as in prediction (short side resized, centre crop), the
+    others are random crops that cover `crop_area` of the photo with an aspect ratio within `crop_ratio`, half of them
+    mirrored. seed: of these crops; photo i has the same crops in every run. ten_crop: instead, the ten crops of the
+    paper's evaluation (photos.ten_crop); number must then be 10.
     """
 
     pixels: int = 224
@@ -53,9 +60,9 @@ class Views:
 
 @dataclass
 class Chunk:
-    """Some photos of a part, in its order.
+    """Consecutive photos of a part.
 
-    images: (m, v, 3, p, p), uint8, or float as the tower takes them from sets that render tensors; unreadable: (id, reason).
+    images: (m, v, 3, p, p), uint8, or float for sources that render tensors; unreadable: (id, reason).
     """
 
     part: int
@@ -65,42 +72,54 @@ class Chunk:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
     def pin_memory(self) -> "Chunk":
-        """The same with its images where a GPU can fetch them while it computes; called by the DataLoader."""
+        """Moves the images to pinned memory; called by the DataLoader."""
         self.images = None if self.images is None else self.images.pin_memory()
         return self
 
 
 class PhotoTable:
-    """The photos of a CSV (see datasets.folder), 4,096 a part."""
+    """The photos of a CSV (datasets.folder), 4,096 per part."""
 
-    def __init__(self, data: folder.Geotagged, digest: str, photos_a_part: int = PHOTOS_A_PART):
+    def __init__(self, data: folder.Geotagged, photos_a_part: int = PHOTOS_A_PART):
         if data.images is None:
-            raise ValueError(f"{data.name} has coordinates and no photos: name the folder with --images")
+            raise ValueError(f"{data.name} has coordinates but no photos: name their folder with --images")
         self.data, self.photos_a_part = data, photos_a_part
         self.name, self.latlon, self.files = data.name, data.latlon, data.table["file"].to_numpy()
-        self.hash = hashlib.sha256(f"{digest} {photos_a_part}".encode()).hexdigest()[:16]
+        rows = data.table[["file", "lat", "lon"]].to_csv(index=False)
+        self.hash = hashlib.sha256(f"{photos_a_part}\n{rows}".encode()).hexdigest()[:16]
         self.parts = -(-len(data) // photos_a_part)
 
     def chunks(self, part: int, views: Views, size: int) -> Iterator[Chunk]:
         """Part `part`, `size` photos at a time."""
-        rows = range(part * self.photos_a_part, min((part + 1) * self.photos_a_part, len(self.data)))
-        samples = ((self.files[row], tuple(self.latlon[row]), self.data.path(row), row) for row in rows)
-        return decoded(samples, part, views, size)
+        return decoded(self.samples(part), part, views, size)
+
+    def samples(self, part: int) -> Iterator[tuple[str, tuple[float, float] | PhotoError, Path, int]]:
+        """(id, (lat, lon) or the reason why it cannot be used, path, row) of each photo."""
+        for row in range(part * self.photos_a_part, min((part + 1) * self.photos_a_part, len(self.data))):
+            place, path = tuple(self.latlon[row]), Path()
+            try:
+                path = self.data.path(row)
+            except OSError as error:  # such as a name that is too long
+                place = PhotoError(self.files[row], error.strerror or str(error))
+            yield self.files[row], place, path, row
 
 
 class TarShards:
-    """webdataset tar shards, local or over http: one part each.
+    """webdataset tar shards, local or over http, one part each.
 
-    A sample is a photo and a json with its coordinates (LATLON_KEYS), as img2dataset writes them.
+    A sample is a photo and a json file with its coordinates (LATLON_KEYS). `pipe:COMMAND` runs a shell command for
+    each shard and is accepted only with allow_pipe. Raises FileNotFoundError if a local tar is missing.
     """
 
-    def __init__(self, pattern: str):
+    def __init__(self, pattern: str, allow_pipe: bool = False):
         from webdataset.shardlists import expand_urls
 
         self.urls = [url.removeprefix("file:") for url in expand_urls(pattern)]
-        local = [Path(url) for url in self.urls if "://" not in url]
-        absent = [path for path in local if not path.is_file()]
-        if absent:
+        schemes = [urlparse(url).scheme for url in self.urls]
+        if "pipe" in schemes and not allow_pipe:
+            raise ValueError(f"{pattern} would run a shell command; pass --allow-pipe if you trust it")
+        local = [Path(url) for url, scheme in zip(self.urls, schemes, strict=True) if not scheme]
+        if absent := [path for path in local if not path.is_file()]:
             raise FileNotFoundError(
                 f"{absent[0]}: no such tar; {len(absent)} of {len(self.urls)} are missing"
             )
@@ -110,21 +129,27 @@ class TarShards:
         self.parts = len(self.urls)
 
     def chunks(self, part: int, views: Views, size: int) -> Iterator[Chunk]:
-        """Tar `part`, `size` photos at a time. Raises OSError for a tar that is absent, broken or cut short."""
+        """Tar `part`, `size` photos at a time. Raises OSError if the tar is missing, broken or truncated."""
         return decoded(self.samples(part), part, views, size)
 
     def samples(self, part: int) -> Iterator[tuple[str, tuple[float, float] | PhotoError, bytes, int]]:
-        """(id, (lat, lon) or why there is none, bytes of the photo, number) of each sample of a tar."""
+        """(id, (lat, lon) or the reason why it cannot be used, bytes of the photo, number) of each sample."""
         from webdataset.gopen import gopen
         from webdataset.tariterators import group_by_keys, tar_file_expander
 
-        url = self.urls[part]
+        url, odd = self.urls[part], []
+
+        def note(
+            error: Exception,
+        ) -> bool:  # a member that does not fit its sample; the sample goes on without it
+            odd.append(_first_line(error))
+            return True
+
         try:
             with gopen(url) as stream:
                 tail = _Tail(stream)
-                for number, sample in enumerate(
-                    group_by_keys(tar_file_expander([{"url": url, "stream": tail}]))
-                ):
+                members = tar_file_expander([{"url": url, "stream": tail}])
+                for number, sample in enumerate(group_by_keys(members, handler=note)):
                     name = sample["__key__"]
                     photo = next((sample[kind] for kind in IMAGE_SUFFIXES if kind in sample), None)
                     about = _json(sample.get("json"))
@@ -141,17 +166,20 @@ class TarShards:
             raise
         except Exception as error:  # tarfile, curl and the pipe each raise their own
             raise OSError(f"{url}: {_first_line(error)}") from error
+        for reason in odd:
+            member = reason.partition(": ")[0]
+            yield member, PhotoError(member, reason), b"", -1
 
 
 class Tiles:
-    """The tiles of a split of geoclip.datasets.blue_marble, rendered anew for each view; 4,096 a part."""
+    """The tiles of a split of geoclip.datasets.blue_marble, rendered for each view; 4,096 per part."""
 
     def __init__(
         self, split: str, config: blue_marble.TileConfig | None = None, tiles_a_part: int = PHOTOS_A_PART
     ):
         splits = blue_marble.splits()
         if split not in splits:
-            raise ValueError(f"blue_marble has no split {split!r}: there are {', '.join(splits)}")
+            raise ValueError(f"blue_marble has no split {split!r}; choose from {', '.join(splits)}")
         self.latlon, self.config = splits[split], config or blue_marble.TileConfig()
         self.name, self.tiles_a_part = f"blue_marble:{split}", tiles_a_part
         key = f"{blue_marble.data_hash()} {split} {self.config} {tiles_a_part}"
@@ -159,7 +187,7 @@ class Tiles:
         self.parts = -(-len(self.latlon) // tiles_a_part)
 
     def chunks(self, part: int, views: Views, size: int) -> Iterator[Chunk]:
-        """Part `part`, 256 tiles at a time whatever `size`: a chunk's disturbances are drawn together."""
+        """Part `part`, 256 tiles at a time whatever `size`, because a chunk's augmentation is drawn at once."""
         first, last = part * self.tiles_a_part, min((part + 1) * self.tiles_a_part, len(self.latlon))
         for start in range(first, last, TILES_A_CHUNK):
             rows = range(start, min(start + TILES_A_CHUNK, last))
@@ -176,42 +204,47 @@ class Tiles:
 Source = PhotoTable | TarShards | Tiles
 
 
-def open_source(name: str, images: Path | str | None = None, photos_a_part: int = PHOTOS_A_PART) -> Source:
-    """The source that `name` names.
+def open_source(
+    name: str,
+    images: Path | str | None = None,
+    photos_a_part: int = PHOTOS_A_PART,
+    strict: bool = False,
+    allow_pipe: bool = False,
+) -> Source:
+    """Opens the source called `name`.
 
-    A CSV with its folder of images (default: the CSV's own folder); tar shards, by path, http address or a
-    pattern such as `shards/{00000..00999}.tar`; a data set of datasets.cards, such as `im2gps3k`, in the folder
-    that GEOCLIP_DATA names; or `blue_marble:SPLIT`. Raises ValueError or FileNotFoundError.
+    A CSV with its image folder (default: the folder of the CSV); tar shards, by path, http address or a pattern such
+    as `shards/{00000..00999}.tar`; a card of datasets.benchmarks, such as `im2gps3k`, in the folder GEOCLIP_DATA; or
+    `blue_marble:SPLIT`. strict: refuse a benchmark with another number of rows than published. Raises ValueError or
+    FileNotFoundError.
     """
     if name in benchmarks.CARDS:
-        data = benchmarks.load(name, images=images)
-        digest = hashlib.sha256(data.table.to_csv(index=False).encode()).hexdigest()
-        return PhotoTable(data, digest, photos_a_part)
+        return PhotoTable(benchmarks.load(name, images=images, strict=strict), photos_a_part)
     if name.startswith("blue_marble:"):
         return Tiles(name.partition(":")[2], tiles_a_part=photos_a_part)
-    if name.endswith(".tar"):
-        return TarShards(name)
+    if name.endswith(".tar") or name.startswith("pipe:"):
+        return TarShards(name, allow_pipe)
     if name.endswith(".csv"):
         data = benchmarks.read_csv(name, images if images is not None else Path(name).parent)
-        digest = hashlib.sha256(Path(name).read_bytes()).hexdigest()
-        return PhotoTable(data, digest, photos_a_part)
+        return PhotoTable(data, photos_a_part)
     raise ValueError(
-        f"{name!r} is no source: give a CSV, tar shards (a path or address that ends in .tar, with braces for "
+        f"{name!r} is not a source: give a CSV, tar shards (a path or address that ends in .tar, with braces for "
         f"many), one of {', '.join(benchmarks.CARDS)}, or blue_marble:SPLIT"
     )
 
 
 def decoded(samples: Iterator, part: int, views: Views, size: int) -> Iterator[Chunk]:
-    """Samples (id, place, photo, number) as chunks of `size`; what cannot be used is listed with the reason."""
+    """Groups samples (id, place, photo, number) into chunks of `size`; unusable ones are listed with the reason."""
     chunk, images = Chunk(part), []
     for name, place, photo, number in samples:
         try:
+            check_name(name)
             if isinstance(place, PhotoError):
                 raise place
             image = decode(photo, name, DRAFT_MARGIN * views.pixels)
             images.append(photo_views(image, views, np.random.default_rng([views.seed, part, number])))
         except PhotoError as error:
-            chunk.unreadable.append((name, error.reason))
+            chunk.unreadable.append((printable(name), error.reason))
             continue
         chunk.ids.append(name)
         chunk.latlon.append(place)
@@ -225,8 +258,20 @@ def decoded(samples: Iterator, part: int, views: Views, size: int) -> Iterator[C
         yield chunk
 
 
+def printable(name: str) -> str:
+    """`name` in UTF-8 on one line: line breaks and bytes that are not UTF-8 are written as escapes."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
+
+
+def check_name(name: str) -> None:
+    """Raises PhotoError for a file name that a list of names cannot hold."""
+    if printable(name) != name:
+        what = "contains a line break" if "\n" in name or "\r" in name else "is not UTF-8"
+        raise PhotoError(printable(name), f"its name {what}; rename it")
+
+
 def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
-    """A photo upright in RGB, of which a JPEG is decoded smaller while its sides stay ≥ `short_side` pixels.
+    """Opens a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side` pixels.
 
     Raises PhotoError with the reason.
     """
@@ -234,19 +279,29 @@ def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
     Image.init()
     try:
         image = Image.open(file, formats=[kind for kind in photos.FORMATS if kind in Image.OPEN])
-        image.draft("RGB", (short_side, short_side))  # does nothing for other formats
+        image.draft("RGB", (short_side, short_side))  # has no effect on other formats
     except Exception as error:
         if isinstance(photo, Path):
-            return photos.open_photo(photo)  # which says what is wrong with the file
+            return photos.open_photo(photo)  # gives the reason
         raise PhotoError(
             name, "empty (0 bytes)" if not photo else "not an image in a known format"
         ) from error
-    with image:
+    with image, _one_at_a_time(image.width * image.height > LARGE_PIXELS):
         return photos.open_photo(image)
 
 
+@contextlib.contextmanager
+def _one_at_a_time(large: bool) -> Iterator[None]:
+    """Holds a lock of this machine and user while a large photo is decoded: each can take gigabytes."""
+    if not large:
+        yield
+        return
+    with FileLock(Path(tempfile.gettempdir()) / f"geoclip-large-photo-{os.getuid()}.lock"):
+        yield
+
+
 def photo_views(photo: Image.Image, views: Views, generator: np.random.Generator) -> Tensor:
-    """(v, 3, p, p) uint8: the whole photo as in prediction, then random crops; or its ten crops (see Views)."""
+    """(v, 3, p, p) uint8: the photo as in prediction, then random crops; or its ten crops (see Views)."""
     from torchvision.transforms import functional
 
     p = views.pixels
@@ -255,7 +310,7 @@ def photo_views(photo: Image.Image, views: Views, generator: np.random.Generator
     whole = functional.resize(photo, p, functional.InterpolationMode.BICUBIC)
     made = [photos.centre_crop(whole, p)]
     for _ in range(views.number - 1):
-        # resized straight out of the box: no intermediate picture
+        # resized straight from the box, without an intermediate image
         crop = photo.resize((p, p), Image.Resampling.BICUBIC, box=random_box(photo.size, views, generator))
         if generator.random() < 0.5:
             crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -264,7 +319,7 @@ def photo_views(photo: Image.Image, views: Views, generator: np.random.Generator
 
 
 def as_bytes(views: Sequence[Image.Image]) -> Tensor:
-    """(v, 3, p, p) uint8 of RGB views of one size."""
+    """(v, 3, p, p) uint8 of equally sized RGB views."""
     return torch.from_numpy(np.stack([np.asarray(view) for view in views])).permute(0, 3, 1, 2).contiguous()
 
 
@@ -273,7 +328,7 @@ def random_box(size: tuple[int, int], views: Views, generator: np.random.Generat
     width, height = size
     area = generator.uniform(*views.crop_area) * width * height
     bound = np.log(views.crop_ratio)
-    # a ratio is drawn among those that fit, so that wide and tall photos need no second try
+    # drawn among the ratios that fit, so that no second attempt is needed
     low, high = max(-bound, np.log(area / height**2)), min(bound, np.log(width**2 / area))
     ratio = np.exp(generator.uniform(low, high) if low < high else (low + high) / 2)
     w, h = min(width, np.sqrt(area * ratio)), min(height, np.sqrt(area / ratio))
@@ -282,7 +337,7 @@ def random_box(size: tuple[int, int], views: Views, generator: np.random.Generat
 
 
 class _Tail:
-    """A stream that remembers how it ended: a tar that was cut off between two files reads as if it were whole."""
+    """A stream that remembers its end: a tar that was truncated between two files otherwise reads as complete."""
 
     def __init__(self, stream):
         self.stream, self.last = stream, b""
@@ -293,17 +348,17 @@ class _Tail:
         return data
 
     def check(self) -> None:
-        """OSError unless the stream ends in the two empty blocks that end a tar."""
+        """Raises OSError unless the stream ends with the two empty blocks that end a tar."""
         while self.read(1 << 20):
             pass
         if self.last.strip(b"\0") or len(self.last) < 1024:
-            raise OSError("the tar is cut short: it does not end in two empty blocks")
+            raise OSError("the tar is truncated: it does not end with two empty blocks")
 
 
 def _json(text: bytes | None) -> dict:
     try:
         about = json.loads(text) if text else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}
 
@@ -313,7 +368,7 @@ def _place(name: str, about: dict) -> tuple[float, float]:
         if all(key in about for key in keys):
             try:
                 lat, lon = (float(about[key]) for key in keys)
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 break
             if abs(lat) <= 90 and abs(lon) <= 180:
                 return lat, -180.0 if lon == 180 else lon
