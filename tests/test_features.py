@@ -24,7 +24,7 @@ from geoclip.datasets import benchmarks, features, sources
 from geoclip.datasets.features import FeatureData, embed
 from geoclip.datasets.sources import Views, open_source
 from geoclip.gallery import Gallery
-from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
 from geoclip.training.runs import TrainConfig, train
@@ -222,6 +222,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_loses_and_repeats_nothing(photos, tmp_path):
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(KILLED), photos],
@@ -285,6 +286,7 @@ def test_full_disk_stops_with_a_clear_error_and_keeps_what_was_whole(photos, tmp
     assert whole(out) == whole(tmp_path / "unbroken")
 
 
+@pytest.mark.slow
 def test_really_full_disk(photos, tmp_path):
     small = tmp_path / "small"
     small.mkdir()
@@ -481,8 +483,8 @@ def test_draft_decoding_changes_less_than_a_level(tmp_path):
     draw = np.random.default_rng(0)  # a single view draws nothing
     drafted = sources.decode(tmp_path / "large.jpg", "large.jpg", 448)
     assert drafted.size == (1200, 800)  # half: a quarter would be 600 × 400, below 448
-    one = sources.photo_views(drafted, Views(), draw).float()
-    other = sources.photo_views(Image.open(tmp_path / "large.jpg"), Views(), draw).float()
+    one = sources.photo_views(drafted, Views(), Preprocessing(), draw).float()
+    other = sources.photo_views(Image.open(tmp_path / "large.jpg"), Views(), Preprocessing(), draw).float()
     assert (one - other).abs().mean() < 1
 
 
@@ -510,6 +512,7 @@ def test_torchrun_and_slurm_are_recognised(monkeypatch):
     assert features.rank_and_world() == (9, 16, 1)
 
 
+@pytest.mark.slow
 def test_torchrun_divides_the_shards_among_processes(photos, tmp_path):
     """Two processes, as on one machine with two GPUs, leave what one leaves."""
     options = ["--tower", "conv", "--weights", "null", "--views", "2", "--shard-size", "5", "--workers", "0"]

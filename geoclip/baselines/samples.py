@@ -133,7 +133,7 @@ class LabelledPhotos(Dataset):
         self.data, self.config, self.encode, self.maps = data, config, encode, maps
         self.preprocessing, self.labels = Preprocessing.of(config.image), encode(context)
         self.latlon = torch.from_numpy(data.latlon).float()
-        self.views = sources.Views(self.preprocessing.pixels)
+        self.views = sources.Views()
         if maps:
             maps.check(data)
 

@@ -158,8 +158,7 @@ def embed(
     if views and views.ten_crop and isinstance(source, Tiles):
         raise ValueError("tiles are rendered, so ten crops cannot be cut from them")
     out = paths.make_folder(Path(out))
-    views = dataclasses.replace(views or Views(), pixels=Preprocessing.of(encoder.config).pixels)
-    info = FeatureInfo.of(source, encoder, views)
+    info = FeatureInfo.of(source, encoder, views := views or Views())
     claim(out, info)
     mine, found = range(rank, source.parts, world), 0
     for part in set(mine) - set(missing_shards(out, mine)):
@@ -174,7 +173,7 @@ def embed(
             shutil.rmtree(left)
     tower = Tower(encoder, info.preprocessing, batch_size, arithmetic, compiled)
     stream = DataLoader(
-        _Parts(source, wanted, views, max(1, batch_size // views.number)),
+        _Parts(source, wanted, info, max(1, batch_size // views.number)),
         batch_size=None,
         num_workers=min(workers, len(wanted)),
         pin_memory=tower.device.type == "cuda",
@@ -488,15 +487,16 @@ def merge_unreadable(out: Path) -> int:
 class _Parts(IterableDataset):
     """Stream (part, chunk) of the wanted parts, then (part, "") or (part, why it failed); a worker reads whole parts."""
 
-    def __init__(self, source: Source, parts: list[int], views: Views, size: int):
-        self.source, self.parts, self.views, self.size = source, parts, views, size
+    def __init__(self, source: Source, parts: list[int], info: FeatureInfo, size: int):
+        self.source, self.parts, self.info, self.size = source, parts, info, size
 
     def __iter__(self) -> Iterator[tuple[int, Chunk | str]]:
         worker = get_worker_info()
         mine = self.parts if worker is None else self.parts[worker.id :: worker.num_workers]
         for part in mine:
             try:
-                yield from ((part, chunk) for chunk in self.source.chunks(part, self.views, self.size))
+                chunks = self.source.chunks(part, self.info.views, self.info.preprocessing, self.size)
+                yield from ((part, chunk) for chunk in chunks)
             except OSError as error:
                 yield part, str(error)
             else:

@@ -10,7 +10,7 @@ import io
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlparse
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from geoclip import photos
 from geoclip.datasets import benchmarks, blue_marble, folder
+from geoclip.image_encoder import Preprocessing
 from geoclip.photos import PhotoError
 
 PHOTOS_A_PART = 4096
@@ -40,13 +41,12 @@ LARGE_PIXELS = 25_000_000
 class Views:
     """How the views of a photo are made.
 
-    pixels: side of the views. number: v; view 0 is the photo as in prediction (short side resized, centre crop), the
+    number: v; view 0 is the photo as in prediction (short side resized, centre crop), the
     others are random crops that cover `crop_area` of the photo with an aspect ratio within `crop_ratio`, half of them
     mirrored. seed: of these crops; photo i has the same crops in every run. ten_crop: instead, the ten crops of the
     paper's evaluation (photos.ten_crop); number must then be 10.
     """
 
-    pixels: int = 224
     number: int = 1
     crop_area: tuple[float, float] = (0.6, 1.0)
     crop_ratio: float = 4 / 3
@@ -89,9 +89,9 @@ class PhotoTable:
         self.hash = hashlib.sha256(f"{photos_a_part}\n{rows}".encode()).hexdigest()[:16]
         self.parts = -(-len(data) // photos_a_part)
 
-    def chunks(self, part: int, views: Views, size: int) -> Iterator[Chunk]:
+    def chunks(self, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
         """Part `part`, `size` photos at a time."""
-        return decoded(self.samples(part), part, views, size)
+        return decoded(self.samples(part), part, views, tower, size)
 
     def samples(self, part: int) -> Iterator[tuple[str, tuple[float, float] | PhotoError, Path, int]]:
         """(id, (lat, lon) or the reason why it cannot be used, path, row) of each photo."""
@@ -128,9 +128,9 @@ class TarShards:
         self.hash = hashlib.sha256(json.dumps([self.urls, sizes]).encode()).hexdigest()[:16]
         self.parts = len(self.urls)
 
-    def chunks(self, part: int, views: Views, size: int) -> Iterator[Chunk]:
+    def chunks(self, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
         """Tar `part`, `size` photos at a time. Raises OSError if the tar is missing, broken or truncated."""
-        return decoded(self.samples(part), part, views, size)
+        return decoded(self.samples(part), part, views, tower, size)
 
     def samples(self, part: int) -> Iterator[tuple[str, tuple[float, float] | PhotoError, bytes, int]]:
         """(id, (lat, lon) or the reason why it cannot be used, bytes of the photo, number) of each sample."""
@@ -186,7 +186,7 @@ class Tiles:
         self.hash = hashlib.sha256(key.encode() + self.latlon.numpy().tobytes()).hexdigest()[:16]
         self.parts = -(-len(self.latlon) // tiles_a_part)
 
-    def chunks(self, part: int, views: Views, size: int) -> Iterator[Chunk]:
+    def chunks(self, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
         """Part `part`, 256 tiles at a time whatever `size`, because a chunk's augmentation is drawn at once."""
         first, last = part * self.tiles_a_part, min((part + 1) * self.tiles_a_part, len(self.latlon))
         for start in range(first, last, TILES_A_CHUNK):
@@ -233,7 +233,7 @@ def open_source(
     )
 
 
-def decoded(samples: Iterator, part: int, views: Views, size: int) -> Iterator[Chunk]:
+def decoded(samples: Iterator, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
     """Groups samples (id, place, photo, number) into chunks of `size`; unusable ones are listed with the reason."""
     chunk, images = Chunk(part), []
     for name, place, photo, number in samples:
@@ -241,8 +241,8 @@ def decoded(samples: Iterator, part: int, views: Views, size: int) -> Iterator[C
             check_name(name)
             if isinstance(place, PhotoError):
                 raise place
-            image = decode(photo, name, DRAFT_MARGIN * views.pixels)
-            images.append(photo_views(image, views, np.random.default_rng([views.seed, part, number])))
+            image = decode(photo, name, DRAFT_MARGIN * tower.pixels)
+            images.append(photo_views(image, views, tower, np.random.default_rng([views.seed, part, number])))
         except PhotoError as error:
             chunk.unreadable.append((printable(name), error.reason))
             continue
@@ -300,27 +300,21 @@ def _one_at_a_time(large: bool) -> Iterator[None]:
         yield
 
 
-def photo_views(photo: Image.Image, views: Views, generator: np.random.Generator) -> Tensor:
+def photo_views(
+    photo: Image.Image, views: Views, tower: Preprocessing, generator: np.random.Generator
+) -> Tensor:
     """(v, 3, p, p) uint8: the photo as in prediction, then random crops; or its ten crops (see Views)."""
-    from torchvision.transforms import functional
-
-    p = views.pixels
     if views.ten_crop:
-        return as_bytes(photos.ten_crop(photo, p))
-    whole = functional.resize(photo, p, functional.InterpolationMode.BICUBIC)
-    made = [photos.centre_crop(whole, p)]
-    for _ in range(views.number - 1):
-        # resized straight from the box, without an intermediate image
-        crop = photo.resize((p, p), Image.Resampling.BICUBIC, box=random_box(photo.size, views, generator))
-        if generator.random() < 0.5:
-            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        made.append(crop)
-    return as_bytes(made)
-
-
-def as_bytes(views: Sequence[Image.Image]) -> Tensor:
-    """(v, 3, p, p) uint8 of equally sized RGB views."""
-    return torch.from_numpy(np.stack([np.asarray(view) for view in views])).permute(0, 3, 1, 2).contiguous()
+        made = photos.ten_crop(photo, tower.pixels)
+    else:
+        made = [tower.crop(photo)]
+        for _ in range(views.number - 1):
+            # resized straight from the box, without an intermediate image
+            box = random_box(photo.size, views, generator)
+            crop = photo.resize((tower.pixels, tower.pixels), tower.filter, box=box)
+            mirrored = generator.random() < 0.5
+            made.append(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop)
+    return torch.from_numpy(np.stack([np.asarray(view) for view in made])).permute(0, 3, 1, 2).contiguous()
 
 
 def random_box(size: tuple[int, int], views: Views, generator: np.random.Generator) -> tuple[float, ...]:

@@ -317,7 +317,7 @@ def decoding(bench: Bench, workers: int) -> None:
             note=f"{workers} decoding processes, 1024 × 768, {megabytes:.2f} MB each",
         )  # fmt: skip
         started = time.perf_counter()
-        chunks = sum(len(chunk.ids) for chunk in source.chunks(0, Views(), 32))
+        chunks = sum(len(chunk.ids) for chunk in source.chunks(0, Views(), image_encoder.Preprocessing(), 32))
         bench.add("decode JPEGs, one process", [time.perf_counter() - started], size=chunks, items=chunks)
     bench.free()
 

@@ -22,7 +22,7 @@ from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor
 
-from geoclip import earth, evaluation, gallery, image_encoder, paths
+from geoclip import earth, evaluation, gallery, paths
 from geoclip.datasets import blue_marble, features, sources
 from geoclip.image_encoder import ImageEncoder
 from geoclip.training import runs
@@ -151,8 +151,7 @@ def tile_folder(config: TrainConfig, views: int) -> Path:
         raise ValueError(
             "tiles are embedded for the standard split: leave splits.train, .test and .seed as they are"
         )
-    pixels = image_encoder.Preprocessing.of(encoder.config).pixels
-    how = dataclasses.replace(sources.Views(), number=views, pixels=pixels)
+    how = sources.Views(number=views)
     info = dataclasses.asdict(features.FeatureInfo.of(source, encoder, how))
     key = hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()[:16]
     folder = paths.make_folder(paths.CACHE / "features") / key
