@@ -61,6 +61,20 @@ def geoclip_data() -> Path | None:
     return folder
 
 
+def profile(name: str | Path) -> Path:
+    """The YAML file notebooks/profiles/NAME.yaml, or the file at the path `name`, wherever the call comes from.
+
+    Raises FileNotFoundError that lists the profiles.
+    """
+    path = Path(name).expanduser()
+    if path.suffix not in (".yaml", ".yml"):
+        path = NOTEBOOKS / "profiles" / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in (NOTEBOOKS / "profiles").glob("*.yaml")))
+        raise FileNotFoundError(f"there is no profile {path}; notebooks/profiles has {known}")
+    return path
+
+
 def make_folder(folder: Path) -> Path:
     """Create `folder` if needed and return it. Raises PermissionError that names it and the remedy."""
     try:

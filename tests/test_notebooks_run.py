@@ -1,24 +1,32 @@
-"""notebooks.py: small notebooks run, fail and are accepted in folders of their own."""
+"""notebooks.py and batch.py: small notebooks run, fail, are accepted and end with their processes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
 
 import nbformat
 import pandas as pd
 import pytest
 
 from geoclip import paths
-from geoclip.reproduce import notebooks
+from geoclip.reproduce import batch, notebooks
+from geoclip.reproduce.profiles import Profile
 
 TABLE = """import pandas
 from geoclip.reproduce import report
 table = pandas.DataFrame({"model": ["full"], "acc_25km": [float(VALUE)], "n": [3]})
-report.save_results(table, "NUMBER_table", report.provenance())
-report.hold_to_expected(table, "NUMBER_table", keys=["model"])"""
+report.save_results(table, "NUMBER_table", report.provenance())"""
+HELD = TABLE + '\nreport.hold_to_expected(table, "NUMBER_table", keys=["model"])'
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     for name in ("RESULTS", "EXPECTED", "FIGURES", "CACHE"):
         monkeypatch.setattr(paths, name, tmp_path / name.lower())
-    monkeypatch.setenv("GEOCLIP_RESULTS", str(tmp_path / "results"))  # the kernel is another process
+        monkeypatch.setenv(f"GEOCLIP_{name}", str(tmp_path / name.lower()))  # the kernel is another process
     monkeypatch.setenv("HOME", str(tmp_path / "no_home"))
     (tmp_path / "notebooks").mkdir()
     return tmp_path / "notebooks"
@@ -27,83 +35,128 @@ def folder(tmp_path, monkeypatch):
 def write(folder, name, *sources):
     cells = [nbformat.v4.new_code_cell(source) for source in sources]
     cells[0].metadata["tags"] = ["parameters"]
-    notebook = nbformat.v4.new_notebook(cells=cells)
-    nbformat.write(notebook, folder / f"{name}.ipynb")
+    nbformat.write(notebooks.without_stamps(nbformat.v4.new_notebook(cells=cells)), folder / f"{name}.ipynb")
     return folder / f"{name}.ipynb"
 
 
-def outputs(path):
-    return [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
+def printed(path):
+    cells = nbformat.read(path, as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", []))
 
 
 def test_reproduce_runs_all_lists_the_failure_and_goes_on(folder, capsys):
     write(
         folder,
-        "00_bad",
+        "90_bad",
         "VALUE = 1  # a number",
         "import os\nprint(os.getcwd())",
-        "raise RuntimeError('no such luck')",
+        "raise RuntimeError('no luck')",
     )
-    write(folder, "01_good", "VALUE = 1  # a number", TABLE.replace("NUMBER", "01").rsplit("\n", 1)[0])
+    write(folder, "91_good", "VALUE = 1  # a number", TABLE.replace("NUMBER", "91"))
     write(folder, "notes", "VALUE = 1", "raise RuntimeError('not numbered, not run')")
-    assert notebooks.reproduce(parameters={"VALUE": 61.5}, folder=folder) == 1
-    printed = capsys.readouterr().out
-    assert "1 of 2  00_bad" in printed and "2 of 2  01_good" in printed
-    assert "FAILED 00_bad.ipynb: RuntimeError: no such luck" in printed
-    assert "Published (data/paper/benchmarks.csv)" in printed
-    assert printed.index("1 of 2 notebooks ran") < printed.index("61.5")
-    assert sorted(p.name for p in (paths.RESULTS / "runs").iterdir()) == [
-        "00_bad.failed.ipynb",
-        "01_good.ipynb",
-    ]
-    printed_there = [
-        output["text"]
-        for output in outputs(paths.RESULTS / "runs" / "00_bad.failed.ipynb")
-        if "text" in output
-    ]
-    assert printed_there == [f"{folder}\n"]
+    assert batch.reproduce(profile=Profile("made", parameters={"VALUE": 61.5}), folder=folder) == 1
+    said = capsys.readouterr().out
+    assert "1 of 2  90_bad" in said and "2 of 2  91_good" in said
+    assert "FAILED 90_bad.ipynb: RuntimeError: no luck" in said
+    assert "Published (data/paper/benchmarks.csv)" in said
+    assert said.index("1 of 2 notebooks ran") < said.index("61.5")
+    runs = paths.RESULTS / "runs"
+    assert sorted(path.name for path in runs.glob("*.ipynb")) == ["90_bad.failed.ipynb", "91_good.ipynb"]
+    assert printed(runs / "90_bad.failed.ipynb") == f"{folder}\n"
 
 
-def test_accept_makes_the_results_the_expectation_and_leaves_no_stamps(folder, monkeypatch):
-    path = write(folder, "04_ours", "VALUE = 48.25  # a number", TABLE.replace("NUMBER", "04"))
+def test_accept_keeps_results_and_parameters_and_leaves_no_stamps(folder):
+    path = write(folder, "94_ours", "VALUE = 48.25  # a number", HELD.replace("NUMBER", "94"))
     paths.EXPECTED.mkdir()
-    (paths.EXPECTED / "04_old.csv").write_text("model\nfull\n")
-    assert notebooks.accept("4", folder) == [paths.EXPECTED / "04_table.csv", path]
-    assert pd.read_csv(paths.EXPECTED / "04_table.csv").acc_25km.tolist() == [48.25]
-    assert not (paths.EXPECTED / "04_old.csv").exists()
-    assert outputs(path)[0]["text"] == "04_table: 1 rows, as expected\n"
+    (paths.EXPECTED / "94_old.csv").write_text("model\nfull\n")
+    table, parameters = paths.EXPECTED / "94_table.csv", paths.EXPECTED / "94_parameters.json"
+    assert notebooks.accept("94", folder) == [table, parameters, path]
+    assert pd.read_csv(table).acc_25km.tolist() == [48.25]
+    assert json.loads(parameters.read_text()) == {"VALUE": 48.25}
+    assert not (paths.EXPECTED / "94_old.csv").exists()
+    assert printed(path) == "94_table: as expected\n"
     text = path.read_text()
     assert "papermill" not in text and "start_time" not in text and str(folder) not in text
-    before = path.read_bytes(), (paths.EXPECTED / "04_table.csv").read_bytes()
-    notebooks.accept("4", folder)
-    assert (path.read_bytes(), (paths.EXPECTED / "04_table.csv").read_bytes()) == before
+    before = [file.read_bytes() for file in (path, table, parameters)]
+    notebooks.accept("94", folder)
+    assert [file.read_bytes() for file in (path, table, parameters)] == before
 
 
 def test_accept_changes_nothing_when_a_cell_fails(folder):
     path = write(
-        folder, "05_ours", "VALUE = 1  # a number", TABLE.replace("NUMBER", "05"), "raise ValueError('late')"
+        folder, "95_ours", "VALUE = 1  # a number", HELD.replace("NUMBER", "95"), "raise ValueError('late')"
     )
     before = path.read_bytes()
     with pytest.raises(Exception, match="late"):
-        notebooks.accept("05", folder)
+        notebooks.accept("95", folder)
     assert path.read_bytes() == before
     assert not paths.EXPECTED.exists()
 
 
 def test_unknown_numbers_and_parameters_are_named(folder):
-    path = write(folder, "00_one", "VALUE = 1  # a number")
+    path = write(folder, "90_one", "VALUE = 1  # a number")
     with pytest.raises(ValueError, match="no parameter VALEU; it has VALUE"):
         notebooks.run(path, {"VALEU": 2})
-    with pytest.raises(ValueError, match="VALEU"):
-        notebooks.reproduce(parameters={"VALEU": 2}, folder=folder)
-    with pytest.raises(ValueError, match="01_none"):
-        notebooks.reproduce(parameters={"01_none": {"VALUE": 2}}, folder=folder)
-    with pytest.raises(ValueError, match="'7'; there are 00_one"):
-        notebooks.with_number("7", folder)
+    with pytest.raises(ValueError, match="no notebook '7'; give a path or a number of 90_one"):
+        notebooks.find("7", folder)
+    with pytest.raises(ValueError, match="VALUE is not a literal"):
+        notebooks.declared(write(folder, "91_two", "VALUE = int('1')  # a number"))
 
 
-def test_a_section_of_a_profile_goes_to_its_notebook_alone(folder):
-    one = write(folder, "00_one", "VALUE = 1\nOTHER = 2")
-    two = write(folder, "01_two", "VALUE = 1")
-    shared = notebooks._share({"VALUE": 5, "00_one": {"OTHER": 7}}, [one, two])
-    assert shared == {one: {"VALUE": 5, "OTHER": 7}, two: {"VALUE": 5}}
+def test_relative_data_folders_mean_the_callers_and_missing_ones_are_refused(folder, tmp_path, monkeypatch):
+    (tmp_path / "data").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GEOCLIP_DATA", "data")
+    assert notebooks.environment()["GEOCLIP_DATA"] == str(tmp_path / "data")
+    monkeypatch.setenv("GEOCLIP_DATA", "nowhere")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        notebooks.environment()
+
+
+SLEEP = """
+import multiprocessing, os, pathlib, time
+worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(300,))
+worker.start()
+pathlib.Path(os.environ["PIDS"]).write_text(f"{os.getpid()} {worker.pid}")
+time.sleep(300)
+"""
+
+
+def ended(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] == "Z"
+    except FileNotFoundError:
+        return True
+
+
+def wait_until(condition, seconds=60):
+    limit = time.monotonic() + seconds
+    while not condition() and time.monotonic() < limit:
+        time.sleep(0.2)
+    assert condition()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, "time-out"])
+def test_no_kernel_or_worker_outlives_a_run(folder, tmp_path, monkeypatch, how):
+    path, pids = write(folder, "90_sleep", "SECONDS = 1  # unused", SLEEP), tmp_path / "pids"
+    monkeypatch.setenv("PIDS", str(pids))
+    if how == "time-out":
+        with pytest.raises(TimeoutError):
+            notebooks.run(path, cell_timeout_s=5)
+    else:
+        reproduce = [sys.executable, "-m", "geoclip", "sweep", str(path), "--profile", "embedded"]
+        with (
+            (tmp_path / "log").open("w") as log,
+            subprocess.Popen(reproduce, stdout=log, stderr=log) as process,
+        ):
+            try:
+                wait_until(pids.exists)
+                process.send_signal(how)
+                status = process.wait(60)
+            finally:
+                process.kill()
+        assert status == (143 if how == signal.SIGTERM else -9)
+    wait_until(lambda: all(ended(int(pid)) for pid in pids.read_text().split()))

@@ -1,4 +1,4 @@
-"""Run one notebook and make the results it finds the expected ones."""
+"""Run one notebook and make its results the expected ones."""
 
 from jsonargparse import ArgumentParser
 
@@ -10,10 +10,9 @@ def parser() -> ArgumentParser:
 
 
 def run(options) -> int:
-    from geoclip import paths
     from geoclip.reproduce import notebooks
 
     for path in notebooks.accept(options.number):
-        print(f"wrote {path.relative_to(paths.ROOT)}")
+        print(f"wrote {notebooks.short(path)}")
     print("Review them with `git diff data/expected notebooks`, then commit.")
     return 0

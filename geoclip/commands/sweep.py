@@ -1,11 +1,11 @@
-"""Run a notebook over a grid of settings and seeds, and put the paper's table together."""
+"""Run a notebook over a grid of settings and seeds, and assemble the paper's table."""
 
 from jsonargparse import ArgumentParser
 
 EPILOG = """
-An interrupted sweep goes on where it stopped; what was run is found by the hash of notebook, parameters,
-package and data. Exit status 1 where some runs failed. Everything lies in data/results: runs/NOTEBOOK/ (the
-executed notebooks), NOTEBOOK_sweep.csv (a row per setting, seed and threshold), NOTEBOOK_table.csv|md|tex.
+Rerun the command to resume an interrupted sweep: finished runs are kept. Exit status 1 if some runs failed.
+Everything is in data/results: runs/NOTEBOOK/ (executed notebooks), NOTEBOOK_sweep.csv (a row for each setting, seed
+and threshold), NOTEBOOK_table.csv|md|tex.
 """
 
 
@@ -15,63 +15,77 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "notebooks",
         nargs="*",
-        help="paths or numbers (04) of notebooks; none: all that the profile has a grid for",
+        help="paths or numbers (04) of notebooks (default: all with a grid in the profile)",
+    )
+    parser.add_argument("--profile", default="paper", help="a profile in notebooks/profiles, or a YAML file")
+    parser.add_argument(
+        "--seeds", type=int, help="train with the seeds 0 to N - 1 (default: the profile's number)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--devices", default="", help="GPUs that the runs take in turn, such as 0,1")
+    parser.add_argument("--shard", default="1/1", help="run a part of the grid: 3/16 is the third of sixteen")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        dest="changes",
+        help="a notebook parameter as YAML, which overrides the profile",
     )
     parser.add_argument(
-        "--profile", default="paper", help="of notebooks/profiles, or the path of a YAML file"
+        "--dry-run", action="store_true", help="print what would run and which data are missing"
     )
-    parser.add_argument("--seeds", type=int, help="seeds 0 to N - 1; default: the profile's")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="runs at a time; the cores are divided among them"
-    )
-    parser.add_argument("--devices", default="", help="GPUs to give to the runs in turn, such as 0,1")
-    parser.add_argument("--shard", default="1/1", help="3/16: the third of sixteen parts of the grid")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="NAME=VALUE", dest="changes",
-        help="a notebook parameter, as YAML; goes over the profile's",
-    )  # fmt: skip
-    parser.add_argument("--dry-run", action="store_true", help="say what would run and what is missing")
     return parser
 
 
 def run(options) -> int:
-    """Plan, run what is missing, write the tables; 1 where a run failed."""
+    """Plan, run what is not there yet, write the tables; 1 if a run failed."""
+    import time
+
     import yaml
 
-    from geoclip.reproduce import sweep
-
-    profile = sweep.load_profile(options.profile)
+    if options.jobs < 1:
+        raise ValueError(f"--jobs is {options.jobs}; at least one run must go at a time")
     changes = {}
     for change in options.changes:
         name, equals, value = change.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--set takes NAME=VALUE, not {change!r}")
         changes[name] = yaml.safe_load(value)
+
+    from geoclip.reproduce import batch, notebooks, sweep
+    from geoclip.reproduce.profiles import Profile
+
+    profile = Profile.load(options.profile)
     names = options.notebooks or [
         stem for stem, own in profile.notebooks.items() if "grid" in own or options.dry_run
     ]
-    plans = {}
-    for name in names:
-        notebook = sweep.find_notebook(name)
-        plans[notebook] = sweep.plan(notebook, profile, options.seeds, changes)
+    plans = {path: sweep.plan(path, profile, options.seeds, changes) for path in map(notebooks.find, names)}
     if options.dry_run:
         for notebook, jobs in plans.items():
-            mine = sweep.shard(jobs, options.shard)
-            print("\n".join(sweep.describe(notebook, profile, mine)))
+            print("\n".join(sweep.describe(notebook, profile, sweep.shard(jobs, options.shard))))
         return 0
-    mine = sweep.shard([job for jobs in plans.values() for job in jobs], options.shard)
-    devices = [device for device in options.devices.split(",") if device]
-    outcomes = sweep.sweep(mine, options.jobs, devices)
     for notebook, jobs in plans.items():
-        done = [job for job in jobs if job.output.exists()]
-        if not done:
-            continue
-        for path in sweep.write_tables(sweep.collect(done), notebook.stem):
+        if missing := profile.missing(notebooks.declared(notebook) | jobs[0].parameters):
+            raise FileNotFoundError(f"{notebook.stem}: {'; '.join(missing)}")
+    jobs = sweep.shard([job for planned in plans.values() for job in planned], options.shard)
+    failed, began = [], time.monotonic()
+    devices = [device for device in options.devices.split(",") if device]
+    for count, (job, state, seconds, reason) in enumerate(
+        batch.run_jobs(jobs, options.jobs, devices), start=1
+    ):
+        left = (len(jobs) - count) * (time.monotonic() - began) / count
+        took = "" if state == "kept" else f", {seconds:.0f} s · about {left / 60:.0f} min left"
+        print(f"[{count} of {len(jobs)}] {job.label} · {state}{took}", flush=True)
+        if reason:
+            failed.append((job, reason))
+            print(f"    {reason}", flush=True)
+    for notebook, planned in plans.items():
+        done = [job for job in planned if job.out.exists()]
+        for path in sweep.write_tables(sweep.collect(done), notebook.stem) if done else ():
             print(path)
-        if len(done) < len(jobs):
-            print(f"{notebook.name}: {len(done)} of {len(jobs)} runs are in these tables")
-    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
-    for outcome in failed:
-        kept = outcome.job.failed if outcome.job.failed.exists() else outcome.job.log
-        print(f"failed: {outcome.job.notebook.name}, {outcome.job.label}: {outcome.reason}\n    see {kept}")
+        if 0 < len(done) < len(planned):
+            print(f"{notebook.name}: {len(done)} of {len(planned)} runs are in these tables")
+    for job, reason in failed:
+        print(f"failed: {job.notebook.name}, {job.label}: {reason}\n    see {job.failed}")
     return 1 if failed else 0

@@ -1,0 +1,98 @@
+"""Profiles of notebook parameters (notebooks/profiles): what `reproduce` and `sweep` give to which notebook."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import yaml
+
+from geoclip import paths
+
+
+@dataclass(frozen=True)
+class Profile:
+    """The content of a profile.
+
+    parameters: given to every notebook that has them. notebooks: stem → its own `parameters`, and a `grid` of
+    values. seeds: how many to train. data: name of what the notebooks read → `parameter` that names its folder (and
+    `key`, such as `outer/inner`, if that is a mapping), number of `samples`, their `source`, and `make`, the command
+    that makes the folder. An entry without `parameter` is always there.
+    """
+
+    name: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+    notebooks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seeds: int = 3
+    data: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, name: str | Path) -> "Profile":
+        """Read notebooks/profiles/NAME.yaml or a YAML file; `${NAME}` in it is an environment variable.
+
+        Raises FileNotFoundError, and ValueError for a file that is not a profile.
+        """
+        path = paths.profile(name)
+        known = {"GEOCLIP_DATA": str(folder)} if (folder := paths.geoclip_data()) else {}
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = yaml.safe_load(Template(text).safe_substitute(os.environ | known)) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+        keys = ("parameters", "notebooks", "seeds", "data")
+        if not isinstance(content, dict) or (wrong := set(content) - set(keys)):
+            wrong = sorted(wrong) if isinstance(content, dict) else type(content).__name__
+            raise ValueError(f"{path}: a profile has {', '.join(keys)}, not {wrong}")
+        profile = cls(path.stem, **content)
+        for stem, own in profile.notebooks.items():
+            if wrong := sorted(set(own) - {"parameters", "grid"}):
+                raise ValueError(f"{path}, {stem}: a notebook has parameters and grid, not {wrong}")
+        return profile
+
+    def given(self, notebook: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters that the notebook gets, of those that it has (`known`): the shared ones, then its own.
+
+        Raises ValueError for an own parameter or a grid of one that it does not have.
+        """
+        own = self.notebooks.get(notebook.stem, {})
+        if wrong := sorted((own.get("parameters", {}).keys() | own.get("grid", {}).keys()) - known.keys()):
+            raise ValueError(
+                f"{notebook.name} has no parameter {', '.join(wrong)}; it has {', '.join(known)}"
+            )
+        shared = {name: value for name, value in self.parameters.items() if name in known}
+        return shared | own.get("parameters", {})
+
+    def whole(self, notebook: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+        """As `given`, with all settings of the grid and all seeds, for one run of the notebook."""
+        own, given = self.notebooks.get(notebook.stem, {}), self.given(notebook, known)
+        given |= {name: values for name, values in own.get("grid", {}).items() if values}
+        return given | ({"SEEDS": list(range(self.seeds))} if own and "SEEDS" in known else {})
+
+    def samples(
+        self, given: Mapping[str, Any], fractions: Sequence[float] = (1,)
+    ) -> dict[str, tuple[str, str]]:
+        """Name of the data → how many samples, from where; and what is missing ("" if nothing is).
+
+        given: values of the notebook's parameters. fractions: the parts of the training data that are used.
+        """
+        found = {}
+        for name, about in self.data.items():
+            parameter, keys = about.get("parameter"), str(about.get("key", "")).split("/")
+            if parameter is not None and parameter not in given:
+                continue
+            place = None if parameter is None else given[parameter]
+            for key in keys if "key" in about else ():
+                place = {str(k): value for k, value in (place or {}).items()}.get(key)
+            parts = fractions if parameter == "DATA" else (1,)
+            count = ", ".join(f"{round(about['samples'] * part):,}" for part in parts)
+            gone = "" if parameter is None or (place and Path(place).exists()) else f"MISSING: {place}"
+            if gone and "make" in about:
+                gone += f"; make it with: {about['make']}"
+            found[name] = f"{count} samples ({about['source']})", gone
+        return found
+
+    def missing(self, given: Mapping[str, Any]) -> list[str]:
+        """What of the data is missing, and how to make it."""
+        return [f"{name} {gone}" for name, (_, gone) in self.samples(given).items() if gone]
