@@ -193,6 +193,188 @@ def test_samples_without_a_place_are_listed(tmp_path, encoder):
     assert "no photo" in reasons[3]
 
 
+def test_odd_members_of_a_tar_are_listed_and_the_others_embedded(tmp_path, encoder):
+    place = b'{"LAT": 1, "LON": 2}'
+    tar_of(tmp_path / "0.tar", [
+        ("a.jpg", jpeg(1)), ("a.json", place),
+        ("twice.jpg", jpeg(2)), ("twice.jpg", jpeg(3)), ("twice.json", place),
+        ("deep.jpg", jpeg(4)), ("deep.json", b"[" * 100_000),
+        ("huge.jpg", jpeg(5)), ("huge.json", b'{"LAT": ' + b"9" * 400 + b', "LON": 2}'),
+        ("two\nlines.jpg", jpeg(6)), ("two\nlines.json", place),
+        ("caf\udce9.jpg", jpeg(7)), ("caf\udce9.json", place),
+        ("README", b"text"),
+        ("z.jpg", jpeg(8)), ("z.json", place),
+    ])  # fmt: skip
+    report = embed(open_source(str(tmp_path / "0.tar")), encoder, tmp_path / "out")
+    assert report.failed == ()
+    assert FeatureData(tmp_path / "out").ids() == ["a", "twice", "z"]
+    listed = pd.read_csv(tmp_path / "out/unreadable.csv").set_index("id")["reason"]
+    assert set(listed.index) == {"deep", "huge", "two\\nlines", "caf\\udce9", "twice.jpg"}
+    assert listed["twice.jpg"].startswith("twice.jpg: duplicate file name")
+    assert listed["two\\nlines"] == "its name contains a line break; rename it"
+    assert listed["caf\\udce9"] == "its name is not UTF-8; rename it"
+
+
+def test_odd_names_in_a_csv_are_listed(photos, tmp_path, encoder):
+    with photos.open("a") as file:
+        file.write('"two\nlines.jpg",1,2\n' + "x" * 400 + ".jpg,1,2\n0.jpg\0,1,2\n")
+    report = embed(open_source(str(photos)), encoder, tmp_path / "out")
+    assert (report.embedded, report.unreadable) == (20, 7)
+    assert "File name too long" in (tmp_path / "out/unreadable.csv").read_text()
+
+
+def test_a_pipe_runs_a_command_only_if_it_is_allowed(tmp_path, encoder, capsys):
+    shard(tmp_path / "0.tar", range(2))
+    for pipe in (
+        f"pipe:cat {tmp_path}/0.tar",
+        f" PIPE:cat {tmp_path}/0.tar",
+        f"pipe:touch {tmp_path}/ran; curl a://b.tar",
+    ):
+        assert (
+            main(["embed", pipe, "--out", str(tmp_path / "out"), "--tower", "conv", "--weights", "null"]) == 2
+        )
+        assert "--allow-pipe" in capsys.readouterr().err
+    assert not (tmp_path / "ran").exists()
+    source = open_source(f"pipe:cat {tmp_path}/0.tar", allow_pipe=True)
+    assert embed(source, encoder, tmp_path / "out").embedded == 2
+
+
+def test_options_below_their_least_value_are_refused_by_name(tmp_path, capsys):
+    for option, value in (
+        ("views", 0),
+        ("batch-size", 0),
+        ("shard-size", -1),
+        ("workers", -1),
+        ("devices", 0),
+        ("seed", -1),
+    ):
+        assert main(["embed", "none.csv", "--out", str(tmp_path), f"--{option}", str(value)]) == 2
+        assert f"--{option} must be at least" in capsys.readouterr().err
+
+
+def flip(path, at):
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGE = {
+    "a flipped byte": ("features.npy", lambda path: flip(path, -1), "features.npy has changed"),
+    "a flipped byte of the header": ("features.npy", lambda path: flip(path, 3), "features.npy has changed"),
+    "truncated": ("features.npy", lambda path: os.truncate(path, path.stat().st_size // 2), "features.npy has changed"),
+    "empty features": ("features.npy", lambda path: path.write_bytes(b""), "features.npy has changed"),
+    "no features": ("features.npy", lambda path: path.unlink(), "No such file"),
+    "another shape": ("features.npy", lambda path: np.save(path, np.zeros((5, 3, 2), np.float16)), "features.npy has changed"),
+    "places": ("latlon.npy", lambda path: flip(path, -1), "latlon.npy has changed"),
+    "names": ("ids.txt", lambda path: flip(path, 0), "ids.txt has changed"),
+    "half a description": ("shard.json", lambda path: os.truncate(path, 40), "shard.json cannot be read"),
+    "another description": ("shard.json", lambda path: path.write_text("[]"), "not an object"),
+    "another number": (
+        "shard.json", lambda path: path.write_text(path.read_text().replace('"n": 11', '"n": 12')), "has shape",
+    ),
+    "no description": ("shard.json", lambda path: path.unlink(), "shard.json cannot be read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_shard_is_named_and_made_again(photos, tmp_path, encoder, what, capsys):
+    source, out = open_source(str(photos), photos_a_part=12), tmp_path / "out"
+    embed(source, encoder, out)
+    before = whole(out)
+    name, damage, message = DAMAGE[what]
+    damage(out / "shard-000001" / name)
+    with pytest.raises(ValueError, match=f"shard-000001 is damaged: .*({message})|{message}"):
+        FeatureData(out, CONV)
+    report = embed(source, encoder, out)
+    assert "shard-000001" in capsys.readouterr().err
+    assert (report.embedded, report.found, report.failed) == (11, 9, ())
+    assert whole(out) == before
+    FeatureData(out, CONV)
+
+
+def test_a_damaged_description_of_the_folder_is_named(photos, tmp_path, encoder):
+    out = tmp_path / "out"
+    embed(open_source(str(photos)), encoder, out)
+    described = (out / "features.json").read_text()
+    for text, message in (
+        ("{", "features.json cannot be read"),
+        (described.replace("recipe", "code"), "another version"),
+    ):
+        (out / "features.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            FeatureData(out)
+    (out / "unreadable.csv").write_bytes(b"\xff\0\n")  # a report, which is written again
+    (out / "features.json").write_text(described)
+    embed(open_source(str(photos)), encoder, out)
+    assert len(pd.read_csv(out / "unreadable.csv")) == 4
+
+
+def test_large_shards_are_sampled_and_verified_in_full_on_request(photos, tmp_path, encoder, monkeypatch):
+    embed(open_source(str(photos)), encoder, tmp_path)
+    path = tmp_path / "shard-000000" / "features.npy"
+    monkeypatch.setattr(features, "SMALL_BYTES", 1000)
+    monkeypatch.setattr(features, "BLOCKS", 2)
+    monkeypatch.setattr(features, "BLOCK_BYTES", 512)
+    about = path.with_name("shard.json")
+    known = json.loads(about.read_text()) | {"sampled_sha256": features.file_hash(path, 2)}
+    about.write_text(json.dumps(known))
+    FeatureData(tmp_path)
+    flip(path, path.stat().st_size // 2)  # between the two blocks
+    FeatureData(tmp_path)
+    with pytest.raises(ValueError, match=r"features\.npy has changed"):
+        FeatureData(tmp_path, full=True)
+    flip(path, path.stat().st_size // 2)
+    flip(path, -1)
+    with pytest.raises(ValueError, match=r"features\.npy has changed"):
+        FeatureData(tmp_path)
+
+
+def test_features_that_are_not_finite_are_neither_written_nor_read(photos, tmp_path, encoder):
+    embed(open_source(str(photos)), encoder, tmp_path / "out")
+    data = FeatureData(tmp_path / "out")
+    stored = np.load(tmp_path / "out/shard-000000/features.npy", mmap_mode="r+")
+    for value in (np.nan, np.inf):
+        stored[7, 0, 3] = value
+        stored.flush()
+        with pytest.raises(
+            ValueError, match=r"shard-000000 is damaged: features\.npy has values that are not finite"
+        ):
+            data.__getitems__(keys(data))
+    broken = ImageEncoder(CONV, torch.Generator().manual_seed(1))
+    next(broken.tower.parameters()).data[0] = np.nan
+    with pytest.raises(ValueError, match=r"shard 0: the features of 0\.jpg are not finite"):
+        embed(open_source(str(photos)), broken, tmp_path / "broken")
+    assert not list((tmp_path / "broken").glob("*shard*"))
+
+
+def test_a_killed_run_leaves_no_temporary_folder_behind(photos, tmp_path, encoder):
+    (tmp_path / ".shard-000000.123").mkdir()
+    (tmp_path / ".shard-000000.123" / "features.npy").write_bytes(b"half")
+    embed(open_source(str(photos)), encoder, tmp_path)
+    assert not list(tmp_path.glob(".shard*"))
+
+
+def test_the_recipe_is_raised_when_features_change(tmp_path):
+    """Raise features.RECIPE whenever these numbers change: cached features are then made again."""
+    encoder = ImageEncoder(ImageEncoderConfig("conv", None, False, 8, 4), torch.Generator().manual_seed(0))
+    picture(1).save(tmp_path / "a.png")
+    picture(2).rotate(90, expand=True).save(tmp_path / "b.png")
+    (tmp_path / "two.csv").write_text("IMG_FILE,LAT,LON\na.png,1,2\nb.png,3,4\n")
+    found = []
+    for name in (str(tmp_path / "two.csv"), "blue_marble:val"):
+        source = open_source(name)
+        if name.startswith("blue"):
+            source.latlon = source.latlon[:2]
+        embed(source, encoder, tmp_path / name[-3:], Views(number=2), arithmetic="fp32")
+        values = FeatureData(tmp_path / name[-3:]).tensor().float()
+        found += [values.mean(), values.std(), *values[:, 1, :400].mean(-1)]
+    assert features.RECIPE == 1
+    np.testing.assert_allclose(found, PINNED, rtol=2e-3)
+
+
+PINNED = [0.387248, 0.593597, 0.403306, 0.398849, 0.385253, 0.577636, 0.414457, 0.419626]
+
+
 KILLED = """
     import json, os, signal, sys, time
     import torch
@@ -456,7 +638,7 @@ def test_ten_crops_are_those_of_prediction(photos, tmp_path, encoder):
         Views(number=8, ten_crop=True)
 
 
-def test_a_benchmark_is_embedded_by_its_name(tmp_path, monkeypatch):
+def test_a_benchmark_is_embedded_by_its_name(tmp_path, monkeypatch, capsys):
     """Im2GPS's metadata with a photo for each of its rows, as GEOCLIP_DATA holds them."""
     columns = "IMG_ID,AUTHOR,LAT,LON,S3_Label,S16_Label,S365_Label,Prob_indoor,Prob_natural,Prob_urban"
     n = benchmarks.card("im2gps").n
@@ -472,6 +654,25 @@ def test_a_benchmark_is_embedded_by_its_name(tmp_path, monkeypatch):
     assert source.hash == open_source("im2gps", photos_a_part=100).hash != open_source("im2gps").hash
     report = embed(source, ImageEncoder(CONV, torch.Generator().manual_seed(1)), tmp_path / "out")
     assert (report.embedded, report.unreadable) == (n, 0)
+
+    # an incomplete set is used as it is and counted, unless it has to be complete
+    csv = tmp_path / benchmarks.card("im2gps").csv
+    csv.write_text("\n".join([columns, *rows[:-7]]) + "\n")
+    command = [
+        "embed",
+        "im2gps",
+        "--out",
+        str(tmp_path / "part"),
+        "--tower",
+        "conv",
+        "--weights",
+        "null",
+        "--workers",
+        "0",
+    ]
+    assert main([*command, "--strict"]) == 2
+    assert main(command) == 0
+    assert f"Im2GPS: {n - 7} of {n} expected" in capsys.readouterr().out
 
 
 def test_draft_decoding_changes_less_than_a_level(tmp_path):

@@ -371,4 +371,7 @@ def _place(name: str, about: dict) -> tuple[float, float]:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]
+    text = next(
+        (part for part in error.args if isinstance(part, str)), ""
+    )  # webdataset appends stream and address
+    return (text or type(error).__name__).strip().splitlines()[0]
