@@ -149,7 +149,11 @@ def _launch(options, arguments: list[str]) -> int:
         at = kept.index("--devices")
         del kept[at : at + 2]
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={options.devices}"]
-    status = subprocess.run([sys.executable, "-m", *torchrun, "-m", "geoclip", *kept], check=False).returncode
+    with subprocess.Popen([sys.executable, "-m", *torchrun, "-m", "geoclip", *kept]) as process:
+        try:
+            status = process.wait()
+        finally:
+            process.terminate()  # lets torchrun end its workers when this process is interrupted
     if status:
         return status
     shards = features.FeatureInfo.read(out / features.INFO).shards
