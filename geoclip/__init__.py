@@ -17,7 +17,7 @@ _PUBLIC = {
     "ImageEncoderConfig": "image_encoder",
     "LocationEncoder": "location_encoder",
     "LocationEncoderConfig": "location_encoder",
-    "TrainConfig": "training.runs",
+    "TrainConfig": "training.config",
     "train": "training.runs",
 }
 __all__ = sorted(_PUBLIC)

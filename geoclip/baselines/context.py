@@ -21,14 +21,16 @@ from geoclip.baselines.geocells import known_cross_entropy
 from geoclip.baselines.towers import Tower
 from geoclip.image_encoder import CONV_TOWER, TIMM, ImageEncoderConfig, load_clip
 from geoclip.location_encoder import initialise
-from geoclip.training.runs import TrainConfig, TrainingModule, seeded
+from geoclip.training.config import RunConfig
+from geoclip.training.data import seeded
+from geoclip.training.module import TrainingModule
 
 DEGREES = torch.tensor([90.0, 180.0])
 
 
 @dataclass(frozen=True)
-class ContextConfig(TrainConfig):
-    """A regressor of coordinates; `location`, `queue` and the noises of TrainConfig are GeoCLIP's and unused.
+class ContextConfig(RunConfig):
+    """A regressor of coordinates.
 
     heads: the labels that are told apart (the defaults are OSV-Mini's; the embedded data have climate,
         continent, country and state). use_context: off, the coordinates come from the feature alone and no
@@ -68,9 +70,6 @@ class ContextConfig(TrainConfig):
         heads = self.heads if self.use_context else ()
         named = tuple(re.findall(r"{(.*?)}", self.caption)) if self.caption_epochs else ()
         return tuple(dict.fromkeys(heads + named))
-
-
-Config = ContextConfig
 
 
 @dataclass(frozen=True)
@@ -215,12 +214,24 @@ def distance(output: Float[Tensor, "n d"], latlon: Float[Tensor, "n 2"], kind: s
 class ContextTraining(TrainingModule):
     """Captions first, where there are epochs for them; then the distance on the sphere and the heads' losses."""
 
+    config_class = ContextConfig
+
     def __init__(self, config: ContextConfig, encoding: Encoding | None = None):
         """encoding: the training set's; None where a checkpoint brings it."""
         super().__init__(config)
         self.encoding: Encoding | None = None
         if encoding is not None:
             self.use(encoding)
+
+    @classmethod
+    def training_set(cls, config: ContextConfig) -> Dataset:
+        """Images with the class numbers of each head, and captions where they are used."""
+        found = samples.Samples.of(config, config.columns)
+        return found.dataset(config, config.columns, Encoding.of(config, found.context))
+
+    @classmethod
+    def build(cls, config: ContextConfig, data: Dataset | None = None) -> "ContextTraining":
+        return cls(config, None if data is None else data.encode)
 
     def use(self, encoding: Encoding) -> None:
         """Tell these classes apart."""
@@ -269,14 +280,3 @@ class ContextTraining(TrainingModule):
         if self.encoding is None:  # where training goes on, its data gave the same classes
             names = {head: tuple(kept) for head, kept in checkpoint["classes"].items()}
             self.use(Encoding(self.config, labels.Classes(names), tuple(checkpoint["words"])))
-
-
-def training_set(config: ContextConfig) -> Dataset:
-    """Images with the class numbers of each head, and captions where they are used."""
-    found = samples.Samples.of(config, config.columns)
-    return found.dataset(config, config.columns, Encoding.of(config, found.context))
-
-
-def build(config: ContextConfig, data: Dataset | None = None) -> ContextTraining:
-    """The untrained regressor; without data its classes are still to come from a checkpoint."""
-    return ContextTraining(config, None if data is None else data.encode)

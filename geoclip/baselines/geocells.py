@@ -22,15 +22,17 @@ from geoclip.baselines.partition import Partition, PartitionConfig, leaf_ids, pa
 from geoclip.baselines.towers import Tower
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import initialise
-from geoclip.training.runs import TrainConfig, TrainingModule, seeded
+from geoclip.training.config import RunConfig
+from geoclip.training.data import seeded
+from geoclip.training.module import TrainingModule
 
 LEVELS = ("coarse", "middle", "fine")
 ALL_SCENES = 3
 
 
 @dataclass(frozen=True)
-class GeocellsConfig(TrainConfig):
-    """A classifier over geo-cells; `location`, `queue` and the noises of TrainConfig are GeoCLIP's and unused.
+class GeocellsConfig(RunConfig):
+    """A classifier over geo-cells.
 
     cells: published partition files, coarse, middle, fine; () divides the training coordinates by img_min and
         img_max (one for each level; the published partitions').
@@ -71,9 +73,6 @@ class GeocellsConfig(TrainConfig):
             )
         if self.seg_channels not in (0, *samples.MAP_CHANNELS):
             raise ValueError(f"seg_channels is 3, 150, or 0 for no second tower, not {self.seg_channels}")
-
-
-Config = GeocellsConfig
 
 
 class Geocells(nn.Module):
@@ -159,12 +158,33 @@ class Geocells(nn.Module):
 class GeocellsTraining(TrainingModule):
     """Cross-entropy over the cells of three partitions, and over scenes."""
 
+    config_class = GeocellsConfig
+
     def __init__(self, config: GeocellsConfig, latlon: Tensor | None = None):
         """latlon: training places (n, 2) that are divided into cells; None where a checkpoint brings the cells."""
         super().__init__(config)
         self.partitions: dict[str, Partition] = {}
         if latlon is not None:
             self.use(partitions(config, latlon))
+
+    @classmethod
+    def training_set(cls, config: GeocellsConfig) -> Dataset:
+        """Images with `scene` where it matters, of the scene of interest, with maps for the second tower."""
+        one_scene = config.scene_of_interest != ALL_SCENES
+        columns = ("scene",) if config.scene or one_scene else ()
+        found = samples.Samples.of(config, columns)
+        if one_scene:
+            found = found.rows((found.context["scene"] == config.scene_of_interest).to_numpy())
+            if len(found.latlon) == 0:
+                raise ValueError(f"no training image has scene {config.scene_of_interest}; 3 trains on all")
+        maps = None
+        if config.seg_channels:
+            maps = samples.Maps(config.seg_channels, Path(config.seg_images) if config.seg_images else None)
+        return found.dataset(config, columns, encode, maps)
+
+    @classmethod
+    def build(cls, config: GeocellsConfig, data: Dataset | None = None) -> "GeocellsTraining":
+        return cls(config, None if data is None else data.latlon)
 
     def use(self, cells: dict[str, Partition]) -> None:
         """Classify over these partitions."""
@@ -238,23 +258,3 @@ def encode(context: pd.DataFrame) -> dict[str, Tensor]:
         return {}
     scene = torch.from_numpy(context["scene"].fillna(labels.UNKNOWN).to_numpy("int64", copy=True))
     return {"scene": labels.check_labels(scene, len(labels.SCENES), "scene")}
-
-
-def training_set(config: GeocellsConfig) -> Dataset:
-    """Images with `scene` where it matters, of the scene of interest, with maps for the second tower."""
-    one_scene = config.scene_of_interest != ALL_SCENES
-    columns = ("scene",) if config.scene or one_scene else ()
-    found = samples.Samples.of(config, columns)
-    if one_scene:
-        found = found.rows((found.context["scene"] == config.scene_of_interest).to_numpy())
-        if len(found.latlon) == 0:
-            raise ValueError(f"no training image has scene {config.scene_of_interest}; 3 trains on all")
-    maps = None
-    if config.seg_channels:
-        maps = samples.Maps(config.seg_channels, Path(config.seg_images) if config.seg_images else None)
-    return found.dataset(config, columns, encode, maps)
-
-
-def build(config: GeocellsConfig, data: Dataset | None = None) -> GeocellsTraining:
-    """The untrained classifier; without data its cells are still to come from a checkpoint."""
-    return GeocellsTraining(config, None if data is None else data.latlon)

