@@ -257,7 +257,11 @@ def load_checkpoint(path: Path | str, clip_weights: Path | str | None = None) ->
     clip_weights: a local file to read a frozen tower's weights from, if it was trained on features. Raises as
     read_checkpoint and ImageEncoder.load_tower do.
     """
-    return from_checkpoint(read_checkpoint(path), clip_weights=clip_weights)
+    checkpoint = read_checkpoint(path)
+    try:
+        return from_checkpoint(checkpoint, clip_weights=clip_weights)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:

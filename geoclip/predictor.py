@@ -12,14 +12,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from geoclip import earth, evaluation, paths
+from geoclip import baselines, earth, evaluation, paths
 from geoclip.datasets import benchmarks
 from geoclip.datasets.folder import Geotagged
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import Preprocessing
 from geoclip.model import GeoCLIP
 from geoclip.photos import PhotoError, open_photo
-from geoclip.training import runs
+from geoclip.training.module import TrainingModule
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Asked:
 
     name: str
     geoclip: GeoCLIP | None
-    trained: runs.TrainingModule | None = None
+    trained: TrainingModule | None = None
 
     @property
     def gallery(self) -> Gallery | None:
@@ -99,7 +99,7 @@ def load(
     if checkpoint is None:
         name, trained, model = "authors' weights", None, GeoCLIP.pretrained(clip_weights, precision)
     else:
-        name, trained = Path(checkpoint).stem, runs.load(checkpoint).to(device)
+        name, trained = Path(checkpoint).stem, baselines.load(checkpoint).to(device)
         model = trained.model if isinstance(getattr(trained, "model", None), GeoCLIP) else None
     if model is not None:
         model = model.to(device).eval().use_precision(precision)

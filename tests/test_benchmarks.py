@@ -1,6 +1,5 @@
 """Benchmarks: what follows from coordinates alone, the metric against independent ones, and a whole evaluation."""
 
-import dataclasses
 import importlib.util
 
 import numpy as np
@@ -14,11 +13,14 @@ from geoclip import __main__ as command_line
 from geoclip import evaluation, paths, predictor, pretrained
 from geoclip.baselines import geocells
 from geoclip.commands import evaluate
-from geoclip.datasets import benchmarks, folder
+from geoclip.datasets import benchmarks, blue_marble, folder
+from geoclip.datasets.blue_marble import SplitConfig
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.training import runs
+from geoclip.training.config import TrainConfig
+from geoclip.training.module import GeoCLIPTraining
 
 GEOD = pyproj.Geod(ellps="WGS84")
 
@@ -199,19 +201,20 @@ def test_a_benchmarks_table_goes_as_far_as_the_data(
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """A checkpoint of the embedded profile's shape with small, random weights that tell images apart."""
-    config = runs.TrainConfig(
+    config = TrainConfig(
         image=ImageEncoderConfig(tower="conv", weights=None, frozen=False, hidden=32, dim=32),
         location=LocationEncoderConfig(sigmas=(1.0,), frequencies=16, width=32, hidden_layers=1, dim=32),
-        splits=runs.SplitConfig(train=1000, val=100, test=300, gallery=2000),
+        splits=SplitConfig(train=1000, val=100, test=300, gallery=2000),
         queue=512,
     )
     path = tmp_path_factory.mktemp("model") / "small.ckpt"
-    module = runs.build(config)
+    module = GeoCLIPTraining.build(config, GeoCLIPTraining.training_set(config))
     with torch.no_grad():  # random features are all alike: without their mean, answers differ
         noise = torch.rand(256, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
         module.model.image_encoder.head[-1].bias -= module.model.image_encoder(noise).mean(0)
-    state = module.state_dict()
-    torch.save({"state_dict": state, "geoclip_config": dataclasses.asdict(config)}, path)
+    kept = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(kept)
+    torch.save(kept, path)
     return path
 
 
@@ -321,10 +324,10 @@ def test_a_classifier_over_cells_is_scored_on_photos_and_tiles_without_a_gallery
 ):
     config = geocells.GeocellsConfig(
         image=ImageEncoderConfig(tower="conv", weights=None, frozen=False),
-        splits=runs.SplitConfig(train=1000, val=100, test=300, gallery=2000),
+        splits=SplitConfig(train=1000, val=100, test=300, gallery=2000),
         img_min=1, img_max=(300, 200, 100),
     )  # fmt: skip
-    module = geocells.GeocellsTraining(config, runs.blue_marble.splits(config.splits)["train"])
+    module = geocells.GeocellsTraining(config, blue_marble.splits(config.splits)["train"])
     kept = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(kept)
     torch.save(kept, tmp_path / "cells.ckpt")

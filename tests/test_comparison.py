@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import torch
 
-from geoclip import earth
+from geoclip import baselines, earth
 from geoclip.baselines import geocells
 from geoclip.studies import comparison
 from geoclip.training import runs
+from geoclip.training.data import training_places
 
 SMALL = {
     "image": {"tower": "conv", "weights": None, "frozen": False, "hidden": 32, "dim": 16},
@@ -26,7 +27,7 @@ def test_a_row_for_each_answer_split_and_seed_and_nothing_is_trained_twice(tmp_p
     assert table["model"].unique().tolist() == answers and len(table) == len(answers) * 2 * 2
     assert not table.duplicated(["model", "split", "seed"]).any() and (table["n"] == 60).all()
     # what is told as hierarchical is what the trained model itself answers
-    run = runs.train(runs.as_config(CELLS | {"seed": 1}))
+    run = runs.train(baselines.as_config(CELLS | {"seed": 1}), kind=geocells.GeocellsTraining)
     assert np.allclose(errors["cells, hierarchical", "blocked", 1], runs.tile_errors(run.load(), "blocked"))
     assert not np.allclose(errors["cells, fine", "random", 0], errors["cells, fine", "random", 1])
     one, _ = comparison.compare({"GeoCLIP": GEOCLIP}, [0], jobs=1)
@@ -38,9 +39,9 @@ def test_a_row_for_each_answer_split_and_seed_and_nothing_is_trained_twice(tmp_p
 
 
 def test_ceilings_are_those_of_the_nearest_mean():
-    config = runs.as_config(CELLS)
+    config = baselines.as_config(CELLS)
     table = comparison.ceilings(config)
-    cells = geocells.partitions(config, runs.training_places(config))["fine"]
+    cells = geocells.partitions(config, training_places(config))["fine"]
     truth = comparison.blue_marble.splits(config.splits)["random"].double()
     nearest = earth.haversine_km(truth[:, None], torch.from_numpy(cells.latlon)[None]).amin(1)
     row = table[

@@ -10,12 +10,13 @@ from PIL import Image
 from torch.nn import functional
 
 from geoclip import earth
-from geoclip.baselines import context, labels, samples
-from geoclip.baselines.context import ContextConfig, distance
+from geoclip.baselines import labels, samples
+from geoclip.baselines.context import ContextConfig, ContextTraining, distance
 from geoclip.datasets import blue_marble
 from geoclip.datasets.blue_marble import SplitConfig
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.training import runs
+from geoclip.training.data import seeded
 
 SMALL = ContextConfig(
     image=ImageEncoderConfig("conv", None, frozen=False),
@@ -33,8 +34,8 @@ def changed(**fields) -> ContextConfig:
 
 
 def batch_of(config: ContextConfig, n: int = 32):
-    data = context.training_set(config)
-    return context.build(config, data), data.__getitems__([(0, row) for row in range(n)])
+    data = ContextTraining.training_set(config)
+    return ContextTraining.build(config, data), data.__getitems__([(0, row) for row in range(n)])
 
 
 @pytest.mark.parametrize("kind", ["chord", "great_circle"])
@@ -73,7 +74,7 @@ def test_loss_is_distance_and_the_mean_of_the_heads():
     for head in SMALL.heads:
         known = batch[head] >= 0
         heads.append(functional.cross_entropy(logits[head][known], batch[head][known]))
-    found = module.loss(batch, runs.seeded(0))
+    found = module.loss(batch, seeded(0))
     assert torch.allclose(found["loss"], by_hand + torch.stack(heads).mean())
     assert set(found) == {"loss", "distance", *SMALL.heads}
 
@@ -81,7 +82,7 @@ def test_loss_is_distance_and_the_mean_of_the_heads():
 def test_unknown_labels_are_left_out_and_are_not_class_0():
     module, batch = batch_of(SMALL)
     blank = dict(batch, country=torch.full_like(batch["country"], labels.UNKNOWN))
-    found = module.loss(blank, runs.seeded(0))
+    found = module.loss(blank, seeded(0))
     assert found["country"] == 0
     found["loss"].backward()
     # neither probability nor bias of any class is pushed by the head's own loss; the coordinates still use it
@@ -92,9 +93,7 @@ def test_unknown_labels_are_left_out_and_are_not_class_0():
     half = dict(batch, country=batch["country"].clone())
     half["country"][16:] = labels.UNKNOWN
     first = {name: value[:16] for name, value in batch.items()}
-    assert torch.allclose(
-        module.loss(half, runs.seeded(0))["country"], module.loss(first, runs.seeded(0))["country"]
-    )
+    assert torch.allclose(module.loss(half, seeded(0))["country"], module.loss(first, seeded(0))["country"])
 
 
 def test_probabilities_of_the_heads_reach_the_coordinates():
@@ -106,7 +105,7 @@ def test_probabilities_of_the_heads_reach_the_coordinates():
 
 def test_use_context_off_is_the_feature_alone():
     off, batch = batch_of(changed(use_context=False))
-    assert len(off.model.heads) == 0 and set(off.loss(batch, runs.seeded(0))) == {"loss", "distance"}
+    assert len(off.model.heads) == 0 and set(off.loss(batch, seeded(0))) == {"loss", "distance"}
     assert off.model.coordinates[0].in_features == off.model.tower.dim
     on, _ = batch_of(SMALL)
     assert on.model.coordinates[0].in_features == on.model.tower.dim + sum(
@@ -152,7 +151,7 @@ def test_caption_epochs_train_tower_and_text_and_then_the_heads():
     config = changed(caption_epochs=1)
     module, batch = batch_of(config)
     assert module.current_epoch == 0
-    values = module.loss(batch, runs.seeded(0))
+    values = module.loss(batch, seeded(0))
     assert set(values) == {"loss", "caption"}
     values["loss"].backward()
     moved = {
@@ -187,9 +186,9 @@ def test_equal_captions_are_all_right_answers():
 
 def test_training_with_captions_stops_resumes_and_answers(tmp_path):
     config = changed(caption_epochs=1)
-    whole = runs.train(config, tmp_path / "whole")
-    runs.train(config, tmp_path / "parts", epochs=1)
-    parts = runs.train(config, tmp_path / "parts")
+    whole = runs.train(config, tmp_path / "whole", ContextTraining)
+    runs.train(config, tmp_path / "parts", ContextTraining, epochs=1)
+    parts = runs.train(config, tmp_path / "parts", ContextTraining)
     one, other = whole.load(), parts.load()
     assert parts.result["resumed"]
     pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
@@ -235,7 +234,7 @@ def test_labels_not_seen_in_training_are_unknown_and_wrong_ones_are_refused():
 )
 def test_wrong_options(wrong, message):
     with pytest.raises(ValueError, match=message):
-        context.training_set(changed(**wrong))
+        ContextTraining.training_set(changed(**wrong))
 
 
 def test_osv_mini_in_its_own_columns(tmp_path):
@@ -257,7 +256,7 @@ def test_osv_mini_in_its_own_columns(tmp_path):
         data=str(tmp_path / "train_mini.csv"), heads=("climate", "month", "state", "city"), batch_size=4,
         caption_epochs=1, caption=ContextConfig.caption,
     )  # fmt: skip
-    data = context.training_set(config)
+    data = ContextTraining.training_set(config)
     assert data.labels["month"].tolist() == list(range(8)) == data.labels["climate"].tolist()
     assert data.labels["state"].tolist() == [0, 1] * 4 and data.encode.classes.names["state"] == (
         "Bavaria",
@@ -266,10 +265,10 @@ def test_osv_mini_in_its_own_columns(tmp_path):
     assert data.labels["city"].tolist() == [0] * 4 + [labels.UNKNOWN] * 4
     assert {"bavaria", "town", "january", "desert"} <= set(data.encode.words)
     batch = data.__getitems__([(0, 3), (0, 0)])
-    context.build(config, data).loss(batch, runs.seeded(0))["loss"].backward()
+    ContextTraining.build(config, data).loss(batch, seeded(0))["loss"].backward()
     assert batch["image"].shape == (2, 1, 3, 32, 32)
     with pytest.raises(ValueError, match="'county' is known for no image"):
-        context.training_set(dataclasses.replace(config, heads=("county",)))
+        ContextTraining.training_set(dataclasses.replace(config, heads=("county",)))
 
 
 def test_tiles_asked_are_those_of_every_table():

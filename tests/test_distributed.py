@@ -15,7 +15,10 @@ from geoclip.datasets.features import embed
 from geoclip.datasets.sources import Views, open_source
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
-from geoclip.training import runs
+from geoclip.training import module as training_module
+from geoclip.training.config import TrainConfig, plain
+from geoclip.training.data import EpochSampler, seeded, training_set
+from geoclip.training.module import GeoCLIPTraining
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +33,7 @@ def config(tmp_path_factory):
     image = ImageEncoderConfig("conv", str(folder / "tower.ckpt"), frozen=True, hidden=16, dim=16)
     source = open_source("blue_marble:val")
     embed(source, ImageEncoder(image), folder / "features", Views(number=3), arithmetic="fp32")
-    return runs.TrainConfig(
+    return TrainConfig(
         data=str(folder / "features"), image=image, queue=100, batch_size=64, epochs=2, learning_rate=1e-3,
         location=LocationEncoderConfig(sigmas=(1.0, 16.0), frequencies=16, width=32, hidden_layers=1, dim=16),
     )  # fmt: skip
@@ -46,7 +49,7 @@ RANKS = {
 def trained(config, directory, ranks):
     """What `python -m geoclip train` leaves in `directory`; two machines are two torchrun on this one."""
     yaml_file = directory.parent / "train.yaml"
-    yaml_file.write_text(yaml.safe_dump(runs.plain(dataclasses.asdict(config))))
+    yaml_file.write_text(yaml.safe_dump(plain(dataclasses.asdict(config))))
     env = {
         k: v
         for k, v in os.environ.items()
@@ -94,7 +97,7 @@ def free_port():
 
 def test_two_ranks_give_the_weights_queue_and_loss_of_one(config, tmp_path):
     one, *others = (trained(config, tmp_path / ranks.replace(" ", "-"), ranks) for ranks in RANKS)
-    start = runs.build(config, runs.training_set(config)).state_dict()
+    start = GeoCLIPTraining.build(config, training_set(config)).state_dict()
     moved = [(one[name] - start[name]).abs().max().item() for name in one if name.endswith("weight")]
     assert min(moved) > 1e-3  # a hundred times more than they may differ
     for ranks in RANKS:  # given again, what has ended is left as it is, by all ranks
@@ -112,28 +115,26 @@ def test_two_ranks_give_the_weights_queue_and_loss_of_one(config, tmp_path):
 
 def test_each_rank_sees_the_others_places_as_negatives(config, monkeypatch):
     """The mean of two ranks' losses is the loss of the whole batch, to 1e-5; without the others' places it is not."""
-    data = runs.training_set(config)
-    module = runs.build(config, data).eval()
+    data = training_set(config)
+    module = GeoCLIPTraining.build(config, data).eval()
     batch = data.__getitems__([(0, i) for i in range(64)])
-    whole = module.loss(batch, runs.seeded("step"))["loss"].item()
+    whole = module.loss(batch, seeded("step"))["loss"].item()
     halves = []
     for rank in range(2):
         half = {name: value[rank * 32 : rank * 32 + 32] for name, value in batch.items()}
-        monkeypatch.setattr(runs, "gather", lambda *_: batch["latlon"])
+        monkeypatch.setattr(training_module, "gather", lambda *_: batch["latlon"])
         monkeypatch.setattr(type(module), "global_rank", rank)
-        halves.append(module.loss(half, runs.seeded("step"))["loss"].item())
+        halves.append(module.loss(half, seeded("step"))["loss"].item())
     assert sum(halves) / 2 == pytest.approx(whole, abs=1e-5)
-    monkeypatch.setattr(runs, "gather", lambda latlon, _: latlon)
+    monkeypatch.setattr(training_module, "gather", lambda latlon, _: latlon)
     monkeypatch.setattr(type(module), "global_rank", 0)
-    alone = module.loss({name: value[:32] for name, value in batch.items()}, runs.seeded("step"))[
-        "loss"
-    ].item()
+    alone = module.loss({name: value[:32] for name, value in batch.items()}, seeded("step"))["loss"].item()
     assert abs(alone - halves[0]) > 1e-3
 
 
 def test_ranks_divide_each_global_batch():
-    whole = runs.EpochSampler(130, 32, seed=4)
-    parts = [runs.EpochSampler(130, 32, seed=4, rank=rank, ranks=4) for rank in range(4)]
+    whole = EpochSampler(130, 32, seed=4)
+    parts = [EpochSampler(130, 32, seed=4, rank=rank, ranks=4) for rank in range(4)]
     for sampler in (whole, *parts):
         sampler.set_epoch(3)
     order, shares = list(whole), [list(part) for part in parts]
@@ -142,4 +143,4 @@ def test_ranks_divide_each_global_batch():
         together = [key for share in shares for key in share[batch * 8 : batch * 8 + 8]]
         assert together == order[batch * 32 : batch * 32 + 32]
     with pytest.raises(ValueError, match="cannot be divided over 3 devices"):
-        runs.EpochSampler(130, 32, seed=4, rank=0, ranks=3)
+        EpochSampler(130, 32, seed=4, rank=0, ranks=3)

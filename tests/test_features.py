@@ -27,7 +27,8 @@ from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
-from geoclip.training.runs import TrainConfig, train
+from geoclip.training.config import TrainConfig
+from geoclip.training.runs import train
 
 CONV = ImageEncoderConfig("conv", None, frozen=False, hidden=8, dim=4)
 PHOTOS = 24

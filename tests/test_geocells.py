@@ -10,15 +10,16 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from geoclip import evaluation
-from geoclip.baselines import geocells, labels, samples
-from geoclip.baselines.geocells import LEVELS, GeocellsConfig
+from geoclip import baselines, evaluation
+from geoclip.baselines import labels, samples
+from geoclip.baselines.geocells import LEVELS, GeocellsConfig, GeocellsTraining
 from geoclip.baselines.partition import Partition
 from geoclip.baselines.towers import Tower
 from geoclip.datasets import benchmarks, blue_marble
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
 from geoclip.image_encoder import ImageEncoderConfig, Preprocessing
 from geoclip.training import runs
+from geoclip.training.data import seeded, training_places
 
 SMALL = GeocellsConfig(
     image=ImageEncoderConfig("conv", None, frozen=False),
@@ -37,16 +38,16 @@ def changed(**fields) -> GeocellsConfig:
 
 def batch_of(config: GeocellsConfig, n: int = 32):
     """The untrained module of a configuration and its first batch."""
-    data = geocells.training_set(config)
-    return geocells.build(config, data), data.__getitems__([(0, row) for row in range(n)])
+    data = GeocellsTraining.training_set(config)
+    return GeocellsTraining.build(config, data), data.__getitems__([(0, row) for row in range(n)])
 
 
-def trained(config: GeocellsConfig, steps: int = 2) -> geocells.GeocellsTraining:
+def trained(config: GeocellsConfig, steps: int = 2) -> GeocellsTraining:
     module, batch = batch_of(config)
     optimizer = torch.optim.Adam(module.parameters(), lr=1e-3)
     for step in range(steps):
         optimizer.zero_grad()
-        module.loss(batch, runs.seeded(step))["loss"].backward()
+        module.loss(batch, seeded(step))["loss"].backward()
         optimizer.step()
     return module
 
@@ -65,13 +66,13 @@ def test_loss_is_the_weighted_cross_entropies():
         label = module.partitions[level].label(batch["latlon"].double())
         known = label >= 0
         by_hand += weight * functional.cross_entropy(logits[level][known], label[known])
-    assert torch.allclose(module.loss(batch, runs.seeded(0))["loss"], by_hand)
+    assert torch.allclose(module.loss(batch, seeded(0))["loss"], by_hand)
     assert set(logits) == set(LEVELS)
 
 
 def test_scene_loss_reaches_the_tower_and_its_own_head():
     module, batch = batch_of(changed(scene=True, level_weights=(0.0, 0.0, 0.0)))
-    module.loss(batch, runs.seeded(0))["loss"].backward()
+    module.loss(batch, seeded(0))["loss"].backward()
     gradients = {name: p.grad for name, p in module.model.named_parameters()}
     assert gradients["heads.scene.weight"].abs().max() > 0
     assert all(gradients[name].abs().max() > 0 for name in gradients if name.startswith("tower.body"))
@@ -92,22 +93,22 @@ def test_unknown_scenes_do_not_count():
     known = dict(batch, scene=batch["scene"].clone())
     known["scene"][5:] = labels.UNKNOWN
     first = {name: value[:5] for name, value in batch.items()}
-    assert torch.allclose(*(module.loss(b, runs.seeded(0))["loss"] for b in (known, first)))
+    assert torch.allclose(*(module.loss(b, seeded(0))["loss"] for b in (known, first)))
     known["scene"][:] = labels.UNKNOWN
-    loss = module.loss(known, runs.seeded(0))["loss"]
+    loss = module.loss(known, seeded(0))["loss"]
     loss.backward()
     assert loss == 0 and all(p.grad is None or p.grad.isfinite().all() for p in module.parameters())
 
 
 def test_scene_of_interest_trains_on_that_scene_alone():
-    scene = samples.tile_context(runs.training_places(SMALL), ("scene",))["scene"]
+    scene = samples.tile_context(training_places(SMALL), ("scene",))["scene"]
     sizes = []
     for wanted in (0, 1, 2):
-        data = geocells.training_set(changed(scene_of_interest=wanted))
+        data = GeocellsTraining.training_set(changed(scene_of_interest=wanted))
         sizes.append(len(data))
         assert (data.labels["scene"] == wanted).all()
     assert sizes == [(scene == wanted).sum() for wanted in (0, 1, 2)] and min(sizes) > 0
-    assert len(geocells.training_set(SMALL)) == 600
+    assert len(GeocellsTraining.training_set(SMALL)) == 600
 
 
 def test_hierarchical_answer_is_the_product_of_the_three_levels():
@@ -137,7 +138,7 @@ def test_the_second_tower_sees_the_map_and_is_weighed_by_attention():
         images[:, 3:]
     )
     assert torch.equal(feature, mixed)
-    module.loss(batch, runs.seeded(0))["loss"].backward()
+    module.loss(batch, seeded(0))["loss"].backward()
     for name, parameter in module.model.named_parameters():
         if name.startswith(("map_tower.body", "attention", "tower.body")):
             assert parameter.grad.abs().max() > 0, name
@@ -166,9 +167,9 @@ def test_land_map_lies_under_the_tile_in_its_own_geometry():
 
 def test_checkpoint_brings_its_cells_and_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     config = changed(scene=True)
-    whole = runs.train(config, tmp_path / "whole")
-    runs.train(config, tmp_path / "parts", epochs=1)
-    parts = runs.train(config, tmp_path / "parts")
+    whole = runs.train(config, tmp_path / "whole", GeocellsTraining)
+    runs.train(config, tmp_path / "parts", GeocellsTraining, epochs=1)
+    parts = runs.train(config, tmp_path / "parts", GeocellsTraining)
     assert parts.result["resumed"] and not whole.result["resumed"]
     one, other = whole.load(), parts.load()
     assert all(torch.equal(*pair) for pair in shared(one, other))
@@ -183,7 +184,7 @@ def test_checkpoint_brings_its_cells_and_a_stopped_run_goes_on_to_the_same_weigh
 def test_configuration_files_choose_the_model(tmp_path):
     file = tmp_path / "cells.yaml"
     file.write_text("model: geocells\nseg_channels: 3\nscene_of_interest: 2\nepochs: 4\ns2_cells: middle\n")
-    config = runs.as_config(file)
+    config = baselines.as_config(file)
     assert isinstance(config, GeocellsConfig)
     assert (config.seg_channels, config.scene_of_interest, config.epochs, config.s2_cells) == (
         3,
@@ -194,9 +195,9 @@ def test_configuration_files_choose_the_model(tmp_path):
     assert config.image.tower == "timm/vit_large_patch16_224.augreg_in21k"
     file.write_text("model: geocells\ns2_cells: tiny\n")
     with pytest.raises(ValueError, match="s2_cells"):
-        runs.as_config(file)
-    with pytest.raises(ValueError, match="none of geoclip, geocells, context"):
-        runs.as_config({"model": "planet"})
+        baselines.as_config(file)
+    with pytest.raises(ValueError, match="must be one of geoclip, geocells, context"):
+        baselines.as_config({"model": "planet"})
 
 
 @pytest.mark.parametrize(
@@ -215,9 +216,9 @@ def test_wrong_options(wrong, message):
 def test_training_set_smaller_than_img_min_and_map_of_classes_in_the_embedded_data():
     config = changed(img_min=2000, img_max=(5000, 4000, 3000))
     with pytest.raises(ValueError, match="600 coordinates are fewer than img_min 2000"):
-        geocells.build(config, geocells.training_set(config))
+        GeocellsTraining.build(config, GeocellsTraining.training_set(config))
     with pytest.raises(ValueError, match="land mask in 3 channels, not in 150"):
-        geocells.training_set(changed(seg_channels=150))
+        GeocellsTraining.training_set(changed(seg_channels=150))
 
 
 def test_published_files_are_the_cells_and_have_the_ceilings_of_their_means(tmp_path):
@@ -285,7 +286,7 @@ def photo_config(folder, **fields) -> GeocellsConfig:
 def test_photos_and_maps_are_cropped_alike_and_train(photo_set):
     folder, _ = photo_set
     config = photo_config(folder, seg_channels=3, seg_images=str(folder / "maps"), scene=True)
-    data = geocells.training_set(config)
+    data = GeocellsTraining.training_set(config)
     batch = data.__getitems__([(0, row) for row in (7, 2, 5)])
     assert batch["image"].shape == (3, 2, 6, 32, 32) and batch["scene"].tolist() == [1, 2, 2]
     image, drawn = batch["image"].split(3, dim=2)
@@ -293,8 +294,8 @@ def test_photos_and_maps_are_cropped_alike_and_train(photo_set):
     assert not torch.equal(batch["image"][:, 0], batch["image"][:, 1])
     assert torch.equal(batch["image"], data.__getitems__([(0, row) for row in (7, 2, 5)])["image"])
     assert not torch.equal(batch["image"], data.__getitems__([(1, row) for row in (7, 2, 5)])["image"])
-    module = geocells.build(config, data)
-    module.loss(batch, runs.seeded(0))["loss"].backward()
+    module = GeocellsTraining.build(config, data)
+    module.loss(batch, seeded(0))["loss"].backward()
     assert module.model.tower.body.layers[0].weight.grad.abs().max() > 0
 
 
@@ -303,7 +304,7 @@ def test_maps_of_classes_become_planes(photo_set):
     for row in range(12):
         Image.fromarray(np.full((60, 80), row * 13, dtype=np.uint8)).save(folder / "maps" / f"{row}.png")
     config = photo_config(folder, seg_channels=150, seg_images=str(folder / "maps"))
-    batch = geocells.training_set(config).__getitems__([(0, 0), (0, 3), (0, 11)])
+    batch = GeocellsTraining.training_set(config).__getitems__([(0, 0), (0, 3), (0, 11)])
     planes = batch["image"][:, 0, 3:]
     assert planes.shape[1] == 150
     assert planes[0].sum() == 0  # 0 is no class
@@ -311,7 +312,7 @@ def test_maps_of_classes_become_planes(photo_set):
     assert (planes[2, 142] == 1).all()
     Image.fromarray(np.full((60, 80), 151, dtype=np.uint8)).save(folder / "maps" / "4.png")
     with pytest.raises(ValueError, match=r"4\.png: class 151 is beyond seg_channels 150"):
-        geocells.training_set(config).__getitems__([(0, 4)])
+        GeocellsTraining.training_set(config).__getitems__([(0, 4)])
 
 
 def test_photos_without_a_map_or_with_a_wrong_label_are_named(photo_set):
@@ -319,12 +320,12 @@ def test_photos_without_a_map_or_with_a_wrong_label_are_named(photo_set):
     (folder / "maps" / "5.png").unlink()
     config = photo_config(folder, seg_channels=3, seg_images=str(folder / "maps"))
     with pytest.raises(FileNotFoundError, match=r"line 7: no segmentation map .*5\.png; 1 of 12"):
-        geocells.training_set(config)
+        GeocellsTraining.training_set(config)
     with pytest.raises(ValueError, match="seg_images must name the folder"):
-        geocells.training_set(photo_config(folder, seg_channels=3))
+        GeocellsTraining.training_set(photo_config(folder, seg_channels=3))
     table.assign(S3_Label=[0, 3, *[1] * 10]).to_csv(folder / "made_places365.csv", index=False)
     with pytest.raises(ValueError, match="line 3: S3_Label is '3'"):
-        geocells.training_set(photo_config(folder, scene=True))
+        GeocellsTraining.training_set(photo_config(folder, scene=True))
     with pytest.raises(ValueError, match="row 1: label 7 is outside 0 … 2"):
         labels.check_labels(torch.tensor([0, 7]), 3, "scene")
 
@@ -339,13 +340,13 @@ def test_scene_comes_from_the_probabilities_where_there_is_no_label(photo_set):
     table.to_csv(folder / "made_places365.csv", index=False)
     expected = probability.argmax(1)
     expected[4] = labels.UNKNOWN
-    data = geocells.training_set(photo_config(folder, scene=True))
+    data = GeocellsTraining.training_set(photo_config(folder, scene=True))
     assert data.labels["scene"].tolist() == expected.tolist()
 
 
 def test_a_timm_tower_takes_maps_of_many_channels():
     config = ImageEncoderConfig("timm/vit_tiny_patch16_224", None, frozen=False)
-    tower = Tower(config, runs.seeded(0), channels=150).eval()
+    tower = Tower(config, seeded(0), channels=150).eval()
     with torch.inference_mode():
         assert tower(torch.zeros(1, 150, 224, 224)).shape == (1, tower.dim) == (1, 192)
     assert Preprocessing.of(config).pixels == 224

@@ -1,6 +1,5 @@
 """Photos in, places out: the API on every kind of input, and the command on good and bad files."""
 
-import dataclasses
 import io
 import json
 import pickle
@@ -19,7 +18,8 @@ from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, load_clip
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
 from geoclip.photos import PhotoError
-from geoclip.training.runs import GeoCLIPTraining, TrainConfig
+from geoclip.training.config import TrainConfig
+from geoclip.training.module import GeoCLIPTraining
 
 CONV = ImageEncoderConfig(tower="conv", weights=None, frozen=False, hidden=24, dim=16)
 SMALL = LocationEncoderConfig(sigmas=(1.0, 16.0), frequencies=8, width=16, dim=16)
@@ -299,9 +299,11 @@ def test_the_second_example_of_the_authors_readme():
 def checkpoint(tmp_path_factory):
     sizes = SplitConfig(train=200, val=20, test=20, gallery=PLACES)
     config = TrainConfig(image=CONV, location=SMALL, splits=sizes, queue=16, batch_size=8, epochs=1)
-    module = GeoCLIPTraining(config, torch.zeros(4, 2))
+    module = GeoCLIPTraining.build(config, GeoCLIPTraining.training_set(config))
     path = tmp_path_factory.mktemp("model") / "last.ckpt"
-    torch.save({"state_dict": module.state_dict(), "geoclip_config": dataclasses.asdict(config)}, path)
+    kept = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(kept)
+    torch.save(kept, path)
     return str(path)
 
 
@@ -437,7 +439,7 @@ def test_a_gallery_of_ones_own(files, checkpoint, capsys, tmp_path):
 
 
 def test_a_baseline_answers_with_one_place_and_no_probability(tmp_path, capsys):
-    from geoclip.baselines.geocells import GeocellsConfig
+    from geoclip.baselines.geocells import GeocellsConfig, GeocellsTraining
     from geoclip.training import runs
 
     config = GeocellsConfig(
@@ -448,7 +450,7 @@ def test_a_baseline_answers_with_one_place_and_no_probability(tmp_path, capsys):
         batch_size=64,
         epochs=1,
     )
-    checkpoint = str(runs.train(config, tmp_path / "run").checkpoint)
+    checkpoint = str(runs.train(config, tmp_path / "run", GeocellsTraining).checkpoint)
     for name in ("a.png", "b.png"):
         Image.new("RGB", (60, 40), (10, 90, 60)).save(tmp_path / name)
     names = [str(tmp_path / name) for name in ("a.png", "b.png")]

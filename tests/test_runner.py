@@ -18,6 +18,7 @@ from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.reproduce import sweep
 from geoclip.studies import runner
 from geoclip.training import runs
+from geoclip.training.config import as_config
 
 IMAGES = 500
 TINY = {
@@ -158,7 +159,7 @@ def tile_config(tmp_path_factory):
     torch.save(
         {"state_dict": {prefix + name: value for name, value in encoder.tower.state_dict().items()}}, path
     )
-    return runs.as_config(
+    return as_config(
         {
             "image": dataclasses.asdict(dataclasses.replace(image, weights=str(path))),
             "splits": {"train": 500, "val": 10, "test": 20, "gallery": 1000},

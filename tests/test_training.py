@@ -16,7 +16,9 @@ from geoclip.datasets.blue_marble import SplitConfig, TileConfig
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.training import runs
-from geoclip.training.runs import EpochSampler, TrainConfig
+from geoclip.training.config import TrainConfig, as_config
+from geoclip.training.data import EpochSampler, seeded, training_set
+from geoclip.training.module import GeoCLIPTraining, initial_queue
 
 TINY = TrainConfig(
     image=ImageEncoderConfig(tower="conv", weights=None, frozen=False, hidden=16, dim=16),
@@ -41,17 +43,15 @@ def unbroken(tmp_path_factory):
 
 def test_loss_in_five_lines():
     config = dataclasses.replace(TINY, views=2)
-    data = runs.training_set(config)
-    module = runs.build(config, data)
+    data = training_set(config)
+    module = GeoCLIPTraining.build(config, data)
     batch = data.__getitems__([(0, i) for i in range(32)])
-    values = module.loss(batch, runs.seeded("test"))
+    values = module.loss(batch, seeded("test"))
 
-    generator, total = runs.seeded("test"), 0.0
+    generator, total = seeded("test"), 0.0
     for view in range(2):
         places = earth.add_noise_m(batch["latlon"], 150, generator)
-        places = torch.cat(
-            [places, earth.add_noise_m(runs.initial_queue(config, data.latlon), 1000, generator)]
-        )
+        places = torch.cat([places, earth.add_noise_m(initial_queue(config, data.latlon), 1000, generator)])
         logits = module.model(batch["image"][:, view], places)
         total -= logits.log_softmax(1)[range(32), range(32)].mean() / 2
     assert values["loss"].item() == pytest.approx(total.item(), rel=1e-5)
@@ -59,25 +59,25 @@ def test_loss_in_five_lines():
 
 
 def test_all_that_should_learn_does_and_the_queue_follows_the_batch():
-    data = runs.training_set(TINY)
-    module = runs.build(TINY, data)
+    data = training_set(TINY)
+    module = GeoCLIPTraining.build(TINY, data)
     batch = data.__getitems__([(0, i) for i in range(32)])
-    module.loss(batch, runs.seeded(0))["loss"].backward()
+    module.loss(batch, seeded(0))["loss"].backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in module.parameters())
     assert torch.equal(module.queue.contents()[-32:], batch["latlon"])  # raw, without noise
     module.eval()
-    module.loss(batch, runs.seeded(1))
-    assert torch.equal(module.queue.contents()[-64:-32], runs.initial_queue(TINY, data.latlon)[-32:])
+    module.loss(batch, seeded(1))
+    assert torch.equal(module.queue.contents()[-64:-32], initial_queue(TINY, data.latlon)[-32:])
 
 
 def test_the_queue_starts_with_training_places_or_at_the_origin():
-    data = runs.training_set(TINY)
-    start = runs.initial_queue(TINY, data.latlon)
+    data = training_set(TINY)
+    start = initial_queue(TINY, data.latlon)
     known = {tuple(place) for place in data.latlon.tolist()}
     assert len({tuple(p) for p in start.tolist()}) == 100 and all(tuple(p) in known for p in start.tolist())
-    origin = runs.initial_queue(dataclasses.replace(TINY, queue_start="origin"), data.latlon)
+    origin = initial_queue(dataclasses.replace(TINY, queue_start="origin"), data.latlon)
     assert torch.allclose(origin.norm(dim=1), torch.ones(100))  # within a degree of (0, 0)
-    assert len(runs.initial_queue(dataclasses.replace(TINY, queue=1000), data.latlon)) == 1000  # repeats
+    assert len(initial_queue(dataclasses.replace(TINY, queue=1000), data.latlon)) == 1000  # repeats
 
 
 def test_each_epoch_sees_each_sample_once_in_another_order():
@@ -99,7 +99,7 @@ def test_ranks_share_out_each_global_batch():
 
 
 def test_tiles_do_not_depend_on_their_batch():
-    data = runs.training_set(TINY)
+    data = training_set(TINY)
     one = data.__getitems__([(2, 7)])["image"][0]
     among = data.__getitems__([(2, 3), (2, 7), (2, 9)])["image"][1]
     assert torch.allclose(one, among, atol=1e-6)
@@ -107,7 +107,7 @@ def test_tiles_do_not_depend_on_their_batch():
 
 
 def test_fractions_are_nested():
-    parts = [runs.training_set(dataclasses.replace(TINY, fraction=f)).latlon for f in (0.1, 0.5, 1)]
+    parts = [training_set(dataclasses.replace(TINY, fraction=f)).latlon for f in (0.1, 0.5, 1)]
     assert [len(part) for part in parts] == [32, 160, 320]
     assert torch.equal(parts[2][:160], parts[1]) and torch.equal(parts[1][:32], parts[0])
 
@@ -185,7 +185,7 @@ def test_checkpoints_that_are_none(unbroken, tmp_path):
     kept = torch.load(unbroken.checkpoint, weights_only=True)
     kept["geoclip_config"]["location"]["width"] = 8
     torch.save(kept, tmp_path / "other.ckpt")
-    with pytest.raises(ValueError, match="do not fit the configuration"):
+    with pytest.raises(ValueError, match="do not fit its configuration"):
         runs.load(tmp_path / "other.ckpt")
 
 
@@ -207,11 +207,11 @@ def test_yaml_names_the_wrong_field(tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text("batchsize: 3\n")
     with pytest.raises(ValueError, match=r"config\.yaml.*batchsize"):
-        runs.as_config(path)
+        as_config(path)
     path.write_text("location: {sigmas: [1, 2], width: 8}\nqueue: 7000\n")
-    config = runs.as_config(path)
+    config = as_config(path)
     assert config.location.sigmas == (1, 2) and config.queue == 7000 and config.location.dim == 512
-    assert runs.as_config(json.loads(json.dumps(dataclasses.asdict(config)))) == config
+    assert as_config(json.loads(json.dumps(dataclasses.asdict(config)))) == config
 
 
 def test_too_few_samples_and_data_that_are_not_there(tmp_path):
@@ -253,9 +253,9 @@ def test_photos_of_a_csv_train_like_any_other_data(photo_csv, tmp_path):
     config = dataclasses.replace(TINY, data=str(photo_csv), views=2, batch_size=20, epochs=2)
     run = runs.train(config, tmp_path / "run")
     assert run.result["steps"] == 4 and run.result["samples"] == 40
-    data = runs.training_set(config)
+    data = training_set(config)
     batch = data.__getitems__([(0, 3), (0, 5)])
-    assert batch["image"].shape == (2, 2, 3, 16, 16) and batch["image"].abs().max() <= 1.3
+    assert batch["image"].shape == (2, 2, 3, 32, 32) and batch["image"].abs().max() <= 1.3
     assert torch.equal(batch["image"][1], data.__getitems__([(0, 5)])["image"][0])  # whatever the batch
     assert not torch.equal(batch["image"][0, 0], batch["image"][0, 1])  # two views
     assert not torch.equal(data.__getitems__([(1, 3)])["image"][0], batch["image"][0])  # two epochs

@@ -422,18 +422,20 @@ def step_flop(batch: int, queue: int, feature_dim: int = 768) -> float:
 
 def training_step(bench: Bench, compiled: str = "") -> None:
     """One step on features, 512 images against 512 + 4,096 places, with optimiser, as training does it."""
-    from geoclip.training import runs
+    from geoclip.training.config import TrainConfig
+    from geoclip.training.data import seeded
+    from geoclip.training.module import GeoCLIPTraining
 
     batch, queue = 512, 4096
     with made_features(4 * batch, 1) as folder:
-        config = runs.TrainConfig(
+        config = TrainConfig(
             data=str(folder), image=ImageEncoderConfig(TOWER, None), batch_size=batch, queue=queue
         )
-        data = runs.training_set(config)
+        data = GeoCLIPTraining.training_set(config)
         data.keep_on(bench.device)
-        module = runs.build(config, data).to(bench.device).train()
+        module = GeoCLIPTraining.build(config, data).to(bench.device).train()
         if compiled:
-            module.contrastive_loss = torch.compile(module.contrastive_loss, mode=compiled)
+            module.view_loss = torch.compile(module.view_loss, mode=compiled)
         (optimizer,), _ = module.configure_optimizers()
         steps = iter(range(10**9))
 
@@ -444,7 +446,7 @@ def training_step(bench: Bench, compiled: str = "") -> None:
             with precision.arithmetic(
                 bench.dtype if bench.device.type == "cuda" else torch.float32, bench.device
             ):
-                loss = module.loss(loaded, runs.seeded(0, number))["loss"]
+                loss = module.loss(loaded, seeded(0, number))["loss"]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -467,10 +469,11 @@ def training_step(bench: Bench, compiled: str = "") -> None:
 def epoch(bench: Bench) -> None:
     """`train` on as many made features as MP-16 has photos: seconds of each of two epochs, and what that means."""
     from geoclip.training import runs
+    from geoclip.training.config import TrainConfig
 
     n = bench.sizes.epoch
     with made_features(n, 1) as folder:
-        config = runs.TrainConfig(
+        config = TrainConfig(
             data=str(folder), image=ImageEncoderConfig(TOWER, None), epochs=2, workers=0,
             precision="auto" if bench.device.type == "cuda" else "32-true",
         )  # fmt: skip
@@ -480,7 +483,7 @@ def epoch(bench: Bench) -> None:
         seconds = run.result["epoch_seconds"]
     bench.add("epoch on features", seconds[-1:], size=n, items=n, flop=step_flop(512, 4096) * (n // 512),
               note=f"second epoch; the first took {seconds[0]:.1f} s with compilation, all {whole:.1f} s with loading")  # fmt: skip
-    epochs = runs.TrainConfig().epochs
+    epochs = TrainConfig().epochs
     bench.note("whole training on features, projected", epochs * seconds[-1] + whole - sum(seconds),
                f"seconds: {epochs} epochs of {n:,} at the measured pace, and the measured start")  # fmt: skip
 

@@ -13,11 +13,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from geoclip import earth, evaluation, paths
+from geoclip import baselines, earth, evaluation, paths
 from geoclip.baselines import geocells
 from geoclip.datasets import blue_marble
 from geoclip.training import runs
-from geoclip.training.runs import TrainConfig, TrainingModule
+from geoclip.training.config import RunConfig
+from geoclip.training.data import training_places
+from geoclip.training.module import TrainingModule
 
 SPLITS = ("random", "blocked")
 BLOCK = 256  # images asked about at a time
@@ -37,7 +39,7 @@ def compare(
     wanted = []
     for name, fields in settings.items():
         for seed in seeds:
-            config = runs.as_config({**fields, "seed": seed})
+            config = baselines.as_config({**fields, "seed": seed})
             wanted.append((name, config, answers_file(config)))
     missing = [(config, file) for _, config, file in wanted if not file.is_file()]
     if missing and jobs == 1:
@@ -59,7 +61,7 @@ def compare(
     return pd.DataFrame(rows), errors
 
 
-def in_processes(missing: Sequence[tuple[TrainConfig, Path]], jobs: int) -> None:
+def in_processes(missing: Sequence[tuple[RunConfig, Path]], jobs: int) -> None:
     """`train_and_ask` of each, in `jobs` processes on a thread each."""
     threads = os.environ.get("OMP_NUM_THREADS")
     os.environ["OMP_NUM_THREADS"] = "1"  # read when a process starts
@@ -73,7 +75,7 @@ def in_processes(missing: Sequence[tuple[TrainConfig, Path]], jobs: int) -> None
             os.environ["OMP_NUM_THREADS"] = threads
 
 
-def answers_file(config: TrainConfig) -> Path:
+def answers_file(config: RunConfig) -> Path:
     """Where a run's answers are kept; the name changes with the code that trains and asks."""
     folder = Path(__file__).parents[1]
     code = [folder / name for name in ("studies/comparison.py", "evaluation.py", "gallery.py", "earth.py")]
@@ -81,9 +83,9 @@ def answers_file(config: TrainConfig) -> Path:
     return paths.CACHE / "runs" / runs.run_key(config) / f"errors_{asked}.npz"
 
 
-def train_and_ask(config: TrainConfig, file: Path) -> None:
+def train_and_ask(config: RunConfig, file: Path) -> None:
     """Train one model, unless it is there, and keep its errors in km on the test splits in `file`."""
-    run = runs.train(config)
+    run = runs.train(config, kind=baselines.kind(config.model))
     module = run.load()
     found = {column: run.result[column] for column in COST}
     for split in SPLITS:
@@ -110,7 +112,7 @@ def answers(module: TrainingModule, images: Tensor) -> dict[str, Tensor]:
 
 def ceilings(config: geocells.GeocellsConfig) -> pd.DataFrame:
     """What the nearest cell's place leaves to a classifier that never errs: a tidy row a level and split."""
-    partitions = geocells.partitions(config, runs.training_places(config))
+    partitions = geocells.partitions(config, training_places(config))
     rows = []
     for level, cells in partitions.items():
         for split in SPLITS:

@@ -26,7 +26,9 @@ from geoclip import earth, evaluation, gallery, paths
 from geoclip.datasets import blue_marble, features, sources
 from geoclip.image_encoder import ImageEncoder
 from geoclip.training import runs
-from geoclip.training.runs import TrainConfig
+from geoclip.training.config import TrainConfig, as_config, plain
+from geoclip.training.data import seeded
+from geoclip.training.module import GeoCLIPTraining
 
 QUERIES = 256  # images searched at once; bounds the memory of their similarities
 Crops = Literal["one", "five", "ten"]
@@ -77,10 +79,10 @@ def open_study(
     Blue Marble tiles, in `views` disturbed views of each, through the tower that the YAML file `tower` trains.
     Raises FileNotFoundError for folders that are not there, ValueError for features of another tower.
     """
-    config = runs.as_config(Path(reference))
+    config = as_config(Path(reference))
     if data is None:
         return tile_study(
-            config, runs.as_config(Path(tower or paths.NOTEBOOKS / "profiles/train_embedded.yaml")), views
+            config, as_config(Path(tower or paths.NOTEBOOKS / "profiles/train_embedded.yaml")), views
         )
     if not tests:
         raise ValueError(
@@ -125,7 +127,7 @@ def gallery_of(study: Study, size: int) -> Float[Tensor, "m 2"]:
     places = study.gallery.unique(dim=0)
     if size > len(places):
         raise ValueError(f"a gallery of {size:,} is wanted, and there are {len(places):,} different places")
-    return places[torch.randperm(len(places), generator=runs.seeded("gallery"))][:size]
+    return places[torch.randperm(len(places), generator=seeded("gallery"))][:size]
 
 
 def tile_study(config: TrainConfig, tower: TrainConfig, views: int = 4) -> Study:
@@ -189,7 +191,7 @@ def tile_tests(
 
 def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
     """`config` with some fields changed, nested ones by nested mappings; ValueError names an unknown field."""
-    return runs.as_config(_merged(runs.plain(dataclasses.asdict(config)), changes))
+    return as_config(_merged(plain(dataclasses.asdict(config)), changes))
 
 
 def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,16 +261,14 @@ def _score(study: Study, config: TrainConfig) -> tuple[dict[str, Any], dict[str,
         return trained.result, dict(errors)
 
 
-def load(trained: runs.Run) -> runs.GeoCLIPTraining:
+def load(trained: runs.Run) -> GeoCLIPTraining:
     """The trained module in evaluation mode, without the tower: queries come as features."""
-    module = runs.build(trained.config)
-    state = torch.load(trained.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
-    module.load_state_dict(state)
-    return module.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    module = runs.load(trained.checkpoint, with_tower=False)
+    return module.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @torch.inference_mode()
-def errors_km(module: runs.GeoCLIPTraining, study: Study) -> dict[str, np.ndarray]:
+def errors_km(module: GeoCLIPTraining, study: Study) -> dict[str, np.ndarray]:
     """Split → error in km of each test image; over several views the mean of their similarities counts."""
     model = module.model
     device = model.logit_scale.device

@@ -135,8 +135,10 @@ class GeoCLIPTraining(TrainingModule):
     @classmethod
     def restore(cls, checkpoint: dict[str, Any], with_tower: bool = True) -> "GeoCLIPTraining":
         config = as_config(checkpoint["geoclip_config"], cls.config_class)
-        geoclip = model.from_checkpoint(checkpoint, with_tower)
-        return cls(config, geoclip, checkpoint["state_dict"]["queue.places"])
+        module = cls(config, model.from_checkpoint(checkpoint, with_tower), initial_queue(config, None))
+        weights = checkpoint["state_dict"]
+        module.queue.load_state_dict({name: weights[f"queue.{name}"] for name in ("places", "oldest")})
+        return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
