@@ -152,15 +152,15 @@ def test_interval_is_wider_than_the_naive_one_and_holds_the_mean():
 @pytest.mark.filterwarnings("error")
 def test_more_training_places_help_and_the_last_size_is_the_probe(places, harmonics, quarters):
     config = probes.ProbeConfig(seeds=2)
-    curve = probes.learning_curve(harmonics, quarters, places, "accuracy", [30, 200, 1200], config=config)
+    curve = probes.probe(harmonics, quarters, places, "accuracy", config=config, sizes=[30, 200, 1200])
     mean = curve.groupby("n_train").score.mean()
     assert mean[30] + 10 < mean[200] < mean[1200]
     whole = probes.probe(harmonics, quarters, places, "accuracy", config=config)
     assert (
         np.abs(curve[curve.n_train == 1200].score.to_numpy() - whole.score).max() < 0.7
     )  # other inner folds
-    with pytest.raises(ValueError, match="1201 training places are wanted; split 0 has 1200"):
-        probes.learning_curve(harmonics, quarters, places, "accuracy", [1201], config=config)
+    with pytest.raises(ValueError, match="1201 training places were asked for; split 0 has 1200"):
+        probes.probe(harmonics, quarters, places, "accuracy", config=config, sizes=[1201])
 
 
 @pytest.mark.filterwarnings("ignore:The least populated class")
@@ -173,16 +173,6 @@ def test_held_out_prediction_sees_no_place_of_the_block():
     honest = probes.held_out_prediction(x, label, at, x, at, "accuracy", block_deg=30.0)
     assert not (honest == label).any()
     assert (probes.RidgeProbe("accuracy").fit(x, label).predict(x) == label).all()
-
-
-def test_mean_average_precision_by_hand():
-    labels = np.array([[1, 0, 0], [0, 1, 0], [1, 1, 0], [0, 0, 0]])
-    scores = np.array([[0.9, 0.1, 0.5], [0.8, 0.9, 0.1], [0.7, 0.8, 0.2], [0.1, 0.2, 0.3]])
-    found = probes.mean_average_precision(labels, scores)
-    first = (1 / 1 + 2 / 3) / 2  # concept 0: ranks 1 and 3; concept 1 is perfect; concept 2 has no positive
-    assert found["concepts"] == 2 and np.isclose(found["map_macro"], (first + 1) / 2)
-    with pytest.raises(ValueError, match="none of the 3 concepts"):
-        probes.mean_average_precision(np.zeros((4, 3), int), scores)
 
 
 def test_bad_input_names_row_and_value(places, harmonics, quarters):
@@ -204,11 +194,11 @@ def test_bad_input_names_row_and_value(places, harmonics, quarters):
         probes.probe(harmonics, numbers, places, "r2")
     with pytest.raises(ValueError, match=r"row 0: \(120, 10\).*swapped"):
         probes.embed(earth.unit_sphere, torch.tensor([[120.0, 10.0]]))
-    with pytest.raises(ValueError, match=r"answered 1500 places with the shape \(1500,\)"):
+    with pytest.raises(ValueError, match=r"embedding of 1500 places has the shape \(1500,\)"):
         probes.embed(lambda latlon: latlon[:, 0], places)
     with pytest.raises(ValueError, match="embedding, row 0, column 0: nan"):
         probes.embed(lambda latlon: latlon * np.nan, places)
-    with pytest.raises(ValueError, match="not 'random' or 'blocked'"):
+    with pytest.raises(ValueError, match="must be 'random' or 'blocked', got 'spatial'"):
         probes.probe(harmonics, quarters, places, "accuracy", "spatial")
 
 

@@ -1,4 +1,4 @@
-"""What the place embeddings know without an image: how far similarity reaches, and what distant places share."""
+"""What place embeddings know without images: how similarity falls with distance, and what places share."""
 
 import itertools
 from collections.abc import Sequence
@@ -20,10 +20,10 @@ def similarity_by_distance(
     queries: int = 300,
     bounds_km: Sequence[float] = BOUNDS_KM,
 ) -> pd.DataFrame:
-    """Cosine of pairs of places by their distance: from_km, to_km, pairs, and the quantiles p5, median, p95.
+    """Return quantiles of the cosine between places, by distance: from_km, to_km, pairs, p5, median, p95.
 
-    The first `queries` places are paired with all; embeddings unit-norm; a distance counts where it is
-    > from_km and ≤ to_km, so that a place is not paired with itself. A class without pairs is left out.
+    The first `queries` places are paired with all others. embeddings: unit norm. A class holds the distances
+    in (from_km, to_km], so places at distance 0 are not paired; classes without pairs are left out.
     """
     distance_km = earth.haversine_km(latlon[:queries, None], latlon[None])
     cosine = embeddings[:queries] @ embeddings.T
@@ -31,15 +31,13 @@ def similarity_by_distance(
     for low, high in itertools.pairwise(bounds_km):
         inside = cosine[(distance_km > low) & (distance_km <= high)].numpy()
         if inside.size:
-            p5, median, p95 = np.quantile(inside, [0.05, 0.5, 0.95])
-            rows.append(
-                {"from_km": low, "to_km": high, "pairs": inside.size, "p5": p5, "median": median, "p95": p95}
-            )
+            quantiles = zip(("p5", "median", "p95"), np.quantile(inside, [0.05, 0.5, 0.95]), strict=True)
+            rows.append({"from_km": low, "to_km": high, "pairs": inside.size} | dict(quantiles))
     return pd.DataFrame(rows)
 
 
 def mean_query(embeddings: Float[Tensor, "n d"], chosen: Bool[Tensor, " n"]) -> Float[Tensor, " d"]:
-    """One unit-norm query from several places; ValueError where none is chosen."""
+    """Return the mean of the chosen embeddings with unit norm; raises ValueError if none is chosen."""
     if not chosen.any():
         raise ValueError("no place was chosen for the query")
     return functional.normalize(embeddings[chosen].mean(0), dim=0)
@@ -48,10 +46,10 @@ def mean_query(embeddings: Float[Tensor, "n d"], chosen: Bool[Tensor, " n"]) -> 
 def ranking(
     score: Float[Tensor, " n"], relevant: Bool[Tensor, " n"], among: Bool[Tensor, " n"]
 ) -> dict[str, float]:
-    """How well `score` puts the relevant places first: n, share (percent relevant) and auc (0.5 = chance).
+    """Return how well `score` ranks relevant places first: n, share (percent relevant), auc (0.5 is chance).
 
-    auc is the probability that a relevant place scores higher than another. Only places `among` count.
-    Raises ValueError where they are all relevant, or none is.
+    auc is the probability that a relevant place scores higher than another one. Only places in `among` count.
+    Raises ValueError if all of them are relevant, or none is.
     """
     from sklearn.metrics import roc_auc_score
 

@@ -1,9 +1,9 @@
-"""What an embedding of places knows: probes that predict something about a place from its embedding alone.
+"""Probes: what an embedding of places knows, measured by predicting properties of a place from it alone.
 
-Two protocols. RANGE's: every column brought to [0, 1], then ridge (regression, or classification on ±1 targets)
-with α chosen among three by inner cross-validation. That of the geo-tagged NUS-WIDE: one hidden layer of 512.
-Both are scored on held-out places, drawn at random (neighbours of training places: interpolation) and in whole
-blocks of the Earth (no neighbour seen: extrapolation).
+The protocol is RANGE's: every column is scaled to [0, 1], then ridge regression (or classification with
+targets ±1) chooses its penalty by inner cross-validation. A hidden layer can take ridge's place. Held-out
+places are drawn at random, so that training places are near (interpolation), or in whole blocks of the Earth
+(extrapolation).
 """
 
 import contextlib
@@ -18,49 +18,41 @@ import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from scipy import linalg, sparse, stats
+from scipy import linalg, sparse
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import average_precision_score, r2_score
+from sklearn.metrics import r2_score
 from sklearn.model_selection import GroupShuffleSplit, KFold, ShuffleSplit, StratifiedKFold
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler, StandardScaler
 from threadpoolctl import threadpool_limits
 
-from geoclip import earth, paths
-from geoclip.datasets import nus_wide
+from geoclip import earth
 from geoclip.datasets.geography import Task
-from geoclip.datasets.nus_wide import NusWide
+from geoclip.studies.statistics import t_interval
 
 Measure = Literal["accuracy", "r2"]
-JOBS = 2  # seeds at a time; each holds its own scaled copy of the training rows
+JOBS = 2  # splits at a time; each holds its own scaled copy of the training rows
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """How probes are fitted and scored.
+    """How probes are fitted and scored; the defaults are RANGE's, except for seeds and block_deg."""
 
-    alphas, class_folds, number_folds: the ridge penalties tried and the inner folds that choose among them, for
-        classes and for numbers (RANGE's).
-    seeds: outer splits; test_fraction: the share of places (or of blocks) held out in each (RANGE's is 0.2).
-    block_deg: side of the blocks of the spatially blocked split, degrees of a great circle.
-    """
-
-    alphas: tuple[float, ...] = (0.1, 1.0, 10.0)
-    class_folds: int = 10
-    number_folds: int = 3
-    seeds: int = 5
-    test_fraction: float = 0.2
-    block_deg: float = 10.0
+    alphas: tuple[float, ...] = (0.1, 1.0, 10.0)  # ridge penalties to choose from
+    class_folds: int = 10  # inner folds that choose the penalty, for classes
+    number_folds: int = 3  # the same for numbers
+    seeds: int = 5  # outer splits
+    test_fraction: float = 0.2  # of the places, or of the blocks, in each outer split
+    block_deg: float = 10.0  # side of a block, in degrees of a great circle
 
 
 @dataclass(frozen=True)
 class HiddenLayerConfig:
-    """The hidden-layer probe: the paper's comparison on NUS-WIDE has 512 units, lr 0.001, batch 32.
+    """One hidden layer; 512 units, learning rate 0.001 and batches of 32 are those of NUS-WIDE's protocol.
 
-    What the papers leave open is chosen here: epochs (passes over the training set), Adam, no weight decay, and
-    columns standardised.
+    The papers leave the rest open; here it is Adam without weight decay, standardised columns, and 10 epochs.
     """
 
     hidden: int = 512
@@ -70,27 +62,29 @@ class HiddenLayerConfig:
 
 
 def embed(embedding: Callable, latlon, batch: int = 8192) -> np.ndarray:
-    """The embedding (n, d), float32, of n places: `embedding` is any callable (n, 2) → (n, d).
+    """Return the embedding (n, d), float32, of n places in degrees; `embedding` maps (n, 2) → (n, d).
 
-    Raises ValueError for coordinates that are none, for another shape, and for NaN or infinity, naming the row.
+    Raises ValueError for invalid coordinates, an embedding of another shape, and values that are not finite.
     """
     latlon = earth.check_latlon(latlon).float().reshape(-1, 2)
+    parts = []
     with torch.inference_mode():
-        parts = [torch.as_tensor(embedding(part)).float().cpu() for part in latlon.split(batch)]
-    for part, places in zip(parts, latlon.split(batch), strict=True):
-        if part.ndim != 2 or len(part) != len(places):
-            raise ValueError(
-                f"the embedding answered {len(places)} places with the shape {tuple(part.shape)}, not (n, d)"
-            )
+        for places in latlon.split(batch):
+            part = torch.as_tensor(embedding(places)).float().cpu()
+            if part.ndim != 2 or len(part) != len(places):
+                raise ValueError(
+                    f"the embedding of {len(places)} places has the shape {tuple(part.shape)}, not (n, d)"
+                )
+            parts.append(part)
     found = torch.cat(parts).numpy()
-    _check_finite(found, "the embedding")
+    check_finite(found, "the embedding")
     return found
 
 
 def blocks(latlon, degrees: float = 10.0, seed: int | None = None) -> np.ndarray:
-    """The block (n,) of each place: bands of latitude cut into cells about as wide as high, `degrees` a side.
+    """Return the block (n,) of each place: bands of latitude, cut into cells about as wide as they are high.
 
-    `seed` shifts the borders at random, so that no place is always at the edge of its block.
+    degrees: side of a block. seed: shifts the borders at random, so that no place is always at a border.
     """
     shift = np.zeros(2) if seed is None else np.random.default_rng(seed).uniform(0, degrees, 2)
     lat, lon = np.asarray(latlon, dtype=np.float64).T
@@ -103,153 +97,106 @@ def blocks(latlon, degrees: float = 10.0, seed: int | None = None) -> np.ndarray
 def splits(
     latlon, split: str, config: ProbeConfig | None = None
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(seed, training rows, test rows) of each outer split, "random" or "blocked" (no block is on both sides)."""
+    """Yield (seed, training rows, test rows) of each outer split: "random", or "blocked" by whole blocks."""
     config = config or ProbeConfig()
+    if split not in ("random", "blocked"):
+        raise ValueError(f"split must be 'random' or 'blocked', got {split!r}")
+    groups, splitter = None, ShuffleSplit if split == "random" else GroupShuffleSplit
     for seed in range(config.seeds):
-        options = {"n_splits": 1, "test_size": config.test_fraction, "random_state": seed}
-        if split == "random":
-            rows = ShuffleSplit(**options).split(latlon)
-        elif split == "blocked":
+        if split == "blocked":
             groups = blocks(latlon, config.block_deg, seed)
             if len(np.unique(groups)) < 2:
                 raise ValueError(
-                    f"all {len(latlon)} places lie in one block of {config.block_deg:g}°; take a smaller block_deg"
+                    f"all {len(latlon)} places lie in one block of {config.block_deg:g}°: lower block_deg"
                 )
-            rows = GroupShuffleSplit(**options).split(latlon, groups=groups)
-        else:
-            raise ValueError(f"split is {split!r}, not 'random' or 'blocked'")
-        train, test = next(rows)
-        yield seed, train, test
+        outer = splitter(1, test_size=config.test_fraction, random_state=seed)
+        yield seed, *next(outer.split(latlon, groups=groups))
 
 
 class RidgeProbe:
-    """Columns to [0, 1], then ridge with α chosen by inner cross-validation (RANGE's protocol), in float64.
+    """Columns scaled to [0, 1], then ridge with a penalty chosen by inner cross-validation, in float64.
 
-    The answers are those of scikit-learn's MinMaxScaler → RidgeClassifierCV(cv=10) or RidgeCV(cv=3), found some
-    twenty times faster: a fold's normal equations are those of all rows less the fold's own, so that the rows
-    are multiplied once and not once per fold and α.
+    It gives the answers of scikit-learn's MinMaxScaler → RidgeClassifierCV(cv=10) or RidgeCV(cv=3) about
+    twenty times faster: the normal equations of a fold's training rows are those of all rows minus those of
+    the fold's own rows, so the rows are multiplied once, not once for each fold and penalty.
     """
 
     def __init__(self, measure: Measure, config: ProbeConfig | None = None):
         self.measure, self.config = measure, config or ProbeConfig()
 
     def fit(self, x: np.ndarray, y: np.ndarray) -> "RidgeProbe":
-        """x: (n, d) features; y: (n,) classes (any labels) or numbers. Sets `alpha_`."""
+        """Fit features x (n, d) and classes or numbers y (n,); the penalty that was chosen is `alpha_`."""
         self._scaler = MinMaxScaler().fit(x)
         x = self._scaler.transform(x)
         self._centre = x.mean(0, dtype=np.float64)
         if self.measure == "accuracy":
-            self.classes_, index = np.unique(y, return_inverse=True)
-            largest = int(np.bincount(index).max())  # scikit-learn wants one class with a member a fold
-            folds, names = StratifiedKFold(max(2, min(self.config.class_folds, largest))), index
-            precision = np.float32  # of the inner folds' answers only, of which the largest counts
+            self.classes_, y = np.unique(y, return_inverse=True)
+            largest = int(np.bincount(y).max())  # scikit-learn requires a class with a member in each fold
+            folds = StratifiedKFold(max(2, min(self.config.class_folds, largest)))
+            precision = np.float32  # of the inner folds' answers, of which only the largest counts
         else:
-            folds, names = KFold(self.config.number_folds), np.asarray(y, dtype=np.float64)
-            precision = np.float64
-        held_out = [rows for _, rows in folds.split(x, names)]
-        parts = [_Sums.of(x[rows] - self._centre, self._targets(names[rows])) for rows in held_out]
-        total = _Sums.add(parts)
+            y = np.asarray(y, dtype=np.float64)
+            folds, precision = KFold(self.config.number_folds), np.float64
+        held_out = [rows for _, rows in folds.split(x, y)]
+        parts = [self._products(x[rows], y[rows]) for rows in held_out]
+        total = [sum(both) for both in zip(*parts, strict=True)]
         scores = np.zeros((len(parts), len(self.config.alphas)))
         for part, rows, row in zip(parts, held_out, scores, strict=True):
-            system = total.less(part).centred()
+            system = _centred(*(all_rows - own for all_rows, own in zip(total, part, strict=True)))
             features = (x[rows] - self._centre).astype(precision)
             for column, alpha in enumerate(self.config.alphas):
-                weights, bias = system.solve(alpha)
-                row[column] = self._score(features @ weights.astype(precision) + bias, names[rows])
+                weights, bias = _solve(*system, alpha)
+                answer = features @ weights.astype(precision) + bias
+                if self.measure == "accuracy":
+                    row[column] = (answer.argmax(1) == y[rows]).mean()
+                else:
+                    row[column] = r2_score(y[rows], answer[:, 0])
         self.alpha_ = self.config.alphas[int(scores.mean(0).argmax())]
-        self._weights, self._bias = total.centred().solve(self.alpha_)
+        self._weights, self._bias = _solve(*_centred(*total), self.alpha_)
         return self
 
     def predict(self, x: np.ndarray) -> np.ndarray:
-        """(n,) predicted classes or numbers."""
+        """Return the predicted classes or numbers (n,)."""
         answer = (self._scaler.transform(x) - self._centre) @ self._weights + self._bias
         return self.classes_[answer.argmax(1)] if self.measure == "accuracy" else answer[:, 0]
 
-    def _targets(self, names):
-        """Classes as ±1 columns, kept sparse as (0, 1) columns; numbers as one column."""
+    def _products(self, x: np.ndarray, y: np.ndarray) -> tuple:
+        """All that ridge needs of some rows, for k targets: their number, Σx (d,), Σy (k,), XᵀX and XᵀY."""
+        x = x - self._centre
         if self.measure == "r2":
-            return names[:, None]
-        ones = np.ones(len(names))
-        return sparse.csr_array((ones, (np.arange(len(names)), names)), (len(names), len(self.classes_)))
-
-    def _score(self, answer, names) -> float:
-        if self.measure == "accuracy":
-            return float((answer.argmax(1) == names).mean())
-        return float(r2_score(names, answer[:, 0]))
+            return len(x), x.sum(0), y.sum(keepdims=True), x.T @ x, x.T @ y[:, None]
+        ones = sparse.csr_array((np.ones(len(y)), (np.arange(len(y)), y)), (len(y), len(self.classes_)))
+        # targets are ±1, that is 2 · ones − 1
+        return len(x), x.sum(0), 2 * ones.sum(0) - len(x), x.T @ x, 2 * (ones.T @ x).T - x.sum(0)[:, None]
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """What ridge needs to know of some rows: their number, sums, XᵀX and XᵀY. Sums add, so folds subtract."""
+def _centred(n, x, y, xx, xy) -> tuple:
+    """Means, XᵀX and XᵀY about the means: ridge does not penalise the intercept."""
+    x, y = x / n, y / n
+    return x, y, xx - n * np.outer(x, x), xy - n * np.outer(x, y)
 
-    n: int
-    x: np.ndarray  # (d,)
-    y: np.ndarray  # (k,)
-    xx: np.ndarray  # (d, d)
-    xy: np.ndarray  # (d, k)
 
-    @classmethod
-    def of(cls, x: np.ndarray, y) -> "_Sums":
-        if sparse.issparse(y):  # (0, 1) columns stand for ±1: y = 2·ones − 1
-            totals, products = 2 * y.sum(0) - len(x), 2 * (y.T @ x).T - x.sum(0)[:, None]
-        else:
-            totals, products = y.sum(0), x.T @ y
-        return cls(len(x), x.sum(0), totals, x.T @ x, products)
-
-    @classmethod
-    def add(cls, parts: list["_Sums"]) -> "_Sums":
-        return cls(*(sum(getattr(part, name) for part in parts) for name in ("n", "x", "y", "xx", "xy")))
-
-    def less(self, part: "_Sums") -> "_Sums":
-        return _Sums(self.n - part.n, self.x - part.x, self.y - part.y, self.xx - part.xx, self.xy - part.xy)
-
-    def centred(self) -> "_Sums":
-        """The same about the means, which stay in `x` and `y`: ridge does not penalise the intercept."""
-        x, y = self.x / self.n, self.y / self.n
-        return _Sums(self.n, x, y, self.xx - self.n * np.outer(x, x), self.xy - self.n * np.outer(x, y))
-
-    def solve(self, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-        """Weights (d, k) and intercepts (k,) of ridge with penalty `alpha`; needs centred sums."""
-        matrix = self.xx.copy()
-        matrix[np.diag_indices_from(matrix)] += alpha
-        factor = linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-        weights = linalg.cho_solve(factor, self.xy, check_finite=False)
-        return weights, self.y - self.x @ weights
+def _solve(x, y, xx, xy, alpha: float) -> tuple[np.ndarray, np.ndarray]:
+    """Weights (d, k) and intercepts (k,) of ridge with the penalty `alpha`, from _centred."""
+    matrix = xx.copy()
+    matrix[np.diag_indices_from(matrix)] += alpha
+    factor = linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
+    weights = linalg.cho_solve(factor, xy, check_finite=False)
+    return weights, y - x @ weights
 
 
 def hidden_layer(
     measure: Measure | Literal["labels"], config: HiddenLayerConfig | None = None, seed: int = 0
 ):
-    """A probe with one hidden layer of ReLU, to fit and to predict with; "labels": several of {0, 1} at once."""
+    """Return an estimator with one hidden layer; "labels" predicts several labels of {0, 1} at once."""
     config = config or HiddenLayerConfig()
-    options = {
-        "hidden_layer_sizes": (config.hidden,),
-        "learning_rate_init": config.learning_rate,
-        "batch_size": config.batch,
-        "max_iter": config.epochs,
-        "alpha": 0.0,
-        "random_state": seed,
-    }
+    options = dict(hidden_layer_sizes=(config.hidden,), batch_size=config.batch, max_iter=config.epochs)
+    options |= dict(learning_rate_init=config.learning_rate, alpha=0.0, random_state=seed)
     if measure == "r2":
         network = TransformedTargetRegressor(MLPRegressor(**options), transformer=StandardScaler())
     else:
         network = MLPClassifier(**options)
     return make_pipeline(StandardScaler(), network)
-
-
-def score(model, x: np.ndarray, y: np.ndarray, train, test, measure: Measure) -> dict:
-    """`model` fitted on rows `train`, scored on rows `test`: score, n_train, n_test, reachable, alpha.
-
-    score: accuracy in percent, or R². reachable: percent of the test places whose class occurs in training (a
-    class that lies in one block cannot be predicted where that block is held out); 100 for numbers.
-    """
-    answer = model.fit(x[train], y[train]).predict(x[test])
-    if measure == "accuracy":
-        value, reachable = 100 * np.mean(answer == y[test]), 100 * np.isin(y[test], y[train]).mean()
-    else:
-        value, reachable = r2_score(y[test], answer), 100.0
-    row = {"score": float(value), "n_train": len(train), "n_test": len(test), "reachable": float(reachable)}
-    return row | {"alpha": getattr(model, "alpha_", np.nan)}
 
 
 def probe(
@@ -260,48 +207,48 @@ def probe(
     split: str = "random",
     config: ProbeConfig | None = None,
     model: Callable[[int], object] | None = None,
+    sizes: Iterable[int] | None = None,
 ) -> pd.DataFrame:
-    """One row per seed: seed and what `score` says. Summarise them with `summarize`.
+    """Probe an embedding (n, d) for a target (n,): one row for each seed.
 
-    embedding: (n, d) of n places; target: (n,) classes or numbers; latlon: (n, 2) degrees, for the blocks.
-    model: seed → an estimator with fit and predict; ridge (RANGE's protocol) where it is not given.
-    Raises ValueError for rows that do not match, NaN, or a class with one member (which no split can score).
+    Columns: seed; score, accuracy in percent or R²; n_train; n_test; reachable, percent of test places whose
+    class occurs in training (one that lies in the held-out blocks only cannot be learnt), 100 for numbers;
+    alpha of ridge.
+
+    target: classes or numbers. latlon: (n, 2) degrees, for the blocks. model: seed → estimator with fit and
+    predict; by default RidgeProbe. sizes: learning curve, one row for each seed and number of training
+    places, nested. Raises ValueError for rows that do not match, values that are not finite, a class with a
+    single member, which no split can score, and a size larger than the training part.
     """
     config = config or ProbeConfig()
     target = np.asarray(target)
-    check_rows(embedding, target, measure)
-    if len(latlon) != len(target):
-        raise ValueError(f"{len(latlon)} places but {len(target)} target values; they must be the same rows")
+    check_rows(embedding, target, latlon, measure)
+
+    def jobs():
+        for seed, train, test in splits(latlon, split, config):
+            if sizes is None:
+                yield seed, train, test
+                continue
+            order = np.random.default_rng(seed).permutation(train)
+            for size in sizes:
+                if size > len(train):
+                    raise ValueError(f"{size} training places were asked for; split {seed} has {len(train)}")
+                yield seed, order[:size], test
 
     def one(seed, train, test):
-        fitted = model(seed) if model else RidgeProbe(measure, config)
-        return {"seed": seed} | score(fitted, embedding, target, train, test, measure)
+        fitted = (model(seed) if model else RidgeProbe(measure, config)).fit(embedding[train], target[train])
+        answer, truth, reachable = fitted.predict(embedding[test]), target[test], 100.0
+        if measure == "accuracy":
+            score, reachable = 100 * np.mean(answer == truth), 100 * np.isin(truth, target[train]).mean()
+        else:
+            score = r2_score(truth, answer)
+        row = {"seed": seed, "score": float(score), "n_train": len(train), "n_test": len(test)}
+        return row | {"reachable": float(reachable), "alpha": getattr(fitted, "alpha_", np.nan)}
 
-    # Matrices this small gain little from threads of their own; two seeds at a time gain nearly twice.
+    # matrices this small gain little from several threads; two splits at a time are nearly twice as fast
     with expected_warnings(), threadpool_limits(1):
         run = Parallel(n_jobs=min(JOBS, os.cpu_count() or 1), prefer="threads")
-        return pd.DataFrame(run(delayed(one)(*rows) for rows in splits(latlon, split, config)))
-
-
-def check_rows(embedding: np.ndarray, target: np.ndarray, measure: Measure) -> None:
-    """Raise ValueError, naming row and value, where embedding and target cannot be probed together."""
-    if embedding.ndim != 2:
-        raise ValueError(f"the embedding has the shape {embedding.shape}, not (n, d)")
-    if len(embedding) != len(target):
-        raise ValueError(
-            f"{len(embedding)} embeddings but {len(target)} target values; they must be the same places"
-        )
-    _check_finite(embedding, "the embedding")
-    if measure == "r2":
-        _check_finite(np.asarray(target, dtype=np.float64)[:, None], "the target")
-        return
-    classes, first, members = np.unique(target, return_index=True, return_counts=True)
-    if (members == 1).any():
-        one = int((members == 1).argmax())
-        raise ValueError(
-            f"class {classes[one]!s} has one member (row {first[one]}); a class needs two to be learnt and "
-            f"scored: leave it out, with {int((members == 1).sum()) - 1} others like it"
-        )
+        return pd.DataFrame(run([delayed(one)(*rows) for rows in jobs()]))
 
 
 def compare(
@@ -311,10 +258,10 @@ def compare(
     config: ProbeConfig | None = None,
     hidden: HiddenLayerConfig | None = None,
 ) -> pd.DataFrame:
-    """Every task × embedding × split: `probe`'s rows, with task, embedding, d, split, probe and measure before them.
+    """Probe every embedding for every task in every split: the rows of `probe`, with what they belong to.
 
-    hidden: probe with one hidden layer instead of ridge. Places that tasks share are embedded once. The blocks are
-    as wide as each task says.
+    hidden: probe with one hidden layer instead of ridge. Places that tasks share are embedded once. Each task
+    says how large its blocks are.
     """
     config = config or ProbeConfig()
     found = []
@@ -336,89 +283,44 @@ def compare(
 
 
 def summarize(rows: pd.DataFrame, by: list[str], level: float = 0.95) -> pd.DataFrame:
-    """Mean score of each group with its interval: score, low, high, seeds, reachable, n_train, n_test.
+    """Average the seeds of each group: score, its interval (low, high), seeds, reachable, n_train, n_test.
 
-    The splits overlap, so the usual interval of a mean would be too narrow; Nadeau and Bengio's (2003) correction
-    counts the variance between seeds 1/seeds + n_test/n_train times. NaN for a single seed.
+    The splits overlap, so that the usual interval would be too narrow: see statistics.t_interval, `overlap`.
     """
-
-    def one(group: pd.DataFrame) -> pd.Series:
-        seeds, overlap = len(group), group.n_test.sum() / group.n_train.sum()
-        half = np.nan
-        if seeds > 1:
-            deviation = group.score.std(ddof=1) * np.sqrt(1 / seeds + overlap)
-            half = stats.t.ppf((1 + level) / 2, seeds - 1) * deviation
-        mean = group.score.mean()
-        return pd.Series(
-            {
-                "score": mean,
-                "low": mean - half,
-                "high": mean + half,
-                "seeds": seeds,
-                "reachable": group.reachable.mean(),
-                "n_train": round(group.n_train.mean()),
-                "n_test": round(group.n_test.mean()),
-            }
-        )
-
-    table = rows.groupby(by, sort=False)[["score", "n_train", "n_test", "reachable"]].apply(one).reset_index()
-    return table.astype({"seeds": int, "n_train": int, "n_test": int})
+    table = []
+    for key, group in rows.groupby(by, sort=False):
+        overlap = group["n_test"].sum() / group["n_train"].sum()
+        mean, low, high = t_interval(group["score"], level, overlap)
+        row = dict(zip(by, key, strict=True)) | {"score": mean, "low": low, "high": high, "seeds": len(group)}
+        row["reachable"] = group["reachable"].mean()
+        table.append(row | {name: round(group[name].mean()) for name in ("n_train", "n_test")})
+    return pd.DataFrame(table)
 
 
 def difference(rows: pd.DataFrame, one: str, other: str, by: list[str]) -> pd.DataFrame:
-    """How much more embedding `one` scores than `other` on the same splits: `summarize` of the paired differences.
+    """Return `summarize` of how much more the embedding `one` scores than `other`, paired by split.
 
-    An interval that leaves out 0 says that one is better on such splits.
+    An interval without 0 says that one is better on such splits.
     """
     keys = [*by, "seed"]
-    a, b = (rows[rows.embedding == name].set_index(keys) for name in (one, other))
+    a, b = (rows[rows["embedding"] == name].set_index(keys) for name in (one, other))
     both = a.join(b[["score"]].rename(columns={"score": "other"}), how="inner").reset_index()
-    return summarize(both.assign(score=both.score - both.other), by)
+    return summarize(both.assign(score=both["score"] - both["other"]), by)
 
 
 def readable(summary: pd.DataFrame, rows: list[str], columns: list[str]) -> pd.DataFrame:
-    """A summary laid out for reading: "84.6 (82.0–87.1)", accuracy in percent to 0.1, R² to 0.01."""
-    text = [
-        f"{s:.1f} ({low:.1f} to {high:.1f})"
-        if measure == "accuracy"
-        else f"{s:.2f} ({low:.2f} to {high:.2f})"
-        for measure, s, low, high in summary[["measure", "score", "low", "high"]].itertuples(index=False)
-    ]
-    text = [line.split(" (nan")[0] for line in text]
-    wide = summary.assign(text=text).pivot(index=rows, columns=columns, values="text")
-    order = summary[rows].drop_duplicates()
-    wide = wide.loc[[tuple(row) if len(rows) > 1 else row[0] for row in order.itertuples(index=False)]]
-    names = summary[columns].drop_duplicates()
-    wide = wide[[tuple(row) if len(columns) > 1 else row[0] for row in names.itertuples(index=False)]]
-    wide.columns = [" · ".join(name) if len(columns) > 1 else name for name in wide.columns]
-    return wide.reset_index().fillna("")
-
-
-def learning_curve(
-    embedding: np.ndarray,
-    target,
-    latlon,
-    measure: Measure,
-    sizes: Iterable[int],
-    split: str = "random",
-    config: ProbeConfig | None = None,
-) -> pd.DataFrame:
-    """`probe`'s rows for the first `sizes` training places of each split, scored on the whole of its test places.
-
-    Raises ValueError where a size is larger than the training part.
-    """
-    target = np.asarray(target)
-    check_rows(embedding, target, measure)
-    rows = []
-    with expected_warnings(), threadpool_limits(1):
-        for seed, train, test in splits(latlon, split, config):
-            order = np.random.default_rng(seed).permutation(train)
-            for size in sizes:
-                if size > len(train):
-                    raise ValueError(f"{size} training places are wanted; split {seed} has {len(train)}")
-                model = RidgeProbe(measure, config)
-                rows.append({"seed": seed} | score(model, embedding, target, order[:size], test, measure))
-    return pd.DataFrame(rows)
+    """Lay out a summary for reading: "84.6 (82.0 to 87.1)", accuracy in percent to 0.1 and R² to 0.01."""
+    text = []
+    for measure, *numbers in summary[["measure", "score", "low", "high"]].itertuples(index=False):
+        mean, low, high = (f"{number:.{1 if measure == 'accuracy' else 2}f}" for number in numbers)
+        text.append(mean if low == "nan" else f"{mean} ({low} to {high})")
+    names = [summary[part].astype(str).agg(" · ".join, axis=1) for part in (rows, columns)]
+    wide = (
+        summary.assign(text=text, column=names[1])
+        .set_index([*rows, "column"])["text"]
+        .unstack("column", sort=False)
+    )
+    return wide[names[1].unique()].reset_index().rename_axis(columns=None).fillna("")
 
 
 def held_out_prediction(
@@ -431,10 +333,11 @@ def held_out_prediction(
     folds: int = 5,
     block_deg: float = 10.0,
 ) -> np.ndarray:
-    """Predictions for new places, each by a ridge that saw no training place of the new place's block.
+    """Predict new places (m,), each with a ridge probe that saw no training place of the new place's block.
 
-    embedding, target, latlon: the training places; places (m, d) and at (m, 2): the new ones. The blocks are
-    dealt at random into `folds`; a fold's model is fitted on the training places of the other folds.
+    embedding, target, latlon: training places. places (m, d), at (m, 2): embedding and coordinates of the new
+    ones. Blocks are assigned to `folds` at random; the model of a fold is fitted on the training places of
+    the others.
     """
     own, new = blocks(latlon, block_deg), blocks(at, block_deg)
     names = np.unique(np.concatenate([own, new]))
@@ -449,102 +352,11 @@ def held_out_prediction(
     return answer
 
 
-def mean_average_precision(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
-    """macro: mean over concepts of average precision (the usual mAP); micro: over all (image, concept) pairs.
-
-    labels: (n, q) of {0, 1}; scores: (n, q). A concept without a positive among the n has no average precision
-    and is left out of both; `concepts` says how many count.
-    """
-    seen = labels.any(0)
-    if not seen.any():
-        raise ValueError(
-            f"none of the {labels.shape[1]} concepts has a positive image; nothing can be scored"
-        )
-    labels, scores = labels[:, seen], scores[:, seen]
-    return {
-        "map_macro": float(average_precision_score(labels, scores, average="macro")),
-        "map_micro": float(average_precision_score(labels, scores, average="micro")),
-        "concepts": int(seen.sum()),
-    }
-
-
-def label_probe(
-    x_train: np.ndarray,
-    labels_train: np.ndarray,
-    x_test: np.ndarray,
-    config: HiddenLayerConfig | None = None,
-    seed: int = 0,
-) -> np.ndarray:
-    """Probability (n_test, q) of each of q labels from one hidden layer (the protocol of geo-tagged NUS-WIDE)."""
-    for name, x in (("training embeddings", x_train), ("test embeddings", x_test)):
-        _check_finite(x, name)
-    if len(x_train) != len(labels_train):
-        raise ValueError(f"{len(x_train)} training embeddings but {len(labels_train)} rows of labels")
-    model = hidden_layer("labels", config, seed)
-    with expected_warnings():
-        return model.fit(x_train, labels_train).predict_proba(x_test)
-
-
-def probe_labels(
-    data: NusWide,
-    embedding: Callable,
-    visual: np.ndarray | None = None,
-    config: HiddenLayerConfig | None = None,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """The NUS-WIDE probe from GPS alone and, with visual features (n, c), from these and from both side by side.
-
-    Fitted on the official training part, scored on the test part; one row an input: input, d, n_train, n_test, and
-    what `mean_average_precision` says. What the paper leaves open: embeddings go in unnormalised and are
-    standardised by column; photos without any concept stay in; the labels are independent (sigmoid, cross-entropy).
-    """
-    inputs = {"GPS": embed(embedding, data.latlon)}
-    if visual is not None:
-        if len(visual) != len(data.table):
-            raise ValueError(
-                f"{len(visual)} visual features but {len(data.table)} photos; they must be the same"
-            )
-        inputs |= {"visual": visual, "GPS + visual": np.concatenate([inputs["GPS"], visual], 1)}
-    train, test = data.rows("train"), data.rows("test")
-    rows = []
-    for name, x in inputs.items():
-        scores = label_probe(x[train], data.labels[train], x[test], config, seed)
-        row = {"input": name, "d": x.shape[1], "n_train": int(train.sum()), "n_test": int(test.sum())}
-        rows.append(row | mean_average_precision(data.labels[test], scores))
-    return pd.DataFrame(rows)
-
-
-def nus_wide_table(
-    embedding: Callable, config: HiddenLayerConfig | None = None, seed: int = 0
-) -> pd.DataFrame:
-    """The published mAP on geo-tagged NUS-WIDE and ours beside, as far as the user has brought the data.
-
-    Columns input, published_map, map_macro, map_micro, n_train, n_test, status; without the data, ours are NaN and
-    the status says what to bring. Visual features are read from the folder `features` of the NUS-WIDE folder.
-    """
-    published = pd.read_csv(paths.PAPER / "nus_wide.csv").rename(columns={"map": "published_map"})
-    table = published.set_index("input")[["published_map"]]
-    try:
-        root = nus_wide.find()
-    except FileNotFoundError as error:
-        nothing = {"map_macro": np.nan, "map_micro": np.nan, "n_train": np.nan, "n_test": np.nan}
-        return table.assign(**nothing, status=str(error)).reset_index()
-    data = nus_wide.read(root)
-    features = root / "features"
-    visual = nus_wide.visual_features(data, features) if features.is_dir() else None
-    ours = probe_labels(data, embedding, visual, config, seed).set_index("input")
-    table = table.join(ours[["map_macro", "map_micro", "n_train", "n_test"]])
-    missing = f"needs visual features: `python -m geoclip embed` to {features}"
-    table["status"] = np.where(
-        table["map_macro"].isna(), missing, "; ".join(data.notes) or "the published subset"
-    )
-    return table.reset_index()
-
-
 @contextlib.contextmanager
 def expected_warnings():
-    """Silences what the protocols bring about: rare classes, absent from some inner folds, and a fixed number of
-    epochs, which is no failure to converge. Around threads, never in one: the filters are the process's.
+    """Silence what the protocols cause: classes absent from some inner folds, and a fixed number of epochs.
+
+    Use it around threads, never inside one, because warning filters belong to the process.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The least populated class", category=UserWarning)
@@ -552,11 +364,32 @@ def expected_warnings():
         yield
 
 
-def _check_finite(values: np.ndarray, name: str) -> None:
+def check_rows(embedding: np.ndarray, target: np.ndarray, latlon, measure: Measure) -> None:
+    for name, found in (("places", latlon), ("embeddings", embedding)):
+        if len(found) != len(target):
+            raise ValueError(
+                f"{len(found)} {name} but {len(target)} target values; they must be the same rows"
+            )
+    if embedding.ndim != 2:
+        raise ValueError(f"the embedding has the shape {embedding.shape}, not (n, d)")
+    check_finite(embedding, "the embedding")
+    if measure == "r2":
+        check_finite(np.asarray(target, dtype=np.float64)[:, None], "the target")
+        return
+    classes, first, members = np.unique(target, return_index=True, return_counts=True)
+    if (members == 1).any():
+        one = int((members == 1).argmax())
+        raise ValueError(
+            f"class {classes[one]!s} has one member (row {first[one]}); a class needs two, to learn and to "
+            f"score: leave out this row and {int((members == 1).sum()) - 1} others like it"
+        )
+
+
+def check_finite(values: np.ndarray, name: str) -> None:
     bad = ~np.isfinite(values)
     if bad.any():
         row, column = (int(i) for i in np.argwhere(bad)[0])
         raise ValueError(
-            f"{name}, row {row}, column {column}: {values[row, column]} is no number; "
+            f"{name}, row {row}, column {column}: {values[row, column]} is not a finite number; "
             f"{int(bad.any(1).sum())} of {len(values)} rows have such values"
         )

@@ -1,4 +1,4 @@
-"""What a few seeds say: means with t intervals, and differences paired by seed."""
+"""Means over a few seeds with Student t intervals, and differences paired by seed."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,46 +9,42 @@ from scipy import stats
 ACCURACY = ("acc_1km", "acc_25km", "acc_200km", "acc_750km", "acc_2500km")
 
 
-def t_interval(values: Iterable[float], level: float = 0.95) -> tuple[float, float, float]:
-    """Mean and the two ends of its Student t interval over n seeds, in the values' unit.
+def t_interval(
+    values: Iterable[float], level: float = 0.95, overlap: float = 0.0
+) -> tuple[float, float, float]:
+    """Return the mean and both ends of its Student t interval over n seeds, in the unit of the values.
 
-    The interval speaks of the seeds (weights, order, noise), not of the choice of test places, which all
-    runs share. It takes the seeds' scores as independent and about normal; with one seed it is NaN.
-    Raises ValueError for no value, and for one that is not finite.
+    For training runs the interval covers the seeds (weights, order, noise), not the choice of test places,
+    which all runs share. It assumes independent, roughly normal scores; for one seed it is NaN.
+
+    overlap: n_test / n_train where each seed draws its own split of the same data. Such scores are
+    correlated, and the variance between seeds counts 1 / n + overlap times (Nadeau and Bengio, 2003).
+
+    Raises ValueError for no values, and for values that are not finite.
     """
     values = np.array(list(values), dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
-        raise ValueError(f"an interval needs finite values, at least one; got {values.tolist()}")
+        raise ValueError(f"an interval needs at least one value, all of them finite; got {values.tolist()}")
     mean = values.mean()
     if values.size == 1:
         return float(mean), float("nan"), float("nan")
-    half = stats.t.ppf(0.5 + level / 2, values.size - 1) * values.std(ddof=1) / np.sqrt(values.size)
+    deviation = values.std(ddof=1) * np.sqrt(1 / values.size + overlap)
+    half = stats.t.ppf(0.5 + level / 2, values.size - 1) * deviation
     return float(mean), float(mean - half), float(mean + half)
-
-
-def _check(runs: pd.DataFrame, by: Sequence[str]) -> None:
-    keys = [*by, "seed"]
-    missing = [name for name in keys if name not in runs]
-    if missing:
-        raise ValueError(f"the table of runs has no column {', '.join(missing)}; it has {', '.join(runs)}")
-    twice = runs[runs.duplicated(keys)]
-    if len(twice):
-        raise ValueError(f"the table of runs has {twice.iloc[0][keys].to_dict()} more than once")
 
 
 def over_seeds(
     runs: pd.DataFrame, by: Sequence[str], columns: Sequence[str] = ACCURACY, level: float = 0.95
 ) -> pd.DataFrame:
-    """A row a group: for each column its mean (`acc_1km`) and interval (`acc_1km_low`, `_high`); `seeds`.
+    """Average the seeds of each group: the mean of each column, and its interval in COLUMN_low, COLUMN_high.
 
-    `runs` has one row a group and seed, with a column `seed`; groups keep the order they first come in.
-    Raises ValueError where a column is missing or a group has one seed twice.
+    runs: one row for each group and seed, with a column `seed`. Groups keep their order; `seeds` counts them.
+    Raises ValueError if a column is missing, or a group has the same seed twice.
     """
     _check(runs, by)
     if runs.empty:
-        return pd.DataFrame(
-            columns=[*by, "seeds", *(name + end for name in columns for end in ("", "_low", "_high"))]
-        )
+        ends = [name + end for name in columns for end in ("", "_low", "_high")]
+        return pd.DataFrame(columns=[*by, "seeds", *ends])
     rows = []
     for key, group in runs.groupby(list(by), sort=False):
         row = dict(zip(by, key, strict=True)) | {"seeds": len(group)}
@@ -67,20 +63,19 @@ def paired_differences(
     level: float = 0.95,
     share: bool = False,
 ) -> pd.DataFrame:
-    """Each setting minus `reference`, seed by seed within each group of `by`: mean, interval, `seeds`.
+    """Return each setting minus `reference`, seed by seed within each group of `by`: mean, interval, `seeds`.
 
-    share: instead of the difference, what percentage of the reference's score the setting has.
+    Runs with the same seed share the order of the data and the noise, so their difference varies less than
+    either. Seeds that only one of the two has are left out. The intervals are not corrected for multiple
+    comparisons.
 
-    Paired: a seed's order of the training data and its noise are the same in both runs, so that part of the
-    spread leaves the difference. Seeds that one of the two lacks do not count. The intervals are not
-    corrected for how many settings are compared. Empty where there is nothing to compare. Raises ValueError where
-    no run has the reference, and for a share of nothing.
+    name: the column of the settings. share: return percent of the reference's score instead of the
+    difference. Raises ValueError if no run has the reference, and for a share of a score of 0.
     """
     _check(runs, [*by, name])
     if reference not in set(runs[name]):
-        raise ValueError(
-            f"no run has {name} = {reference!r}; there are {', '.join(map(repr, runs[name].unique()))}"
-        )
+        known = ", ".join(map(repr, runs[name].unique()))
+        raise ValueError(f"no run has {name} = {reference!r}; there are {known}")
     base = runs[runs[name] == reference].drop(columns=name)
     pairs = runs[runs[name] != reference].merge(base, on=[*by, "seed"], suffixes=("", "_reference"))
     for column in columns:
@@ -91,18 +86,28 @@ def paired_differences(
     return over_seeds(pairs, [name, *by], columns, level)
 
 
+def _check(runs: pd.DataFrame, by: Sequence[str]) -> None:
+    keys = [*by, "seed"]
+    missing = [name for name in keys if name not in runs]
+    if missing:
+        raise ValueError(f"the table of runs has no column {', '.join(missing)}; it has {', '.join(runs)}")
+    twice = runs[runs.duplicated(keys)]
+    if len(twice):
+        raise ValueError(f"the table of runs has {twice.iloc[0][keys].to_dict()} more than once")
+
+
 def verdict(low: float, high: float) -> str:
-    """ "higher", "lower", or "not told apart" where the interval of a paired difference holds 0 (or is NaN)."""
+    """Return "higher", "lower", or "not told apart" if the interval of a difference contains 0 or is NaN."""
     return "higher" if low > 0 else "lower" if high < 0 else "not told apart"
 
 
 def plus_minus(mean: float, low: float, high: float) -> str:
-    """ "34.5 ± 1.2": a mean and half its interval, one decimal; the mean alone where there is one seed."""
+    """Return a mean and half of its interval as text, "34.5 ± 1.2", or the mean alone for one seed."""
     return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} ± {(high - low) / 2:.1f}"
 
 
 def readable(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = ACCURACY) -> pd.DataFrame:
-    """A table of over_seeds or paired_differences for reading: keys, "mean ± half interval" each, seeds."""
+    """Lay out a table of over_seeds or paired_differences for reading: each column as plus_minus."""
     text = table[list(keys)].copy()
     for column in columns:
         ends = zip(table[column], table[f"{column}_low"], table[f"{column}_high"], strict=True)
