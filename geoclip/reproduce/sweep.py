@@ -78,11 +78,12 @@ def run_hash(notebook: Path, parameters: Mapping[str, Any]) -> str:
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
 
 
-def _fingerprint(text: str) -> list[tuple[str, int, int]]:
-    profile = paths.NOTEBOOKS / "profiles" / f"{text}.yaml"
-    path = Path(text) if "/" in text else profile
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+def _fingerprint(text: str) -> list | str:
+    """The text of a profile of this name; names, sizes and times of the files at this path; or nothing."""
+    if (profile := paths.NOTEBOOKS / "profiles" / f"{text}.yaml").is_file():
+        return profile.read_text(encoding="utf-8")
+    files = [Path(text), *sorted(Path(text).rglob("*"))] if "/" in text else []
+    return [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.is_file()]
 
 
 def describe(notebook: Path, profile: Profile, jobs: Sequence[Job]) -> list[str]:
@@ -96,15 +97,12 @@ def describe(notebook: Path, profile: Profile, jobs: Sequence[Job]) -> list[str]
     fractions = sorted({changes.get("fraction", 1) for changes in settings if changes}, reverse=True) or [1]
     given = notebooks.declared(notebook) | (jobs[0].parameters if jobs else {})
     for name, (samples, gone) in profile.samples(given, fractions).items():
-        lines.append(f"    {name}: {samples}" + (f"\n    {gone}" if gone else ""))
+        lines += [f"    {name}: {samples}", *([f"    {gone}"] if gone else [])]
     return lines
 
 
 def shard(jobs: Sequence[Job], part: str) -> list[Job]:
-    """Part `3/16` of the jobs, the third of sixteen; the parts differ by at most one job and share none.
-
-    Raises ValueError for another form.
-    """
+    """Part `3/16` of the jobs, the third of sixteen: parts share no job, and differ by one in number at most."""
     match = re.fullmatch(r"(\d+)/(\d+)", part)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise ValueError(f"a shard is written 3/16 (the third of sixteen, from 1), not {part!r}")
@@ -118,16 +116,12 @@ def collect(jobs: Sequence[Job]) -> pd.DataFrame:
     table NOTEBOOK_runs.csv.
     """
     tables = [job.out.with_name(f"{job.notebook.stem}_runs.csv") for job in jobs if job.out.exists()]
-    for table in tables:
-        if not table.exists():
-            raise ValueError(
-                f"the run in {table.parent} wrote no {table.name}, the table that a sweep collects"
-            )
+    if missing := [table for table in tables if not table.exists()]:
+        raise ValueError(f"the run in {missing[0].parent} wrote no {missing[0].name}, which a sweep collects")
     whole = pd.concat([pd.read_csv(table) for table in tables], ignore_index=True)
     accuracies = [name for name in whole if re.fullmatch(r"acc_\d+km", name)]
-    spread = (
-        whole.groupby(KEYS, sort=False)[accuracies].agg(lambda found: found.max() - found.min()).max(axis=1)
-    )
+    repeated = whole.groupby(KEYS, sort=False)[accuracies]
+    spread = (repeated.max() - repeated.min()).max(axis=1)
     if (
         spread.max() > 0
     ):  # every run trains the paper's setting; machines without a common cache do so separately
@@ -155,16 +149,16 @@ def write_tables(tidy: pd.DataFrame, stem: str) -> list[Path]:
     table.columns = [f"{threshold:,} km" for threshold in table.columns]
     seeds = tidy.groupby(["data", "split", "setting"], sort=False)["seed"].nunique()
     table = table.assign(seeds=seeds).reset_index()
-    written = {
-        f"{stem}_sweep.csv": tidy.to_csv(index=False),
-        f"{stem}_table.csv": table.to_csv(index=False),
-        f"{stem}_table.md": table.to_markdown(index=False) + "\n",
-        f"{stem}_table.tex": _latex(table, stem),
+    texts = {
+        "sweep.csv": tidy.to_csv(index=False),
+        "table.csv": table.to_csv(index=False),
+        "table.md": table.to_markdown(index=False) + "\n",
+        "table.tex": _latex(table, stem),
     }
-    for name, text in written.items():
-        with paths.atomic(paths.RESULTS / name) as temporary:
+    for name, text in texts.items():
+        with paths.atomic(paths.RESULTS / f"{stem}_{name}") as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return [paths.RESULTS / name for name in written]
+    return [paths.RESULTS / f"{stem}_{name}" for name in texts]
 
 
 def _latex(table: pd.DataFrame, stem: str) -> str:
