@@ -26,14 +26,16 @@ TIMM = "timm/"
 
 @dataclass(frozen=True)
 class ImageEncoderConfig:
-    """Which tower and head; the defaults are the paper's.
+    """Image tower and head; the defaults are the paper's.
 
-    tower: an open_clip model name, or "conv", the small tower for 32 px tiles. CLIP's OpenAI weights need the
-        QuickGELU variant: "ViT-L-14" without it gives other features.
-    weights: an open_clip tag ("openai"), the path of a local CLIP file, or None for random weights; for "conv"
-        the checkpoint of a training run whose tower is taken.
-    frozen: the tower is not trained (the paper); "conv" without weights must be trained.
-    hidden, dim: of the head; dim is d.
+    Args:
+        tower: Name of an open_clip model, "timm/NAME", or "conv", the small tower for 32 px tiles. CLIP's OpenAI
+            weights need the QuickGELU variant: "ViT-L-14" without it gives other features.
+        weights: An open_clip tag ("openai"), the path of a local CLIP file, or None for random weights; for
+            "conv", the checkpoint of a training run whose tower is used.
+        frozen: Whether the tower stays untrained, as in the paper; "conv" without weights must be trained.
+        hidden: Hidden units of the head.
+        dim: Dimension d of the embedding.
     """
 
     tower: str = "ViT-L-14-quickgelu"

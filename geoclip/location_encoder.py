@@ -19,12 +19,14 @@ from geoclip import earth
 class LocationEncoderConfig:
     """Shape of the location encoder; the defaults are the paper's (9,447,936 trainable parameters).
 
-    sigmas: one level per σ of the random Fourier features, in cycles per unit of the projected plane, which
-        is 2 wide; () means no Fourier features, one MLP on the projected coordinates.
-    frequencies: f, directions drawn per level; each gives a cosine and a sine.
-    width, hidden_layers, dim: of each level's MLP; dim is d, the embedding.
-    projection: what the frequencies (or the MLP) see: "equal_earth" (x, y), "degrees" (lat, lon) / 180, or
-        "sphere" (x, y, z).
+    Args:
+        sigmas: One level per σ of the random Fourier features, in cycles per unit of the projected plane, which
+            is 2 units wide; () uses no Fourier features but one MLP on the projected coordinates.
+        frequencies: Frequencies f drawn per level; each gives a cosine and a sine.
+        width: Hidden units of each level's MLP.
+        hidden_layers: Hidden layers of each level's MLP.
+        dim: Dimension d of the embedding.
+        projection: Input of the levels: "equal_earth" (x, y), "degrees" (lat, lon) / 180, or "sphere" (x, y, z).
     """
 
     sigmas: tuple[float, ...] = (2.0**0, 2.0**4, 2.0**8)

@@ -23,12 +23,15 @@ LABEL = "Blue Marble tiles (overhead imagery, a stand-in for photos)"
 
 @dataclass(frozen=True)
 class TileConfig:
-    """How a tile is cut and disturbed.
+    """How a tile is cut and augmented.
 
-    pixels: side of the tile; span_deg: side on the ground in degrees of latitude.
-    rotate_deg: rotated by up to ± this; scale: span multiplied by a draw from this range; shift: moved by up
-    to this part of the span in any direction (the place to find stays where it was), distance and direction
-    both uniform; recolour: gain of each channel and of all, and offset, drawn from ± this.
+    Args:
+        pixels: Side of the tile in pixels.
+        span_deg: Side of the tile on the ground, in degrees of latitude.
+        rotate_deg: Largest rotation in either direction, degrees.
+        scale: Range of the factor on the span.
+        shift: Largest shift in any direction, as a part of the span; the place to find is not shifted.
+        recolour: Largest change of brightness, of each channel's gain and of the offset, in either direction.
     """
 
     pixels: int = 32
@@ -43,8 +46,15 @@ class TileConfig:
 class SplitConfig:
     """Sizes of the splits and how they are drawn.
 
-    blocked: whole blocks of block_deg degrees are kept out of training, and no training or validation place
-    lies within gap_km of one of their test places (a tile's half diagonal is at most 295 km).
+    Args:
+        train: Training places.
+        val: Validation places.
+        test: Test places, of the random split and of the blocked one each.
+        gallery: Places of the gallery.
+        block_deg: Side of the blocks that the blocked split keeps out of training, degrees.
+        gap_km: Least distance of training and validation places from the test places of the blocks; half a
+            tile's diagonal is at most 295 km.
+        seed: Seed of the draws.
     """
 
     train: int = 20_000
