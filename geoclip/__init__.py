@@ -14,9 +14,9 @@ _PUBLIC = {
     "GeoCLIP": "model",
     "Gallery": "gallery",
     "ImageEncoder": "image_encoder",
-    "ImageEncoderConfig": "image_encoder",
+    "ImageEncoderConfig": "config",
     "LocationEncoder": "location_encoder",
-    "LocationEncoderConfig": "location_encoder",
+    "LocationEncoderConfig": "config",
     "TrainConfig": "training.config",
     "train": "training.runs",
 }

@@ -18,31 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from geoclip import photos
+from geoclip.config import ImageEncoderConfig
 from geoclip.location_encoder import initialise
 
 CONV_TOWER = "conv"
 TIMM = "timm/"
-
-
-@dataclass(frozen=True)
-class ImageEncoderConfig:
-    """Image tower and head; the defaults are the paper's.
-
-    Args:
-        tower: Name of an open_clip model, "timm/NAME", or "conv", the small tower for 32 px tiles. CLIP's OpenAI
-            weights need the QuickGELU variant: "ViT-L-14" without it gives other features.
-        weights: An open_clip tag ("openai"), the path of a local CLIP file, or None for random weights; for
-            "conv", the checkpoint of a training run whose tower is used.
-        frozen: Whether the tower stays untrained, as in the paper; "conv" without weights must be trained.
-        hidden: Hidden units of the head.
-        dim: Dimension d of the embedding.
-    """
-
-    tower: str = "ViT-L-14-quickgelu"
-    weights: str | None = "openai"
-    frozen: bool = True
-    hidden: int = 768
-    dim: int = 512
 
 
 @dataclass(frozen=True)

@@ -5,36 +5,13 @@ Paper, section 3.2, figure 2 (right).
 
 import itertools
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from geoclip import earth
-
-
-@dataclass(frozen=True)
-class LocationEncoderConfig:
-    """Shape of the location encoder; the defaults are the paper's (9,447,936 trainable parameters).
-
-    Args:
-        sigmas: One level per σ of the random Fourier features, in cycles per unit of the projected plane, which
-            is 2 units wide; () uses no Fourier features but one MLP on the projected coordinates.
-        frequencies: Frequencies f drawn per level; each gives a cosine and a sine.
-        width: Hidden units of each level's MLP.
-        hidden_layers: Hidden layers of each level's MLP.
-        dim: Dimension d of the embedding.
-        projection: Input of the levels: "equal_earth" (x, y), "degrees" (lat, lon) / 180, or "sphere" (x, y, z).
-    """
-
-    sigmas: tuple[float, ...] = (2.0**0, 2.0**4, 2.0**8)
-    frequencies: int = 256
-    width: int = 1024
-    hidden_layers: int = 3
-    dim: int = 512
-    projection: Literal["equal_earth", "degrees", "sphere"] = "equal_earth"
+from geoclip.config import LocationEncoderConfig
 
 
 class FourierLevel(nn.Module):

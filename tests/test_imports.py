@@ -8,7 +8,7 @@ import pytest
 from geoclip import paths
 
 PACKAGE = paths.ROOT / "geoclip"
-CORE = """paths photos earth pretrained location_encoder engines.openvino_tower image_encoder gps_queue loss
+CORE = """paths config photos earth pretrained location_encoder engines.openvino_tower image_encoder gps_queue loss
 gallery engines.place_index posterior predictor model evaluation maps""".split()
 ORDER = [
     *CORE,

@@ -39,8 +39,6 @@ def printed_help():
 @pytest.mark.parametrize("name", command_line.commands())
 def test_help_is_light_and_explains_every_option(printed_help, name):
     text, loaded = printed_help[name]
-    if name == "train":  # its options are fields of the configurations, which stand beside torch modules
-        loaded = set(loaded) - {"torch", "numpy", "PIL"}
     assert not loaded, f"{name} --help imports {loaded}"
     assert (
         command_line.commands()[name]

@@ -40,7 +40,7 @@ def options_of(model: str) -> ArgumentParser:
     parser.add_argument("--resume", type=bool, default=True, help="Resume an interrupted run.")
     parser.add_argument("--devices", type=int | str, default="auto", help='Number of devices, or "auto".')
     parser.add_argument("--nodes", type=int, default=1, help="Machines, each started by torchrun or SLURM.")
-    parser.add_argument("--accelerator", default="auto", help='"auto", "cpu" or "gpu".')
+    parser.add_argument("--accelerator", default="auto", help='Hardware: "auto", "cpu" or "gpu".')
     return parser
 
 

@@ -7,7 +7,6 @@ scaled, shifted and recoloured at random, so that finding its place needs recogn
 import functools
 import hashlib
 import warnings
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,53 +16,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from geoclip import earth
+from geoclip.config import SplitConfig, TileConfig
 
 LABEL = "Blue Marble tiles (overhead imagery, a stand-in for photos)"
-
-
-@dataclass(frozen=True)
-class TileConfig:
-    """How a tile is cut and augmented.
-
-    Args:
-        pixels: Side of the tile in pixels.
-        span_deg: Side of the tile on the ground, in degrees of latitude.
-        rotate_deg: Largest rotation in either direction, degrees.
-        scale: Range of the factor on the span.
-        shift: Largest shift in any direction, as a part of the span; the place to find is not shifted.
-        recolour: Largest change of brightness, of each channel's gain and of the offset, in either direction.
-    """
-
-    pixels: int = 32
-    span_deg: float = 3.0
-    rotate_deg: float = 20.0
-    scale: tuple[float, float] = (0.8, 1.25)
-    shift: float = 0.125
-    recolour: float = 0.2
-
-
-@dataclass(frozen=True)
-class SplitConfig:
-    """Sizes of the splits and how they are drawn.
-
-    Args:
-        train: Training places.
-        val: Validation places.
-        test: Test places, of the random split and of the blocked one each.
-        gallery: Places of the gallery.
-        block_deg: Side of the blocks that the blocked split keeps out of training, degrees.
-        gap_km: Least distance of training and validation places from the test places of the blocks; half a
-            tile's diagonal is at most 295 km.
-        seed: Seed of the draws.
-    """
-
-    train: int = 20_000
-    val: int = 1_000
-    test: int = 2_500
-    gallery: int = 50_000
-    block_deg: float = 10.0
-    gap_km: float = 300.0
-    seed: int = 0
 
 
 def raster_file() -> tuple[Path, str]:

@@ -8,9 +8,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
-from geoclip.datasets.blue_marble import SplitConfig, TileConfig
-from geoclip.image_encoder import ImageEncoderConfig
-from geoclip.location_encoder import LocationEncoderConfig
+from geoclip.config import ImageEncoderConfig, LocationEncoderConfig, SplitConfig, TileConfig, require
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ class RunConfig:
     def __post_init__(self):
         if not 0 < self.fraction <= 1:
             raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
-        check_least(self, 1, "batch_size", "epochs", "views")
-        check_least(self, 0, "seed", "workers", "weight_decay")
+        require(self, "", 1, "batch_size", "epochs", "views")
+        require(self, "", 0, "seed", "workers", "weight_decay")
         for name in ("learning_rate", "decay"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
@@ -91,7 +89,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        check_least(self, 0, "queue", "noise_m", "queue_noise_m")
+        require(self, "", 0, "queue", "noise_m", "queue_noise_m")
         if self.queue and self.batch_size > self.queue:
             raise ValueError(
                 f"batch_size {self.batch_size} is larger than the queue of {self.queue}: enlarge the queue, or "
@@ -104,19 +102,12 @@ class TrainConfig(RunConfig):
             )
 
 
-def check_least(config: Any, least: int, *names: str) -> None:
-    """Raise ValueError unless these fields are finite and at least `least`."""
-    for name in names:
-        if not least <= getattr(config, name) < math.inf:
-            raise ValueError(f"{name} must be at least {least}, got {getattr(config, name)}")
-
-
 def config_parser(config_class: type[RunConfig] = TrainConfig, exit_on_error: bool = False):
     """Return a jsonargparse parser of the fields of a configuration; --config reads them from a YAML file."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(prog="python -m geoclip train", exit_on_error=exit_on_error)
-    parser.add_argument("--config", action="config", help="YAML file of the options below")
+    parser.add_argument("--config", action="config", help="YAML file of the options below.")
     parser.add_class_arguments(config_class, as_group=False)
     return parser
 
