@@ -1,7 +1,8 @@
 """The two networks as a CPU multiplies them fastest in bfloat16: the same functions, in another order of work.
 
-A few images or places at a time go through all layers, so that what one layer leaves is still in the cache for
-the next; weights are kept in the order in which oneDNN reads them; and sums between layers stay in float32.
+A few images or places at a time go through all layers, so that what one layer leaves is still in the cache
+for the next; weights are kept in the order in which oneDNN reads them; and sums between layers stay in
+float32.
 """
 
 import torch
@@ -38,8 +39,8 @@ def is_plain(visual: nn.Module) -> bool:
 class Tower(nn.Module):
     """images (n, 3, p, p) → (n, c) bfloat16, as the open_clip tower `visual`, whose weights are copied.
 
-    ValueError for a tower that is not plain (is_plain). For answering alone, on this CPU: it has no parameters to
-    train, and RuntimeError where it is moved or converted.
+    ValueError for a tower that is not plain (is_plain). For answering alone, on this CPU: it has no
+    parameters to train, and RuntimeError where it is moved or converted.
     """
 
     def __init__(self, visual: nn.Module):

@@ -13,8 +13,8 @@ def contrastive_loss(
 ) -> tuple[Float[Tensor, ""], Float[Tensor, ""]]:
     """Return the mean cross-entropy of each image's own place among all places, and the share of images it wins.
 
-    images, places: unit-norm embeddings; row `target[i]` of `places` belongs to image i, and all other rows (the
-    rest of the batch and the GPS queue) are its negatives. logit_scale: s; logits are cosine × e^s.
+    images, places: unit-norm embeddings; row `target[i]` of `places` belongs to image i, and all other rows
+    (the rest of the batch and the GPS queue) are its negatives. logit_scale: s; logits are cosine × e^s.
     """
     logits = logit_scale.exp() * images @ places.T
     top1 = (logits.argmax(-1) == target).float().mean()

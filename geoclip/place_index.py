@@ -24,9 +24,10 @@ CANDIDATES = 64  # beyond k: found by 8-bit codes, compared as they are
 class PlaceIndex:
     """Places (m, d), unit-norm, in inverted lists of 8-bit codes; what a query finds there is compared exactly.
 
-    lists: number of lists of a new index, about 2 √m by default; probes: lists that a query looks into, so that
-    recall grows with it. path: kept there and memory-mapped the next time. measured: recall of the five best places
-    of synthetic_queries, measured when the index was made. Raises ImportError, saying what to install, without faiss.
+    lists: number of lists of a new index, about 2 √m by default; probes: lists that a query looks into, so
+    that recall grows with it. path: kept there and memory-mapped the next time. measured: recall of the five
+    best places of synthetic_queries, measured when the index was made. Raises ImportError, saying what to
+    install, without faiss.
     """
 
     def __init__(
@@ -68,8 +69,8 @@ class PlaceIndex:
     ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
         """As gallery.scan, over the places that the index finds: the sum counts these alone, a lower bound.
 
-        So a probability made with it is an upper bound. A query whose lists hold fewer than k places is compared
-        with all. On the CPU, wherever the query is. Raises ValueError for k larger than the gallery.
+        So a probability made with it is an upper bound. A query whose lists hold fewer than k places is
+        compared with all. On the CPU, wherever the query is. Raises ValueError for k larger than the gallery.
         """
         gallery.check_k(k, len(self.places))
         query = query.float().cpu()

@@ -1,8 +1,8 @@
 """Ours and the authors' released package, with the same weights, give the same numbers.
 
 CLIP's own weights are 1.7 GB and not at hand everywhere, so CLIP is given random ones of its exact shape, in
-Hugging Face's files: theirs reads them as their users' do, ours carries them over to open_clip. All that comes
-after CLIP (head, location encoder, temperature, gallery) is what was released.
+Hugging Face's files: theirs reads them as their users' do, ours carries them over to open_clip. All that
+comes after CLIP (head, location encoder, temperature, gallery) is what was released.
 """
 
 import json

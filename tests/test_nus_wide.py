@@ -68,7 +68,9 @@ def test_a_planted_gps_signal_is_found_and_a_shuffled_one_is_not(made, tmp_path)
 def test_gps_and_visual_together_know_more_than_either(made):
     rng = np.random.default_rng(0)
     seen = made.labels @ rng.standard_normal((6, 12)) + rng.standard_normal((len(made.labels), 12))
-    table = label_label_probes.probe_labels(made, harmonics, seen.astype(np.float32), QUICK).set_index("input")
+    table = label_label_probes.probe_labels(made, harmonics, seen.astype(np.float32), QUICK).set_index(
+        "input"
+    )
     assert list(table.index) == ["GPS", "visual", "GPS + visual"] and list(table.d) == [81, 12, 93]
     assert table.map_macro["GPS + visual"] > table.map_macro[["GPS", "visual"]].max() + 0.02
     with pytest.raises(ValueError, match=f"5 visual features for {len(made.table)} photos"):
@@ -76,7 +78,9 @@ def test_gps_and_visual_together_know_more_than_either(made):
 
 
 def test_one_seed_gives_one_table(made):
-    one, two = (label_label_probes.probe_labels(made, earth.unit_sphere, config=QUICK, seed=3) for _ in range(2))
+    one, two = (
+        label_label_probes.probe_labels(made, earth.unit_sphere, config=QUICK, seed=3) for _ in range(2)
+    )
     pd.testing.assert_frame_equal(one, two)
 
 

@@ -1,7 +1,8 @@
 """Geo-localization by regression, with what an image says of its context on the way: climate, month, region.
 
 Heads on the image feature tell the context apart; their probabilities and the feature give the coordinates,
-learned by a distance on the sphere. Before that, the tower can be trained against captions made of the context.
+learned by a distance on the sphere. Before that, the tower can be trained against captions made of the
+context.
 """
 
 import re

@@ -20,7 +20,8 @@ class Tower(nn.Module):
     """Images (n, channels, h, w) → features (n, c).
 
     config.tower is "conv", "timm/NAME" or an open_clip name; weights "pretrained" are timm's own. `channels`
-    other than 3 are for segmentation maps. Raises OSError where weights cannot be had, ValueError for a tower that is not known.
+    other than 3 are for segmentation maps. Raises OSError where weights cannot be had, ValueError for a tower
+    that is not known.
     """
 
     def __init__(self, config: ImageEncoderConfig, generator: torch.Generator, channels: int = 3):

@@ -6,8 +6,8 @@ The environment variable GEOCLIP_DATA names the folder that holds the data you b
     GEOCLIP_DATA/images/im2gps3k/…          its images, named as in the CSV
     GEOCLIP_DATA/osv-mini/…                 OSV-5M, OSV-Mini and NUS-WIDE keep their own folder layout
 
-A card's sha256 is that of the CSV from which this project's coordinate results were computed. Files with another hash
-are accepted, and the difference is reported.
+A card's sha256 is that of the CSV from which this project's coordinate results were computed. Files with
+another hash are accepted, and the difference is reported.
 """
 
 import hashlib
@@ -19,8 +19,8 @@ import pandas as pd
 from geoclip import paths
 from geoclip.datasets import folder
 
-# The metadata format of Im2GPS, Im2GPS3k, YFCC4k, YFCC26k and MP-16. AUTHOR is the Flickr photographer; S3_Label is
-# what a Places365 classifier saw.
+# The metadata format of Im2GPS, Im2GPS3k, YFCC4k, YFCC26k and MP-16. AUTHOR is the Flickr photographer;
+# S3_Label is what a Places365 classifier saw.
 PLACES365 = "IMG_ID,AUTHOR,LAT,LON,S3_Label,S16_Label,S365_Label,Prob_indoor,Prob_natural,Prob_urban"
 PLACES365_COLUMNS = {"file": "IMG_ID", "lat": "LAT", "lon": "LON", "author": "AUTHOR"}
 SCENES = ("indoor", "natural", "urban")  # S3_Label 0, 1, 2
@@ -35,8 +35,9 @@ FLICKR = "Flickr photos under their photographers' licences; the metadata file: 
 class Card:
     """One data set.
 
-    format: "places365", "csv" (path,lat,lon), "osv-mini", "osv-5m" or "nus-wide". n: the published number of rows, or
-    None if no source gives it. csv: file name, or "" for a folder GEOCLIP_DATA/<name>. sha256: of the CSV, or None.
+    format: "places365", "csv" (path,lat,lon), "osv-mini", "osv-5m" or "nus-wide". n: the published number of
+    rows, or None if no source gives it. csv: file name, or "" for a folder GEOCLIP_DATA/<name>. sha256: of
+    the CSV, or None.
     """
 
     name: str
@@ -206,9 +207,10 @@ def load(
 ) -> folder.Geotagged:
     """Loads a benchmark or training set by the name of its card.
 
-    images: its image folder; default GEOCLIP_DATA/images/<name> if that exists, else only coordinates are read, which
-    suffice for ceilings, floors and leakage. strict: raise ValueError if the number of rows differs from the published
-    one, because scores on part of a benchmark cannot be compared. Raises as `folder.read` does.
+    images: its image folder; default GEOCLIP_DATA/images/<name> if that exists, else only coordinates are
+    read, which suffice for ceilings, floors and leakage. strict: raise ValueError if the number of rows
+    differs from the published one, because scores on part of a benchmark cannot be compared. Raises as
+    `folder.read` does.
     """
     wanted = card(name)
     data = data or data_folder()
@@ -259,8 +261,8 @@ def read_places365(
 def read_osv_mini(directory: Path | str, split: str = "test") -> folder.Geotagged:
     """Reads OSV-Mini: {split}_mini.csv and {split}_images/{region}/{id}.jpg, split "train" or "test".
 
-    Adds region, sub-region, city, climate (0–29, -1 if unknown) and captured_at (UTC or NaT). Raises as `folder.read`
-    does, and ValueError if a climate is outside 0–29 or a time is not a number of milliseconds.
+    Adds region, sub-region, city, climate (0–29, -1 if unknown) and captured_at (UTC or NaT). Raises as
+    `folder.read` does, and ValueError if a climate is outside 0–29 or a time is not a number of milliseconds.
     """
     directory = Path(directory)
     csv = directory / f"{split}_mini.csv"
@@ -278,7 +280,8 @@ def read_osv_mini(directory: Path | str, split: str = "test") -> folder.Geotagge
 def read_osv5m(directory: Path | str, split: str = "test") -> folder.Geotagged:
     """Reads OSV-5M: {split}.csv and images/{split}/{archive number}/{id}.jpg, split "train" or "test".
 
-    Images that are not on disk keep the bare name {id}.jpg and so count as missing. Raises as `folder.read` does.
+    Images that are not on disk keep the bare name {id}.jpg and so count as missing. Raises as `folder.read`
+    does.
     """
     directory = Path(directory)
     images = directory / "images" / split

@@ -1,7 +1,7 @@
 """Geotagged photos from a CSV file and an image folder.
 
-Every reader of photos and coordinates goes through this module, so all CSV files pass the same checks: columns that
-are missing or swapped, values that are not numbers, and coordinates that are out of range.
+Every reader of photos and coordinates goes through this module, so all CSV files pass the same checks:
+columns that are missing or swapped, values that are not numbers, and coordinates that are out of range.
 """
 
 import warnings
@@ -25,9 +25,9 @@ ALIASES = {
 class Geotagged:
     """Photos and the places where they were taken.
 
-    name: the name shown in tables; table: columns file, lat, lon (degrees), author (None if unknown) and line (in
-    the CSV), plus the columns that the format adds; images: the folder that `file` is relative to, or None if only
-    coordinates are available.
+    name: the name shown in tables; table: columns file, lat, lon (degrees), author (None if unknown) and line
+    (in the CSV), plus the columns that the format adds; images: the folder that `file` is relative to, or
+    None if only coordinates are available.
     """
 
     name: str
@@ -71,9 +71,10 @@ def read(
 ) -> Geotagged:
     """Reads a CSV of photos and places. By default, columns are recognised by name in any case (ALIASES).
 
-    columns: the format's own names for file, lat, lon and author; keep: further columns to copy unchanged. Raises
-    FileNotFoundError if the file or the folder does not exist, and ValueError, naming file, line and value, if the
-    set is empty, a column is missing, a coordinate is not a number or out of range, or the columns are swapped.
+    columns: the format's own names for file, lat, lon and author; keep: further columns to copy unchanged.
+    Raises FileNotFoundError if the file or the folder does not exist, and ValueError, naming file, line and
+    value, if the set is empty, a column is missing, a coordinate is not a number or out of range, or the
+    columns are swapped.
     """
     csv = Path(csv)
     if images is not None and not Path(images).is_dir():

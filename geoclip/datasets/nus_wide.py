@@ -8,8 +8,8 @@ The official layout, in one folder (GEOCLIP_DATA/nus-wide):
     NUS_WID_Tags/All_Tags.txt                             <Flickr id> tag tag …    (may be absent)
     geotags.csv                                           id,latitude,longitude of the photos that have them
 
-The geotag file has no public mirror and no fixed name: any CSV with those three columns, the id being Flickr's. The
-paper's subset is the photos of either official part that are in it: 41,173 and 27,401.
+The geotag file has no public mirror and no fixed name: any CSV with those three columns, the id being
+Flickr's. The paper's subset is the photos of either official part that are in it: 41,173 and 27,401.
 """
 
 from dataclasses import dataclass
@@ -30,8 +30,8 @@ ID_COLUMNS = ("id", "photo_id", "photoid", "image_id", "flickr_id")
 @dataclass(frozen=True, eq=False)
 class NusWide:
     """The geo-tagged photos. table: part ("train", "test"), photo (Flickr id), file, lat, lon, tags (None where the
-    tag file is absent); concepts: q names; labels: (n, q) of {0, 1}, uint8, rows as in the table; notes: what was
-    left out and what differs from the published subset, in sentences.
+    tag file is absent); concepts: q names; labels: (n, q) of {0, 1}, uint8, rows as in the table; notes: what
+    was left out and what differs from the published subset, in sentences.
     """
 
     table: pd.DataFrame
@@ -64,9 +64,9 @@ def find() -> Path:
 def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
     """The geo-tagged photos of NUS-WIDE under `root`; `geotags` defaults to root/geotags.csv.
 
-    Raises FileNotFoundError for an absent file; ValueError that names file, line and value for labels that are not 0
-    or 1, a label file with another number of lines than its image list, a geotag that is none, swapped columns,
-    one photo with two places, and a geotag file that names no photo of the lists.
+    Raises FileNotFoundError for an absent file; ValueError that names file, line and value for labels that
+    are not 0 or 1, a label file with another number of lines than its image list, a geotag that is none,
+    swapped columns, one photo with two places, and a geotag file that names no photo of the lists.
     """
     root = Path(root)
     if not root.is_dir():
@@ -112,8 +112,9 @@ def write_csv(data: NusWide, path: Path | str) -> None:
 def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
     """The kept features (n, c) of the photos, in their order: view 0 (the whole photo) of a folder of features.
 
-    A photo without features (lost or unreadable) gets the mean of the others, which says nothing, and `data.notes`
-    counts them. Raises ValueError, naming the first, where more than LOST of the photos are without.
+    A photo without features (lost or unreadable) gets the mean of the others, which says nothing, and
+    `data.notes` counts them. Raises ValueError, naming the first, where more than LOST of the photos are
+    without.
     """
     from geoclip.datasets.features import FeatureData
 
@@ -140,9 +141,9 @@ def write_made(
 ) -> Path:
     """A small made set in the very layout, to try the path without the real one. Returns `root`.
 
-    Each concept belongs to the photos within 1,500 km of its three centres (four in five of them) and to few others.
-    planted=False deals the geotags out at random, so that no place says anything about any concept. A tenth of the
-    photos has no geotag.
+    Each concept belongs to the photos within 1,500 km of its three centres (four in five of them) and to few
+    others. planted=False deals the geotags out at random, so that no place says anything about any concept. A
+    tenth of the photos has no geotag.
     """
     import torch
 

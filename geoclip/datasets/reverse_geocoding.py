@@ -13,9 +13,10 @@ from geoclip import earth
 def nearest_town(latlon, states: bool = False) -> pd.DataFrame:
     """The nearest town to each place: columns town, country and town_km, one row per place.
 
-    latlon: (n, 2) degrees. states: add a column state, the town's first-order division with its country code, such as
-    "Bavaria, DE", or None if it has none. Distances are great-circle distances, so the poles and ±180° need no special
-    care. The country is the town's, which near a border or far out at sea may not be that of the place.
+    latlon: (n, 2) degrees. states: add a column state, the town's first-order division with its country code,
+    such as "Bavaria, DE", or None if it has none. Distances are great-circle distances, so the poles and
+    ±180° need no special care. The country is the town's, which near a border or far out at sea may not be
+    that of the place.
     """
     latlon = earth.check_latlon(torch.as_tensor(np.asarray(latlon, np.float64).reshape(-1, 2)), "places")
     towns, tree = _towns()

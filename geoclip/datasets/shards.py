@@ -1,7 +1,8 @@
 """Downloads photos known by URL (image id, url) into webdataset tar shards and lists the links that fail.
 
-Lists of URLs are not trusted. Only public addresses are contacted, also after redirects and whatever the name server
-answers; each photo has a limit of time and size; and only responses that start like an image file are kept.
+Lists of URLs are not trusted. Only public addresses are contacted, also after redirects and whatever the name
+server answers; each photo has a limit of time and size; and only responses that start like an image file are
+kept.
 """
 
 import asyncio
@@ -44,9 +45,9 @@ LOST = (
 class Limits:
     """Bounds on the downloads of one process.
 
-    connections: simultaneous downloads. seconds, megabytes: at most, per photo, redirects included. retries: further
-    attempts after a timeout, a lost connection or a server error. allow_private: also contact loopback and private
-    addresses, and use the proxy that the environment names.
+    connections: simultaneous downloads. seconds, megabytes: at most, per photo, redirects included. retries:
+    further attempts after a timeout, a lost connection or a server error. allow_private: also contact
+    loopback and private addresses, and use the proxy that the environment names.
     """
 
     connections: int = 64
@@ -135,9 +136,9 @@ def download(
 ) -> Downloaded:
     """Downloads the photos of `join_places` into OUT/00000.tar, …; a rerun resumes at the first incomplete shard.
 
-    Photos are stored as received, never re-encoded. Failures are listed with the reason in OUT/unavailable.csv. With
-    several machines, this process makes the shards rank, rank + world, …. Raises ValueError if OUT holds the shards of
-    another list, OSError if the disk is full.
+    Photos are stored as received, never re-encoded. Failures are listed with the reason in
+    OUT/unavailable.csv. With several machines, this process makes the shards rank, rank + world, …. Raises
+    ValueError if OUT holds the shards of another list, OSError if the disk is full.
     """
     out = paths.make_folder(Path(out).resolve())
     shards = -(-len(listed) // photos_a_shard)

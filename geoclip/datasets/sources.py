@@ -1,7 +1,7 @@
 """Image sources for embedding: photos listed in a CSV, webdataset tar shards, and rendered tiles.
 
-A source is divided into fixed parts, so that an interrupted run resumes at the first missing part with any number of
-processes. Each part is read in chunks of photos with their views.
+A source is divided into fixed parts, so that an interrupted run resumes at the first missing part with any
+number of processes. Each part is read in chunks of photos with their views.
 """
 
 import contextlib
@@ -42,9 +42,9 @@ class Views:
     """How the views of a photo are made.
 
     number: v; view 0 is the photo as in prediction (short side resized, centre crop), the
-    others are random crops that cover `crop_area` of the photo with an aspect ratio within `crop_ratio`, half of them
-    mirrored. seed: of these crops; photo i has the same crops in every run. ten_crop: instead, the ten crops of the
-    paper's evaluation (photos.ten_crop); number must then be 10.
+    others are random crops that cover `crop_area` of the photo with an aspect ratio within `crop_ratio`, half
+    of them mirrored. seed: of these crops; photo i has the same crops in every run. ten_crop: instead, the
+    ten crops of the paper's evaluation (photos.ten_crop); number must then be 10.
     """
 
     number: int = 1
@@ -107,8 +107,9 @@ class PhotoTable:
 class TarShards:
     """webdataset tar shards, local or over http, one part each.
 
-    A sample is a photo and a json file with its coordinates (LATLON_KEYS). `pipe:COMMAND` runs a shell command for
-    each shard and is accepted only with allow_pipe. Raises FileNotFoundError if a local tar is missing.
+    A sample is a photo and a json file with its coordinates (LATLON_KEYS). `pipe:COMMAND` runs a shell
+    command for each shard and is accepted only with allow_pipe. Raises FileNotFoundError if a local tar is
+    missing.
     """
 
     def __init__(self, pattern: str, allow_pipe: bool = False):
@@ -213,10 +214,10 @@ def open_source(
 ) -> Source:
     """Opens the source called `name`.
 
-    A CSV with its image folder (default: the folder of the CSV); tar shards, by path, http address or a pattern such
-    as `shards/{00000..00999}.tar`; a card of datasets.benchmarks, such as `im2gps3k`, in the folder GEOCLIP_DATA; or
-    `blue_marble:SPLIT`. strict: refuse a benchmark with another number of rows than published. Raises ValueError or
-    FileNotFoundError.
+    A CSV with its image folder (default: the folder of the CSV); tar shards, by path, http address or a
+    pattern such as `shards/{00000..00999}.tar`; a card of datasets.benchmarks, such as `im2gps3k`, in the
+    folder GEOCLIP_DATA; or `blue_marble:SPLIT`. strict: refuse a benchmark with another number of rows than
+    published. Raises ValueError or FileNotFoundError.
     """
     if name in benchmarks.CARDS:
         return PhotoTable(benchmarks.load(name, images=images, strict=strict), photos_a_part)

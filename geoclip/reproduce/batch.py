@@ -24,8 +24,8 @@ from geoclip.reproduce.profiles import Profile
 class Job:
     """One run of a notebook in a process of its own.
 
-    variables: environment variables of the run. once: skip the run if `out` exists, and leave it to another process
-    if that is at it.
+    variables: environment variables of the run. once: skip the run if `out` exists, and leave it to another
+    process if that is at it.
     """
 
     notebook: Path
@@ -110,8 +110,8 @@ def _end_with_parent() -> None:
 def reproduce(only: Sequence[str] = (), profile: Profile | None = None, folder: Path | None = None) -> int:
     """Run all numbered notebooks in order, a line each, and print their results; 0 if all went well, else 1.
 
-    only: numbers of the notebooks to run. A notebook that fails, or whose data are missing, is listed, and the rest
-    are run.
+    only: numbers of the notebooks to run. A notebook that fails, or whose data are missing, is listed, and
+    the rest are run.
     """
     todo = [notebooks.find(number, folder) for number in only] or notebooks.numbered(folder)
     if not todo:

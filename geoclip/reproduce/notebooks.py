@@ -20,9 +20,9 @@ KERNEL_TIMEOUT_S = 180
 def environment() -> dict[str, str]:
     """Environment variables that make a notebook's outputs independent of the machine; creates their folders.
 
-    Jupyter, IPython and matplotlib keep to the cache folder and this Python's kernel, hashes are the same in each
-    run, and relative paths in GEOCLIP_* are made absolute, because a notebook runs in a folder of its own.
-    Raises FileNotFoundError if GEOCLIP_DATA names no folder.
+    Jupyter, IPython and matplotlib keep to the cache folder and this Python's kernel, hashes are the same in
+    each run, and relative paths in GEOCLIP_* are made absolute, because a notebook runs in a folder of its
+    own. Raises FileNotFoundError if GEOCLIP_DATA names no folder.
     """
     folders = {
         "JUPYTER_CONFIG_DIR": paths.CACHE / "jupyter" / "config",
@@ -55,9 +55,9 @@ def run(
     """Execute the notebook `path` in its own folder, write it with its outputs and return where.
 
     parameters: override those of the cell tagged `parameters`. out: by default data/results/runs/NAME.ipynb.
-    If a cell fails or takes longer than `cell_timeout_s` (None: no limit), the kernel is shut down, `out` is left as
-    it was, NAME.failed.ipynb beside it holds the notebook up to the failure, and papermill's error is raised.
-    Raises ValueError for a parameter that the notebook does not have.
+    If a cell fails or takes longer than `cell_timeout_s` (None: no limit), the kernel is shut down, `out` is
+    left as it was, NAME.failed.ipynb beside it holds the notebook up to the failure, and papermill's error is
+    raised. Raises ValueError for a parameter that the notebook does not have.
     """
     import nbformat
     import papermill
@@ -142,8 +142,8 @@ def find(name: str | Path, folder: Path | None = None) -> Path:
 def accept(number: str, folder: Path | None = None) -> list[Path]:
     """Run notebook `number` and make its results the expected ones; returns the files written.
 
-    Its tables and parameters go to data/expected, and the executed notebook replaces the one in notebooks/. Nothing
-    changes if a cell fails. Tables in data/expected that the notebook no longer makes are removed.
+    Its tables and parameters go to data/expected, and the executed notebook replaces the one in notebooks/.
+    Nothing changes if a cell fails. Tables in data/expected that the notebook no longer makes are removed.
     """
     path = find(number, folder)
     with tempfile.TemporaryDirectory() as offered, variables({report.ACCEPT_VARIABLE: offered}):

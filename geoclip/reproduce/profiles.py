@@ -17,9 +17,9 @@ class Profile:
     """The content of a profile.
 
     parameters: given to every notebook that has them. notebooks: stem → its own `parameters`, and a `grid` of
-    values. seeds: how many to train. data: name of what the notebooks read → `parameter` that names its folder (and
-    `key`, such as `outer/inner`, if that is a mapping), number of `samples`, their `source`, and `make`, the command
-    that makes the folder. An entry without `parameter` is always there.
+    values. seeds: how many to train. data: name of what the notebooks read → `parameter` that names its
+    folder (and `key`, such as `outer/inner`, if that is a mapping), number of `samples`, their `source`, and
+    `make`, the command that makes the folder. An entry without `parameter` is always there.
     """
 
     name: str

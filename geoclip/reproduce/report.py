@@ -20,7 +20,8 @@ import pandas as pd
 from geoclip import paths
 
 VERSIONS_OF = ("torch", "torchvision", "open_clip_torch", "lightning", "numpy", "pandas", "scikit-learn")
-# `accept` sets this to a folder: tables are then written there, to become the expected ones, and not compared.
+# `accept` sets this to a folder: tables are then written there, to become the expected ones, and not
+# compared.
 ACCEPT_VARIABLE = "GEOCLIP_ACCEPT"
 FLOAT_FORMAT = "%.6g"
 
@@ -47,9 +48,9 @@ def provenance(config: object = None, data_hash: str | None = None) -> dict:
 def save_figure(figure, name: str) -> None:
     """Write a matplotlib figure to figures/NAME.png (150 dpi) and NAME.pdf, without dates.
 
-    If the notebook's parameters are not those of the accepted run, the files go to data/results/figures instead,
-    so that trying a parameter leaves the checkout as it is. Raises ValueError if `name` does not start with a
-    notebook's number.
+    If the notebook's parameters are not those of the accepted run, the files go to data/results/figures
+    instead, so that trying a parameter leaves the checkout as it is. Raises ValueError if `name` does not
+    start with a notebook's number.
     """
     folder = paths.RESULTS / "figures" if changed_parameters(name) else paths.FIGURES
     no_dates = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
@@ -87,8 +88,8 @@ def accepted_parameters(name: str) -> Path:
 def changed_parameters(name: str, parameters: Mapping[str, object] | None = None) -> list[str]:
     """Names of the parameters that differ from those of the accepted run of the notebook that owns `name`.
 
-    `parameters`: the current values; by default the variables of the running notebook. Empty outside a notebook,
-    while a run is being accepted, and if no run has been accepted.
+    `parameters`: the current values; by default the variables of the running notebook. Empty outside a
+    notebook, while a run is being accepted, and if no run has been accepted.
     """
     file, shell = accepted_parameters(name), _notebook()
     if parameters is None and shell is not None:
@@ -115,16 +116,17 @@ def hold_to_expected(
     """Compare `table` with data/expected/NAME.csv row by row and print one line.
 
     keys: columns that together identify a row.
-    tolerance: column, or a pattern such as "acc_*" → largest accepted absolute difference in the column's unit;
-        None: the column is not compared. The first matching pattern counts. Columns without a pattern must agree
-        in the six digits that are stored. NaN equals NaN.
+    tolerance: column, or a pattern such as "acc_*" → largest accepted absolute difference in the column's
+        unit;
+        None: the column is not compared. The first matching pattern counts. Columns without a pattern must
+        agree in the six digits that are stored. NaN equals NaN.
     optional: rows that may be missing on either side, because they need data of the user: True for all, or
         column → list of values. Optional rows that are on both sides are compared.
-    parameters: see `changed_parameters`. If one of them differs from the accepted run, nothing is compared and the
-        line says which.
+    parameters: see `changed_parameters`. If one of them differs from the accepted run, nothing is compared
+        and the line says which.
 
-    Raises AssertionError that names row, column and both values, FileNotFoundError if no table has been accepted,
-    and ValueError if `keys` do not identify the rows.
+    Raises AssertionError that names row, column and both values, FileNotFoundError if no table has been
+    accepted, and ValueError if `keys` do not identify the rows.
     """
     path = paths.EXPECTED / f"{_checked(name)}.csv"
     keys = list(keys)
@@ -163,8 +165,9 @@ def readable(table: pd.DataFrame) -> pd.DataFrame:
 def show(table: pd.DataFrame, compared_as: str | None = None) -> None:
     """Display `table`, rounded by `readable`: as HTML in a notebook, elsewhere as text.
 
-    compared_as: name of the result whose comparison with data/expected covers these numbers. A caption says so, and
-    tests/nbval.cfg makes nbval leave the digits to that comparison, because they vary between machines.
+    compared_as: name of the result whose comparison with data/expected covers these numbers. A caption says
+    so, and tests/nbval.cfg makes nbval leave the digits to that comparison, because they vary between
+    machines.
     """
     rounded = readable(table)
     text, html = rounded.to_string(index=False), rounded.to_html(index=False, border=0)

@@ -34,8 +34,8 @@ def plan(
     `SETTINGS: {a: …, b: …}` gives SETTINGS = {a: …}, then {b: …}. An empty grid stands for the notebook's own
     SETTINGS. A parameter SEEDS that is a list gets [0], then [1], … `changes` override the profile.
 
-    Each run has a folder named after the hash of everything it depends on, and is not repeated once it is there.
-    Raises ValueError for a parameter that the notebook does not have, and for fewer than one seed.
+    Each run has a folder named after the hash of everything it depends on, and is not repeated once it is
+    there. Raises ValueError for a parameter that the notebook does not have, and for fewer than one seed.
     """
     known, changes = notebooks.declared(notebook), dict(changes or {})
     own = profile.notebooks.get(notebook.stem, {})
@@ -112,8 +112,8 @@ def shard(jobs: Sequence[Job], part: str) -> list[Job]:
 def collect(jobs: Sequence[Job]) -> pd.DataFrame:
     """The finished jobs' results, tidy: data, setting, split, seed, threshold_km, accuracy (percent), n.
 
-    Warns if runs differ in a setting and seed that several of them have. Raises ValueError if a finished run has no
-    table NOTEBOOK_runs.csv.
+    Warns if runs differ in a setting and seed that several of them have. Raises ValueError if a finished run
+    has no table NOTEBOOK_runs.csv.
     """
     tables = [job.out.with_name(f"{job.notebook.stem}_runs.csv") for job in jobs if job.out.exists()]
     if missing := [table for table in tables if not table.exists()]:
@@ -142,7 +142,8 @@ def collect(jobs: Sequence[Job]) -> pd.DataFrame:
 def write_tables(tidy: pd.DataFrame, stem: str) -> list[Path]:
     """Write STEM_sweep.csv (tidy) and the paper's table as STEM_table.csv, .md and .tex; returns the paths.
 
-    The table has a row for each data set, split and setting, and a column for each distance: "mean ± half interval".
+    The table has a row for each data set, split and setting, and a column for each distance: "mean ± half
+    interval".
     """
     cells = tidy.groupby(["data", "split", "setting", "threshold_km"], sort=False)["accuracy"]
     table = cells.agg(lambda values: plus_minus(*t_interval(values))).unstack("threshold_km", sort=False)

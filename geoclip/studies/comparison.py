@@ -31,10 +31,10 @@ def compare(
 ) -> tuple[pd.DataFrame, dict[tuple[str, str, int], np.ndarray]]:
     """Train every setting with every seed and ask it about both test splits.
 
-    settings: fields of the configuration, by name; a classifier over cells gives four answers, "NAME, coarse",
-    "…, middle", "…, fine" and "…, hierarchical". jobs: processes, on a thread each. Runs are kept by their
-    hash, answers beside them. Returns the tidy table (data, model, split, seed, accuracies, …, seconds of
-    training, trained parameters) and each model's errors in km: (model, split, seed) → (n,).
+    settings: fields of the configuration, by name; a classifier over cells gives four answers, "NAME,
+    coarse", "…, middle", "…, fine" and "…, hierarchical". jobs: processes, on a thread each. Runs are kept by
+    their hash, answers beside them. Returns the tidy table (data, model, split, seed, accuracies, …, seconds
+    of training, trained parameters) and each model's errors in km: (model, split, seed) → (n,).
     """
     wanted = []
     for name, fields in settings.items():
@@ -135,7 +135,8 @@ def best_on_map(
 ) -> np.ndarray:
     """Where each model wins: for each of `pixels` (m, 2) the number of the model whose median error is lowest.
 
-    Compared block by block of the Earth, over the tests at `latlon` (n, 2) in the pixel's block and all seeds;
+    Compared block by block of the Earth, over the tests at `latlon` (n, 2) in the pixel's block and all
+    seeds;
     errors: (seeds, n) km by model. −1 where a block holds fewer than `fewest` tests.
     """
     table = pd.DataFrame({name: np.median(np.atleast_2d(km), axis=0) for name, km in errors.items()})

@@ -16,10 +16,11 @@ class RunConfig:
     """What every trained model shares. The defaults are the paper's, or those of its re-implementations (README).
 
     Args:
-        data: Training data: "blue_marble" (the embedded tiles), a folder of features made by `embed`, or a CSV
-            of photos.
+        data: Training data: "blue_marble" (the embedded tiles), a folder of features made by `embed`, or a
+            CSV of photos.
         images: Folder of the photos that a CSV names; by default the folder of the CSV.
-        fraction: Part of the training set that is used, in (0, 1]; smaller parts are contained in larger ones.
+        fraction: Part of the training set that is used, in (0, 1]; smaller parts are contained in larger
+            ones.
         image: Image tower and head.
         tiles: How the embedded tiles are rendered.
         splits: Sizes of the splits of the embedded tiles.
@@ -30,7 +31,8 @@ class RunConfig:
         weight_decay: Weight decay of Adam.
         decay: Factor of the learning rate after each epoch.
         seed: Seed of all random draws.
-        precision: Arithmetic of training; "auto" is bf16-mixed on a GPU that supports it and 32-true elsewhere.
+        precision: Arithmetic of training; "auto" is bf16-mixed on a GPU that supports it and 32-true
+            elsewhere.
         workers: Processes that load data; 0 loads in the main process.
     """
 

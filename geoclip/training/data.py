@@ -89,8 +89,8 @@ class PhotoTraining(Dataset):
     """Photos of a CSV with IMG_FILE, LAT, LON: batches of `image` (b, v, 3, p, p), `latlon` (b, 2) and `index`.
 
     A view is a random crop of 0.6 to 1 of the area, resized to p × p, mirrored in half of the cases and
-    normalised as the tower requires. It depends on seed, epoch and photo alone, not on the batch or the worker.
-    Training the head on many photos is faster on features, which `python -m geoclip embed` makes.
+    normalised as the tower requires. It depends on seed, epoch and photo alone, not on the batch or the
+    worker. Training the head on many photos is faster on features, which `python -m geoclip embed` makes.
     """
 
     def __init__(

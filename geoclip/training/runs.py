@@ -85,8 +85,8 @@ def load(
 ) -> TrainingModule:
     """Return the trained module of a checkpoint in evaluation mode, GeoCLIP with its gallery.
 
-    with_tower: False leaves GeoCLIP's image tower out. Raises FileNotFoundError, or ValueError for a file that is
-    not a checkpoint of this kind of model.
+    with_tower: False leaves GeoCLIP's image tower out. Raises FileNotFoundError, or ValueError for a file
+    that is not a checkpoint of this kind of model.
     """
     return restore(read_checkpoint(path), kind, path, with_tower)
 
@@ -114,11 +114,13 @@ def train(
 ) -> Run:
     """Train a model of this kind, or return the run if it has ended before.
 
-    directory: folder of the run; by default cache/runs/<run_key>. resume: continue an interrupted run from its
-    last checkpoint; False starts again. progress: show a progress bar, or a line an epoch without a terminal.
-    epochs: stop after this many, to be resumed later. devices: processes on each machine; nodes: machines, each
-    started by torchrun or SLURM, on a shared disk.
-    Raises ValueError for devices that do not exist and for a directory that holds a run of another configuration.
+    directory: folder of the run; by default cache/runs/<run_key>. resume: continue an interrupted run from
+    its last checkpoint; False starts again. progress: show a progress bar, or a line an epoch without a
+    terminal.
+    epochs: stop after this many, to be resumed later. devices: processes on each machine; nodes: machines,
+    each started by torchrun or SLURM, on a shared disk.
+    Raises ValueError for devices that do not exist and for a directory that holds a run of another
+    configuration.
     """
     options = check_devices(config, devices, accelerator, nodes)
     directory = Path(directory) if directory else paths.CACHE / "runs" / run_key(config)
