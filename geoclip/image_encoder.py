@@ -254,7 +254,8 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
     elif weights is not None and ("/" in weights or Path(weights).suffix):
         state, tag = clip.read(weights), None
     try:
-        with quiet_root():
+        with quiet_root(), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)  # random weights are the same in every process
             model = open_clip.create_model(tower, pretrained=tag, pretrained_image=False, weights_only=True)
     except (OSError, RuntimeError) as error:  # open_clip wraps a failed download in a RuntimeError
         if tag is None:

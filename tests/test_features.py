@@ -24,7 +24,7 @@ from geoclip.datasets import benchmarks, features, sources
 from geoclip.datasets.features import FeatureData, embed
 from geoclip.datasets.sources import Views, open_source
 from geoclip.gallery import Gallery
-from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, load_clip
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
 from geoclip.training.config import TrainConfig
@@ -251,6 +251,18 @@ def test_options_below_their_least_value_are_refused_by_name(tmp_path, capsys):
     ):
         assert main(["embed", "none.csv", "--out", str(tmp_path), f"--{option}", str(value)]) == 2
         assert f"--{option} must be at least" in capsys.readouterr().err
+
+
+def test_timm_towers_are_said_to_serve_the_baselines(tmp_path, capsys):
+    assert main(["embed", "none.csv", "--out", str(tmp_path), "--tower", "timm/resnet18"]) == 2
+    assert "train --model geocells --image.tower timm/resnet18" in capsys.readouterr().err
+
+
+def test_random_weights_are_the_same_each_time():
+    torch.manual_seed(1)
+    towers = [load_clip("ViT-S-32-alt", None) for _ in range(2)]
+    assert features.tower_hash(towers[0]) == features.tower_hash(towers[1])
+    assert torch.initial_seed() == 1
 
 
 def flip(path, at):

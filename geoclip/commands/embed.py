@@ -33,7 +33,7 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--ten-crop", action="store_true", help="the ten crops of the paper's evaluation instead"
     )
-    parser.add_argument("--tower", type=str, default="ViT-L-14-quickgelu", help="name of an open_clip model")
+    parser.add_argument("--tower", type=str, default="ViT-L-14-quickgelu", help="an open_clip model, or conv")
     parser.add_argument(
         "--weights", type=str | None, default="openai", help="open_clip tag or file; null for random weights"
     )
@@ -81,6 +81,11 @@ def run(options) -> int:
         value = getattr(options, name)
         if value is not None and value < least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+    if options.tower.startswith("timm/"):
+        raise ValueError(
+            f"--tower {options.tower}: timm's towers serve the baselines, which train on images: python -m geoclip "
+            f"train --model geocells --image.tower {options.tower}. embed takes conv or a model of open_clip"
+        )
     import joblib
     import torch
 
