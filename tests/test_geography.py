@@ -139,7 +139,7 @@ def test_mean_temperature_is_read_and_checked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="line 2: meanT is 'warm', not a number"):
         geography.mean_temperature()
     csv.write_text("Lat,Lon,meanT\n36.83,7.82,18.0\n-122.4,37.8,14.0\n")
-    with pytest.raises(ValueError, match=r"row 1: \(-122.4, 37.8\).*swapped"):
+    with pytest.raises(ValueError, match=r"Lat and Lon are swapped: line 3 has Lat -122.4"):
         geography.mean_temperature()
     csv.write_text("Lat,Lon\n36.83,7.82\n")
     with pytest.raises(ValueError, match="no column meanT"):

