@@ -14,12 +14,12 @@ QUICK = probes.HiddenLayerConfig(hidden=64, batch=32, epochs=15)
 
 @pytest.fixture
 def root(tmp_path):
-    return nus_wide.write_made(tmp_path / "nus-wide", n=200, concepts=3)
+    return nus_wide.write_synthetic(tmp_path / "nus-wide", n=200, concepts=3)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return nus_wide.read(nus_wide.write_made(tmp_path_factory.mktemp("made"), n=2500, concepts=6))
+    return nus_wide.read(nus_wide.write_synthetic(tmp_path_factory.mktemp("made"), n=2500, concepts=6))
 
 
 def harmonics(latlon):
@@ -57,7 +57,7 @@ def test_what_differs_from_the_published_subset_is_said(root):
 
 
 def test_a_planted_gps_signal_is_found_and_a_shuffled_one_is_not(made, tmp_path):
-    shuffled = nus_wide.read(nus_wide.write_made(tmp_path, n=2500, concepts=6, planted=False))
+    shuffled = nus_wide.read(nus_wide.write_synthetic(tmp_path, n=2500, concepts=6, planted=False))
     for data, low, high in ((made, 0.4, 0.9), (shuffled, 0.03, 0.15)):
         (row,) = label_label_probes.probe_labels(data, harmonics, config=QUICK).itertuples()
         assert row.input == "GPS" and row.concepts == 6 and low < row.map_macro < high
@@ -141,7 +141,7 @@ def test_the_row_in_the_table_fills_itself_when_the_data_are_there(tmp_path, mon
     before = label_label_probes.nus_wide_table(earth.unit_sphere, QUICK).set_index("input")
     assert before.published_map["GPS"] == 0.249 and before.published_map["GPS + visual"] == 0.362
     assert before.map_macro.isna().all() and before.status.str.startswith("needs NUS-WIDE").all()
-    nus_wide.write_made(tmp_path / "nus-wide", n=300, concepts=3)
+    nus_wide.write_synthetic(tmp_path / "nus-wide", n=300, concepts=3)
     monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
     after = label_label_probes.nus_wide_table(earth.unit_sphere, QUICK).set_index("input")
     assert 0 < after.map_macro["GPS"] < 1 and "the published subset has 41,173" in after.status["GPS"]
@@ -165,7 +165,7 @@ def test_absent_files_are_named(root):
     (root / "geotags.csv").unlink()
     with pytest.raises(FileNotFoundError, match=r"geotags\.csv: no geotag file"):
         nus_wide.read(root)
-    with pytest.raises(FileNotFoundError, match="no such folder of NUS-WIDE"):
+    with pytest.raises(FileNotFoundError, match="no such NUS-WIDE folder"):
         nus_wide.read(root / "elsewhere")
 
 
@@ -206,7 +206,7 @@ def test_geotags_that_are_none_are_refused(root):
     with pytest.raises(ValueError, match=r"geotags\.csv, line 2: latitude is 'north'"):
         nus_wide.read(root)
     table.drop(columns="id").to_csv(path, index=False)
-    with pytest.raises(ValueError, match=r"no column id or photo_id .*the header is latitude,longitude"):
+    with pytest.raises(ValueError, match=r"no column for file \(one of id, photo_id.*the header is latitude,longitude"):
         nus_wide.read(root)
     again = pd.concat([table, table.iloc[[3]].assign(latitude=1.5)])
     again.to_csv(path, index=False)

@@ -1,15 +1,15 @@
-"""NUS-WIDE (Chua et al. 2009): Flickr photos with 81 concepts, and the geo-tagged part that the paper probes.
+"""NUS-WIDE (Chua et al. 2009): Flickr photos with 81 concepts, and the geo-tagged subset that the paper probes.
 
 The official layout, in one folder (GEOCLIP_DATA/nus-wide):
 
-    ConceptsList/Concepts81.txt                           one concept a line
-    Groundtruth/TrainTestLabels/Labels_<concept>_<Train|Test>.txt    0 or 1 a line, a line a photo
-    ImageList/<Train|Test>Imagelist.txt                   <folder>\\<number>_<Flickr id>.jpg, the same photos
-    NUS_WID_Tags/All_Tags.txt                             <Flickr id> tag tag …    (may be absent)
-    geotags.csv                                           id,latitude,longitude of the photos that have them
+    ConceptsList/Concepts81.txt                                      one concept per line
+    Groundtruth/TrainTestLabels/Labels_<concept>_<Train|Test>.txt    0 or 1 per line, one line per photo
+    ImageList/<Train|Test>Imagelist.txt                              <folder>\\<number>_<Flickr id>.jpg, the same photos
+    NUS_WID_Tags/All_Tags.txt                                        <Flickr id> tag tag …    (optional)
+    geotags.csv                                                      id,latitude,longitude of the geo-tagged photos
 
-The geotag file has no public mirror and no fixed name: any CSV with those three columns, the id being
-Flickr's. The paper's subset is the photos of either official part that are in it: 41,173 and 27,401.
+The geotag file has no public mirror and no fixed name: any CSV with these three columns, where id is Flickr's. The
+paper's subset consists of the photos of either official part that are in it: 41,173 and 27,401.
 """
 
 from dataclasses import dataclass
@@ -17,21 +17,23 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 
-from geoclip import paths
+from geoclip import earth, paths
 from geoclip.datasets import folder
 
 PARTS = {"train": "Train", "test": "Test"}
 PUBLISHED = {"train": 41_173, "test": 27_401}  # GPS2Vec's paper
-LOST = 0.05  # share of the photos that may be without visual features
-ID_COLUMNS = ("id", "photo_id", "photoid", "image_id", "flickr_id")
+LOST = 0.05  # largest share of photos without visual features
+GEOTAGS = {**folder.ALIASES, "file": ("id", "photo_id", "photoid", "image_id", "flickr_id"), "author": ()}
 
 
 @dataclass(frozen=True, eq=False)
 class NusWide:
-    """The geo-tagged photos. table: part ("train", "test"), photo (Flickr id), file, lat, lon, tags (None where the
-    tag file is absent); concepts: q names; labels: (n, q) of {0, 1}, uint8, rows as in the table; notes: what
-    was left out and what differs from the published subset, in sentences.
+    """The geo-tagged photos.
+
+    table: part ("train", "test"), photo (Flickr id), file, lat, lon, tags (None without a tag file); concepts: q names;
+    labels: (n, q) of {0, 1}, uint8; notes: what was left out and what differs from the published subset.
     """
 
     table: pd.DataFrame
@@ -45,12 +47,12 @@ class NusWide:
         return self.table[["lat", "lon"]].to_numpy(float, copy=True)
 
     def rows(self, part: str) -> np.ndarray:
-        """Which rows are of the part "train" or "test": (n,) bool."""
+        """(n,) bool: which rows belong to the part "train" or "test"."""
         return (self.table["part"] == part).to_numpy()
 
 
 def find() -> Path:
-    """The user's NUS-WIDE folder; FileNotFoundError that says how to bring it where there is none."""
+    """The NUS-WIDE folder in GEOCLIP_DATA; FileNotFoundError explains how to provide it."""
     data = paths.geoclip_data()
     for name in ("nus-wide", "nus_wide", "NUS-WIDE"):
         if data is not None and (data / name).is_dir():
@@ -62,15 +64,15 @@ def find() -> Path:
 
 
 def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
-    """The geo-tagged photos of NUS-WIDE under `root`; `geotags` defaults to root/geotags.csv.
+    """Read the geo-tagged photos of NUS-WIDE in `root`; `geotags` defaults to root/geotags.csv.
 
-    Raises FileNotFoundError for an absent file; ValueError that names file, line and value for labels that
-    are not 0 or 1, a label file with another number of lines than its image list, a geotag that is none,
-    swapped columns, one photo with two places, and a geotag file that names no photo of the lists.
+    Raises FileNotFoundError for a missing file, and ValueError, naming file, line and value, for labels other than 0
+    and 1, a label file whose length differs from its image list, invalid or contradictory geotags, and a geotag file
+    without any photo of the lists.
     """
     root = Path(root)
     if not root.is_dir():
-        raise FileNotFoundError(f"{root}: no such folder of NUS-WIDE")
+        raise FileNotFoundError(f"{root}: no such NUS-WIDE folder")
     concepts = _lines(_file(root, "ConceptsList/Concepts81.txt", "Concepts81.txt"))
     if twice := sorted({name for name in concepts if concepts.count(name) > 1}):
         raise ValueError(f"{root}: concept {twice[0]!r} is listed twice")
@@ -103,18 +105,17 @@ def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
 
 
 def write_csv(data: NusWide, path: Path | str) -> None:
-    """The photos as IMG_FILE,LAT,LON, for `python -m geoclip embed` to make the visual features of."""
+    """Write the photos as IMG_FILE,LAT,LON, so that `python -m geoclip embed` can compute visual features."""
     table = data.table[["file", "lat", "lon"]].set_axis(["IMG_FILE", "LAT", "LON"], axis=1)
     with paths.atomic(path) as temporary:
         table.to_csv(temporary, index=False)
 
 
 def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
-    """The kept features (n, c) of the photos, in their order: view 0 (the whole photo) of a folder of features.
+    """Features (n, c) of the photos in their order: view 0 of a feature folder.
 
-    A photo without features (lost or unreadable) gets the mean of the others, which says nothing, and
-    `data.notes` counts them. Raises ValueError, naming the first, where more than LOST of the photos are
-    without.
+    Photos without features (missing or unreadable) get the mean of the others and are counted in `data.notes`. Raises
+    ValueError if more than LOST of the photos have none.
     """
     from geoclip.datasets.features import FeatureData
 
@@ -136,19 +137,14 @@ def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
     return found
 
 
-def write_made(
+def write_synthetic(
     root: Path | str, n: int = 3000, concepts: int = 8, planted: bool = True, seed: int = 0
 ) -> Path:
-    """A small made set in the very layout, to try the path without the real one. Returns `root`.
+    """Write a small synthetic set in the official layout, to run the probes without the real one. Returns `root`.
 
-    Each concept belongs to the photos within 1,500 km of its three centres (four in five of them) and to few
-    others. planted=False deals the geotags out at random, so that no place says anything about any concept. A
-    tenth of the photos has no geotag.
+    A concept applies to 80 % of the photos within 1,500 km of its three centres and to 3 % of the others. A tenth of
+    the photos has no geotag. planted=False shuffles the geotags, so that places carry no information.
     """
-    import torch
-
-    from geoclip import earth
-
     root, rng = Path(root), np.random.default_rng(seed)
     draw = torch.Generator().manual_seed(seed)
     places = earth.sample_sphere(n, draw)
@@ -179,7 +175,7 @@ def write_made(
 
 
 def _file(root: Path, *names: str) -> Path:
-    """The first of `names` under `root`, in any case (public copies differ in it)."""
+    """The first of `names` in `root`, ignoring case, which differs between public copies."""
     for name in names:
         if (root / name).is_file():
             return root / name
@@ -189,7 +185,7 @@ def _file(root: Path, *names: str) -> Path:
         for path in sorted(parent.iterdir()) if parent.is_dir() else []:
             if path.relative_to(root).as_posix().lower() in wanted:
                 return path
-    raise FileNotFoundError(f"{root / names[0]}: no such file; it is part of NUS-WIDE's layout")
+    raise FileNotFoundError(f"{root / names[0]}: no such file; it belongs to the layout of NUS-WIDE")
 
 
 def _lines(path: Path) -> list[str]:
@@ -232,24 +228,19 @@ def _tags(root: Path) -> dict[str, str] | None:
 
 
 def _geotags(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """lat, lon by Flickr id, one row a photo, and notes on what was left out."""
+    """lat, lon by Flickr id, one row per photo, and notes on what was left out."""
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path}: no geotag file; a CSV with the columns id, latitude, longitude is wanted"
+            f"{path}: no geotag file; expected a CSV with the columns id, latitude, longitude"
         )
     with path.open(encoding="utf-8-sig") as file:
         header = [name.strip() for name in file.readline().split(",")]
-    columns = {"file": None, "lat": None, "lon": None}
-    known = {"file": ID_COLUMNS, "lat": folder.ALIASES["lat"], "lon": folder.ALIASES["lon"]}
-    for meaning, names in known.items():
-        columns[meaning] = next((name for name in header if name.lower() in names), None)
-        if columns[meaning] is None:
-            raise ValueError(f"{path}: no column {' or '.join(names)}; the header is {','.join(header)}")
+    columns = folder.recognise(path, header, ("file", "lat", "lon"), GEOTAGS)
     table = folder.read(path, columns=columns).table.rename(columns={"file": "photo"})
     notes = []
     nowhere = (table["lat"] == 0) & (table["lon"] == 0)
     if nowhere.any():
-        notes.append(f"{nowhere.sum():,} geotags of exactly (0, 0), which stands for none, are left out")
+        notes.append(f"{nowhere.sum():,} geotags of exactly (0, 0), which means none, are left out")
         table = table[~nowhere]
     table = table.drop_duplicates(["photo", "lat", "lon"])
     twice = table["photo"].duplicated()
