@@ -59,7 +59,7 @@ def test_what_differs_from_the_published_subset_is_said(root):
 def test_a_planted_gps_signal_is_found_and_a_shuffled_one_is_not(made, tmp_path):
     shuffled = nus_wide.read(nus_wide.write_synthetic(tmp_path, n=2500, concepts=6, planted=False))
     for data, low, high in ((made, 0.4, 0.9), (shuffled, 0.03, 0.15)):
-        (row,) = label_label_probes.probe_labels(data, harmonics, config=QUICK).itertuples()
+        (row,) = label_probes.probe_labels(data, harmonics, config=QUICK).itertuples()
         assert row.input == "GPS" and row.concepts == 6 and low < row.map_macro < high
         base = data.labels[data.rows("test")].mean()  # what a guess would have
         assert (row.map_macro > 4 * base) == (data is made)
@@ -68,19 +68,15 @@ def test_a_planted_gps_signal_is_found_and_a_shuffled_one_is_not(made, tmp_path)
 def test_gps_and_visual_together_know_more_than_either(made):
     rng = np.random.default_rng(0)
     seen = made.labels @ rng.standard_normal((6, 12)) + rng.standard_normal((len(made.labels), 12))
-    table = label_label_probes.probe_labels(made, harmonics, seen.astype(np.float32), QUICK).set_index(
-        "input"
-    )
+    table = label_probes.probe_labels(made, harmonics, seen.astype(np.float32), QUICK).set_index("input")
     assert list(table.index) == ["GPS", "visual", "GPS + visual"] and list(table.d) == [81, 12, 93]
     assert table.map_macro["GPS + visual"] > table.map_macro[["GPS", "visual"]].max() + 0.02
     with pytest.raises(ValueError, match=f"5 visual features for {len(made.table)} photos"):
-        label_label_probes.probe_labels(made, harmonics, seen[:5])
+        label_probes.probe_labels(made, harmonics, seen[:5])
 
 
 def test_one_seed_gives_one_table(made):
-    one, two = (
-        label_label_probes.probe_labels(made, earth.unit_sphere, config=QUICK, seed=3) for _ in range(2)
-    )
+    one, two = (label_probes.probe_labels(made, earth.unit_sphere, config=QUICK, seed=3) for _ in range(2))
     pd.testing.assert_frame_equal(one, two)
 
 
@@ -138,12 +134,12 @@ def test_find_says_how_to_bring_it(tmp_path, monkeypatch):
 
 def test_the_row_in_the_table_fills_itself_when_the_data_are_there(tmp_path, monkeypatch):
     monkeypatch.delenv("GEOCLIP_DATA", raising=False)
-    before = label_label_probes.nus_wide_table(earth.unit_sphere, QUICK).set_index("input")
+    before = label_probes.nus_wide_table(earth.unit_sphere, QUICK).set_index("input")
     assert before.published_map["GPS"] == 0.249 and before.published_map["GPS + visual"] == 0.362
     assert before.map_macro.isna().all() and before.status.str.startswith("needs NUS-WIDE").all()
     nus_wide.write_synthetic(tmp_path / "nus-wide", n=300, concepts=3)
     monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
-    after = label_label_probes.nus_wide_table(earth.unit_sphere, QUICK).set_index("input")
+    after = label_probes.nus_wide_table(earth.unit_sphere, QUICK).set_index("input")
     assert 0 < after.map_macro["GPS"] < 1 and "the published subset has 41,173" in after.status["GPS"]
     assert after.status["visual"].startswith("needs visual features") and np.isnan(after.map_macro["visual"])
 
@@ -206,7 +202,9 @@ def test_geotags_that_are_none_are_refused(root):
     with pytest.raises(ValueError, match=r"geotags\.csv, line 2: latitude is 'north'"):
         nus_wide.read(root)
     table.drop(columns="id").to_csv(path, index=False)
-    with pytest.raises(ValueError, match=r"no column for file \(one of id, photo_id.*the header is latitude,longitude"):
+    with pytest.raises(
+        ValueError, match=r"no column for file \(one of id, photo_id.*the header is latitude,longitude"
+    ):
         nus_wide.read(root)
     again = pd.concat([table, table.iloc[[3]].assign(latitude=1.5)])
     again.to_csv(path, index=False)
