@@ -1,7 +1,7 @@
-"""Evaluation: accuracy at five distances, geoscore, ceilings, floors, intervals, leakage.
+"""Evaluation: accuracy at five distances, geoscore, ceilings, floors, intervals and leakage.
 
-An error is a great-circle distance in km (earth.haversine_km), one per image, NaN or inf for a miss: an image
-that could not be read or answered stays in the denominator.
+An error is a great-circle distance in km (earth.haversine_km), one per image. It is NaN or inf for a miss: an image that
+could not be read or answered stays in the denominator.
 """
 
 from collections.abc import Sequence
@@ -18,14 +18,14 @@ from geoclip import earth
 THRESHOLDS_KM = (1, 25, 200, 750, 2500)
 ACCURACY_COLUMNS = [f"acc_{km}km" for km in THRESHOLDS_KM]
 GEOSCORE_SCALE_KM = 1492.7
-# The random floor is a mean over so many draws, since few of a benchmark's images lie near a random place.
-FLOOR_DRAWS = 300_000
+FLOOR_DRAWS = 300_000  # pairs of image and place for the random floor's median, mean and geoscore
 
 
 def summarize(error_km: Float[Tensor, " n"]) -> dict[str, float]:
-    """Percent within each threshold (≤), median and mean km of the answered, mean geoscore, n.
+    """Percent within each threshold (≤), median and mean km of the answered images, mean geoscore, and n.
 
-    A miss counts as beyond every threshold, scores 0 and enters no mean. Raises ValueError for no errors.
+    A miss is beyond every threshold, has a geoscore of 0, and does not enter the median and mean. Raises ValueError if
+    there are no errors.
     """
     error_km = torch.as_tensor(error_km).double()
     if error_km.numel() == 0:
@@ -40,42 +40,57 @@ def summarize(error_km: Float[Tensor, " n"]) -> dict[str, float]:
 
 
 def named_thresholds():
-    """(column name, km) of each threshold."""
+    """(column name, km) for each threshold."""
     return zip(ACCURACY_COLUMNS, THRESHOLDS_KM, strict=True)
 
 
 def ceiling(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"]) -> Float[Tensor, " n"]:
-    """Error in km of the gallery's nearest place: what a perfect matcher would leave."""
+    """Error in km of the nearest place of the gallery, which a perfect matcher would reach."""
     return earth.haversine_km(truth, places[nearest(truth, places)])
 
 
 def nearest(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"]) -> Tensor:
-    """Index into `places` of the place nearest to each of `truth`, on the sphere."""
-    from scipy.spatial import KDTree  # chord length orders as great-circle distance does
+    """Index of the place nearest to each of `truth`, on the sphere."""
+    return torch.from_numpy(_tree(places).query(earth.unit_sphere(truth.double()))[1])
 
-    _, index = KDTree(earth.unit_sphere(places.double())).query(earth.unit_sphere(truth.double()))
-    return torch.from_numpy(index)
+
+def _tree(places: Float[Tensor, "m 2"]):
+    """KDTree of the places on the unit sphere: the nearest by chord is the nearest by great circle."""
+    from scipy.spatial import KDTree
+
+    return KDTree(earth.unit_sphere(places.double()))
+
+
+def _chord(km):
+    """Length of the chord of the unit sphere below a great-circle distance."""
+    return 2 * np.sin(np.asarray(km) / earth.EARTH_RADIUS_KM / 2)
 
 
 def random_floor(
-    truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"], generator: torch.Generator
-) -> Float[Tensor, " n"]:
-    """Error in km of a gallery place drawn at random for each image."""
-    return earth.haversine_km(truth, places[torch.randint(len(places), (len(truth),), generator=generator)])
+    truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"], seed: int = 0
+) -> dict[str, float]:
+    """Expected `summarize` of answering each image with a random place of the gallery.
+
+    The accuracies are exact: they count all n × m pairs. Median, mean and geoscore are those of 300,000 random pairs.
+    """
+    repeated = truth.repeat(max(1, FLOOR_DRAWS // len(truth)), 1)
+    generator = torch.Generator().manual_seed(seed)
+    drawn = places[torch.randint(len(places), (len(repeated),), generator=generator)]
+    row = summarize(earth.haversine_km(repeated, drawn))
+    pairs = _tree(truth).count_neighbors(_tree(places), _chord(THRESHOLDS_KM))
+    exact = 100 * pairs / (len(truth) * len(places))
+    return row | dict(zip(ACCURACY_COLUMNS, exact.tolist(), strict=True)) | {"n": len(truth)}
 
 
 def constant_floor(
     truth: Float[Tensor, "n 2"], candidates: Float[Tensor, "m 2"], within_km: float = 25
 ) -> Float[Tensor, " n"]:
-    """Error in km of the best constant answer: the candidate with most other candidates within `within_km`.
+    """Error in km of the best constant answer: the candidate with the most other candidates within `within_km`.
 
-    The constant is chosen among training places by training places, never by the truth.
+    The constant is chosen by the candidates, which are training places, and never by the truth.
     """
-    from scipy.spatial import KDTree
-
-    points = earth.unit_sphere(candidates.double()).numpy()
-    chord = 2 * np.sin(within_km / earth.EARTH_RADIUS_KM / 2)
-    counts = KDTree(points).query_ball_point(points, chord, return_length=True)
+    tree = _tree(candidates)
+    counts = tree.query_ball_point(tree.data, _chord(within_km), return_length=True)
     return earth.haversine_km(truth, candidates[int(np.argmax(counts))].expand_as(truth))
 
 
@@ -86,19 +101,18 @@ def pixel_floor(
     known: Float[Tensor, "m 2"],
     block: int = 512,
 ) -> Float[Tensor, " n"]:
-    """Error in km of the nearest training image in pixels: what needs no learning."""
+    """Error in km of the training image that is nearest in pixels, a baseline without learning."""
     known_flat = known_images.flatten(1)
     norms = known_flat.square().sum(1)
-    index = [
-        (norms - 2 * part.flatten(1) @ known_flat.T).argmin(1) for part in images.split(block)
-    ]  # |a − b|² less |a|², which does not change the order
+    # |a − b|² without |a|², which does not change the order
+    index = [(norms - 2 * part.flatten(1) @ known_flat.T).argmin(1) for part in images.split(block)]
     return earth.haversine_km(truth, known[torch.cat(index)])
 
 
 def leaked(
     truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"], within_m: float = 1.0
 ) -> Bool[Tensor, " n"]:
-    """True where the gallery holds the very place, to `within_m` metres: a leak from training into test."""
+    """Whether the gallery holds the place itself, to `within_m` metres: a leak from training into test."""
     return ceiling(truth.double(), places.double()) * 1000 <= within_m
 
 
@@ -108,16 +122,17 @@ def bootstrap(
     draws: int = 1000,
     generator: np.random.Generator | None = None,
 ) -> np.ndarray:
-    """(draws, 5) accuracies of sets drawn again with replacement, by `clusters` (photographers) or by images.
+    """Accuracies (draws, 5) of images resampled with replacement.
 
-    clusters: a label per image; images of one photographer are drawn together, since they are not independent.
+    clusters: a label per image, such as its photographer; images with one label are not independent, so they are
+    drawn together.
     """
     generator = generator or np.random.default_rng(0)
     error_km = np.asarray(error_km, float)
     hits = np.stack([error_km <= km for km in THRESHOLDS_KM], 1).astype(float)
-    labels = (
-        np.arange(len(hits)) if clusters is None else np.unique(np.asarray(clusters), return_inverse=True)[1]
-    )
+    labels = np.arange(len(hits))
+    if clusters is not None:
+        labels = np.unique(np.asarray(clusters), return_inverse=True)[1]
     groups = labels.max() + 1
     total = np.stack([np.bincount(labels, hits[:, i], groups) for i in range(hits.shape[1])], 1)
     size = np.bincount(labels, minlength=groups)
@@ -131,7 +146,7 @@ def bootstrap_interval(
     draws: int = 1000,
     generator: np.random.Generator | None = None,
 ) -> dict[str, tuple[float, float]]:
-    """95 % percentile interval of each accuracy, by bootstrap over `clusters` (photographers) or images."""
+    """95 % percentile interval of each accuracy; arguments as in `bootstrap`."""
     low, high = np.percentile(bootstrap(error_km, clusters, draws, generator), [2.5, 97.5], axis=0)
     return {name: (low[i], high[i]) for i, name in enumerate(ACCURACY_COLUMNS)}
 
@@ -146,17 +161,15 @@ def benchmark(
     seed: int = 0,
     draws: int = 1000,
 ) -> pd.DataFrame:
-    """One result as a tidy table, a row per `measure`, the columns of summarize() and what they rest on.
+    """The result of one benchmark: a tidy table, a row per `measure`, with the columns of `summarize` and counts.
 
-    truth, predicted: (lat, lon) degrees, in `predicted` NaN for an image that could not be answered, which is a
-    miss; without `predicted` only what follows from coordinates. places: the gallery, in double precision
-    where leaks are to be found to a metre. authors: a photographer per image, or None. about: columns to put
-    first (data, model, split, …). from_places: whether answers are places of the gallery, so that it sets a
-    ceiling. seed: of the random floor and of the bootstrap.
+    truth, predicted: (lat, lon) degrees; NaN in `predicted` is a miss; without `predicted`, only what follows from
+    coordinates. places: the gallery, in double precision so that leaks can be found to 1 m. authors: a photographer per
+    image, or None. about: columns to put first (data, model, split, …). from_places: whether the answers are places of
+    the gallery, so that it sets a ceiling. seed: of the random floor and of the bootstrap.
 
-    Measures: "accuracy"; "low" and "high", its 95 % interval by bootstrap over photographers (else images);
-    "not leaked", the accuracy on test points that the gallery does not hold to 1 m; "ceiling", the gallery's
-    nearest place; "random floor", a random place of the gallery; "constant floor", its most crowded place.
+    Measures: "accuracy"; "low" and "high", its 95 % interval by bootstrap over photographers (or images); "not leaked",
+    the accuracy on images whose place the gallery does not hold; "ceiling"; "random floor"; "constant floor".
     Raises ValueError for an empty set, coordinates out of range and unequal lengths.
     """
     truth = earth.check_latlon(truth, "truth").double()
@@ -179,9 +192,7 @@ def benchmark(
             rows["not leaked"] = summarize(error_km[~leak])
     if from_places:
         rows["ceiling"] = summarize(ceiling(truth, places))
-    repeats = max(1, FLOOR_DRAWS // len(truth))
-    drawn = random_floor(truth.repeat(repeats, 1), places, torch.Generator().manual_seed(seed))
-    rows["random floor"] = summarize(drawn) | {"n": len(truth)}
+    rows["random floor"] = random_floor(truth, places, seed)
     rows["constant floor"] = summarize(constant_floor(truth, places))
     rests_on = {
         "n_expected": len(truth),
@@ -206,26 +217,24 @@ def ceiling_by_size(
     draws: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """The ceiling of galleries of each size, drawn from the different ones of `places`: tidy, a row a size.
+    """The ceiling of galleries drawn from the distinct `places`: a tidy table, a row per size.
 
-    Mean over `galleries` draws of a gallery, and columns *_low and *_high, the 95 % interval over draws of
-    galleries and bootstraps over photographers together. Raises ValueError for a size beyond the places.
+    Values are means over `galleries` draws; *_low and *_high are 95 % intervals over draws of galleries and bootstraps
+    over photographers together. Raises ValueError for a size larger than the number of distinct places.
     """
     unique = torch.unique(places, dim=0)
     rows = []
     for size in sizes:
         if not 1 <= size <= len(unique):
             raise ValueError(
-                f"a gallery of {size:,} is wanted and there are {len(unique):,} different places"
+                f"a gallery of {size:,} was requested; there are {len(unique):,} distinct places"
             )
         errors, scores = [], []
-        for number in range(galleries if size < len(unique) else 1):
-            generator = torch.Generator().manual_seed(seed + number)
-            drawn = unique[torch.randperm(len(unique), generator=generator)[:size]]
-            errors.append(summarize(ceiling(truth, drawn)))
-            scores.append(
-                bootstrap(ceiling(truth, drawn), authors, draws, np.random.default_rng(seed + number))
-            )
+        for number in range(seed, seed + (galleries if size < len(unique) else 1)):
+            order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(number))
+            error_km = ceiling(truth, unique[order[:size]])
+            errors.append(summarize(error_km))
+            scores.append(bootstrap(error_km, authors, draws, np.random.default_rng(number)))
         low, high = np.percentile(np.concatenate(scores), [2.5, 97.5], axis=0)
         row: dict[str, float] = {"gallery_n": size, "n": len(truth), "galleries": len(errors)}
         for i, name in enumerate(ACCURACY_COLUMNS):

@@ -1,8 +1,8 @@
-"""The gallery: the places on Earth among which an image's place is looked for (paper, section 3.4)."""
+"""The gallery: the candidate places that an image is matched against (paper, section 3.4)."""
 
 import hashlib
 import math
-from collections.abc import Callable
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,24 +11,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from geoclip import cpu_bf16, earth, paths, precision
+from geoclip import earth, paths
 
-KEPT_AT_ONCE = 1 << 18  # places embedded in memory before they are written
-SCORES_AT_ONCE = {
-    "cpu": 1 << 23
-}  # they stay in its cache; a GPU, which pays for each launch, has four times as many
-GROUP = 64
-SPARE = 32  # candidates beyond k that bfloat16 scores choose for the comparison in float32
-ENCODED = 128  # as many where they are encoded again: then 99 % of best places are those of float32 (LOG)
-Exact = Callable[
-    [Tensor], Tensor
-]  # rows (n, w) of the gallery → their unit-norm embeddings (n, w, d) in float32
+KEPT_AT_ONCE = 1 << 18  # places embedded before they are written to disk
+SCORES_AT_ONCE = {"cpu": 1 << 23}  # scores that fit in the CPU's cache; a GPU computes four times as many
+GROUP = 64  # scores per group in `top`
+CHECKED_BLOCK, CHECKED_BLOCKS = 1 << 20, 256  # bytes, and how many such blocks of a kept embedding are hashed
 
 
 class Gallery:
-    """Places (m, 2) in (lat, lon) degrees, and where they come from.
+    """Places (m, 2) in (lat, lon) degrees, and the name of their source.
 
-    Raises ValueError for an empty gallery or coordinates out of range, with the row.
+    Raises ValueError, with the row, if the gallery is empty or a coordinate is out of range.
     """
 
     def __init__(self, latlon: Float[Tensor, "m 2"], source: str = "gallery"):
@@ -43,152 +37,157 @@ class Gallery:
 
     @property
     def unique(self) -> int:
-        """Number of different places as given; duplicates split a place's probability between them.
+        """Number of distinct places, in the precision in which they were given.
 
-        Single precision, in which places are embedded, tells places less than a metre apart apart no more.
+        Places are embedded in float32, which cannot distinguish places closer than 1 m. Duplicates share their
+        place's probability.
         """
         return len(torch.unique(self.given, dim=0))
 
     @classmethod
     def official(cls) -> "Gallery":
-        """The authors' released gallery: 100,000 MP-16 training places, 94,123 of them different."""
+        """The authors' released gallery: 100,000 places of MP-16 training photos, 94,123 of them distinct."""
         from geoclip import pretrained
 
         return cls(torch.as_tensor(pretrained.official_gallery()), "authors' 100 K gallery")
 
-    def embed(
-        self,
-        location_encoder: nn.Module,
-        keep: bool = False,
-        block: int = 4096,
-        dtype: torch.dtype = torch.float32,
-    ) -> Float[Tensor, "m d"]:
-        """Unit-norm embeddings of the places, in blocks of bounded memory.
+    def embed(self, location_encoder: nn.Module, keep: bool = False) -> Float[Tensor, "m d"]:
+        """Unit-norm float32 embeddings of the places.
 
-        keep: kept on disk by the hash of weights and places, and memory-mapped from there the next time.
-        dtype: bfloat16 halves time and memory (see precision); the phase is single in both.
+        keep: store them in the cache and memory-map them from there the next time. A stored file is verified when it
+        is opened and computed again if it is damaged. If the cache cannot be written, the embeddings are not stored.
+        Raises ValueError if an embedding is not finite.
         """
         if not keep:
-            return embed(location_encoder, self.latlon, block, dtype)
-        path = self.kept_at(location_encoder, dtype)
-        if not path.is_file():
-            with paths.atomic(path) as temporary, temporary.open("wb") as file:
-                for start in range(0, len(self), KEPT_AT_ONCE):
-                    part = self.latlon[start : start + KEPT_AT_ONCE]
-                    rows = as_numpy(embed(location_encoder, part, block, dtype).cpu())
-                    if start == 0:
-                        header = np.lib.format.header_data_from_array_1_0(rows)
-                        np.lib.format.write_array_header_1_0(
-                            file, header | {"shape": (len(self), rows.shape[1])}
-                        )
-                    file.write(rows.data)
-        rows = torch.from_numpy(np.load(path, mmap_mode="c"))
-        return rows if dtype == torch.float32 else rows.view(dtype)
+            return embed(location_encoder, self.latlon)
+        path = self.kept_at(location_encoder)
+        try:
+            if path.is_file():
+                if _is_intact(path):
+                    return torch.from_numpy(np.load(path, mmap_mode="c"))
+                _say(f"{path} is damaged or belongs to another gallery; computing it again")
+            self._write(path, location_encoder)
+            return torch.from_numpy(np.load(path, mmap_mode="c"))
+        except OSError as error:
+            _say(f"the gallery's embeddings cannot be cached ({error}); answering without")
+            return embed(location_encoder, self.latlon)
 
-    def kept_at(self, location_encoder: nn.Module, dtype: torch.dtype = torch.float32) -> Path:
-        """The file of the kept embedding, found by the hash of the encoder's weights and the places."""
+    def kept_at(self, location_encoder: nn.Module) -> Path:
+        """The cache file of the embeddings; its name is a hash of the encoder's weights and the places."""
         digest = hashlib.sha256(self.latlon.numpy().tobytes())
         for name, tensor in sorted(location_encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
-        kind = "" if dtype == torch.float32 else "-bf16"
-        return paths.CACHE / "galleries" / f"{digest.hexdigest()[:24]}{kind}.npy"
+        return paths.CACHE / "galleries" / f"{digest.hexdigest()[:24]}.npy"
+
+    def _write(self, path: Path, location_encoder: nn.Module) -> None:
+        """Write the embeddings as a .npy file, followed by the digest that _is_intact compares."""
+        with paths.atomic(path) as temporary:
+            with temporary.open("wb") as file:
+                for start in range(0, len(self), KEPT_AT_ONCE):
+                    rows = embed(location_encoder, self.latlon[start : start + KEPT_AT_ONCE]).cpu().numpy()
+                    if start == 0:
+                        header = np.lib.format.header_data_from_array_1_0(rows)
+                        header["shape"] = (len(self), rows.shape[1])
+                        np.lib.format.write_array_header_1_0(file, header)
+                    file.write(rows.data)
+                size = file.tell()
+            digest = _digest(temporary, size, path.name)
+            with temporary.open("ab") as file:
+                file.write(digest)
 
 
-def as_numpy(rows: Float[Tensor, "m d"]) -> np.ndarray:
-    """float32 as it is, bfloat16, which numpy does not know, as its 16 bits."""
-    return rows.numpy() if rows.dtype == torch.float32 else rows.view(torch.int16).numpy()
+def _is_intact(path: Path) -> bool:
+    """Whether a kept file ends with the digest of its name and contents."""
+    size = path.stat().st_size - hashlib.sha256().digest_size
+    with path.open("rb") as file:
+        file.seek(max(0, size))
+        return file.read() == _digest(path, size, path.name)
+
+
+def _digest(path: Path, size: int, name: str) -> bytes:
+    """SHA-256 of the name, the size and the contents; of files above 256 MB, of 256 evenly spaced blocks."""
+    digest = hashlib.sha256(f"{name} {size}".encode())
+    stride = CHECKED_BLOCK * max(1, -(-size // (CHECKED_BLOCK * CHECKED_BLOCKS)))
+    with path.open("rb") as file:
+        for start in range(0, size, stride):
+            file.seek(start)
+            digest.update(file.read(min(CHECKED_BLOCK, size - start)))
+    return digest.digest()
+
+
+def _say(message: str) -> None:
+    print(f"geoclip: {message}", file=sys.stderr)
 
 
 @torch.inference_mode()
 def embed(
-    location_encoder: nn.Module,
-    latlon: Float[Tensor, "m 2"],
-    block: int = 4096,
-    dtype: torch.dtype = torch.float32,
+    location_encoder: nn.Module, latlon: Float[Tensor, "m 2"], block: int = 4096
 ) -> Float[Tensor, "m d"]:
-    """Unit-norm embeddings of (lat, lon) degrees, computed block by block on the encoder's device."""
+    """Unit-norm float32 embeddings of (lat, lon) degrees, computed in blocks on the encoder's device.
+
+    Raises ValueError if an embedding is not finite: then the weights are damaged.
+    """
     device = next(location_encoder.parameters()).device
-    rows, encode = None, location_encoder
-    if dtype == torch.bfloat16 and precision.packs(device):
-        encode = cpu_bf16.Places(location_encoder)
-    with precision.arithmetic(dtype, device):
-        for start in range(0, len(latlon), block):
-            part = functional.normalize(encode(latlon[start : start + block].to(device)).float(), dim=-1)
-            if rows is None:
-                rows = torch.empty(len(latlon), part.shape[1], dtype=dtype, device=device)
-            rows[start : start + block] = part
+    rows = None
+    for start in range(0, len(latlon), block):
+        part = functional.normalize(location_encoder(latlon[start : start + block].to(device)), dim=-1)
+        if rows is None:
+            rows = torch.empty(len(latlon), part.shape[1], device=device)
+        rows[start : start + block] = part
+    if not rows.sum().isfinite():
+        raise ValueError("the location encoder's embeddings are not finite: its weights are damaged")
     return rows
 
 
 def search(
     query: Float[Tensor, "n d"], places: Float[Tensor, "m d"], k: int
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k most similar places of each query: (cosine, index), best first; every place is compared.
+    """The k most similar places of each query: (cosine, index), best first. Exact: every place is compared.
 
-    Both sides unit-norm. Exact for places in float32. In bfloat16 the candidates are found in bfloat16 and
-    compared in float32. Raises ValueError for k larger than the gallery or below 1.
+    query, places: unit-norm; places in float32, or in float16 on a GPU. Raises ValueError if k is below 1 or larger
+    than the gallery, or if a score is not finite.
     """
     return scan(query, places, k)[:2]
 
 
 def scan(
-    query: Float[Tensor, "n d"],
-    places: Float[Tensor, "m d"],
-    k: int,
-    scale: float | None = None,
-    exact: Exact | None = None,
+    query: Float[Tensor, "n d"], places: Float[Tensor, "m d"], k: int, scale: float | None = None
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
-    """As search, and with a scale the logarithm of the sum of exp(scale × cosine) over all places, in blocks.
+    """Like `search`, and also log Σ exp(scale × cosine) over all places, computed in blocks.
 
-    So exp(scale × cosine − it) is a place's probability, without keeping the scores of a large gallery. exact:
-    gives the candidates of a bfloat16 gallery in float32.
+    The probability of a place is exp(scale × cosine − that logarithm), so the scores of a large gallery are never
+    held in memory at once.
     """
     check_k(k, len(places))
-    rounds = places.dtype != torch.float32
-    wanted = min(len(places), k + (SPARE if exact is None else ENCODED)) if rounds else k
     rows = max(1 << 14, SCORES_AT_ONCE.get(places.device.type, 1 << 25) // max(1, len(query)))
     best: list[tuple[Tensor, Tensor]] = []
     total = torch.full((len(query),), -math.inf, device=query.device)
     for start in range(0, len(places), rows):
-        scores = products(places[start : start + rows], query.to(places.dtype))
+        scores = products(places[start : start + rows], query)
         if scale is not None:
-            total = torch.logaddexp(total, (scores.float() * scale).logsumexp(0))
-        score, index = top(scores, min(wanted, len(scores)))
-        best.append((score.float(), index + start))
+            total = torch.logaddexp(total, (scores * scale).logsumexp(0))
+        score, index = top(scores, min(k, len(scores)))
+        best.append((score, index + start))
     score, index = (torch.cat(parts, 1) for parts in zip(*best, strict=True))
-    if rounds:  # the scores themselves were rounded to three digits
-        score, order = score.topk(min(wanted, score.shape[1]), dim=-1)
-        index, rounded = index.gather(1, order), score
-        score = compare(query, index, places, exact)
-        if scale is not None:  # the sum counts them as they are too: shares add up to 1
-            low, high = (
-                ((s.double() * scale) - total.double()[:, None]).exp().sum(1) for s in (rounded, score)
-            )
-            total = (total.double() + ((1 - low).clamp(min=0) + high).log()).float()
     score, order = score.topk(k, dim=-1)
+    check_finite(score)
     return score, index.gather(1, order), total
 
 
-def compare(
-    query: Float[Tensor, "n d"], index: Int[Tensor, "n w"], places: Float[Tensor, "m d"], exact: Exact | None
-) -> Float[Tensor, "n w"]:
-    """Cosines in float32 of each query with its own places."""
-    rows = places[index].float() if exact is None else exact(index)
-    return (rows @ query[:, :, None].float())[..., 0]
-
-
 def products(places: Float[Tensor, "m d"], query: Float[Tensor, "n d"]) -> Float[Tensor, "m n"]:
-    """places queryᵀ, laid out as each device does it, and `top` reads it, fastest."""
+    """places × queryᵀ in float32, in the memory layout that is fastest to compute and for `top` to read."""
     if places.is_cuda:
+        if places.dtype == torch.float16:
+            return torch.mm(query.half(), places.T, out_dtype=torch.float32).T
         return (query @ places.T).T
-    if len(query) == 1 and places.dtype == torch.float32:  # MKL leaves a single vector to a single core
+    if len(query) == 1:  # MKL multiplies by a single vector on one core only
         return (places @ query.repeat(2, 1).T)[:, :1]
     return places @ query.T
 
 
 def top(scores: Float[Tensor, "m n"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k best rows of each column; on a CPU several times faster than topk: they lie in the k best groups."""
+    """The k best rows of each column. On a CPU, several times faster than topk: they lie in the k best groups."""
     m, n = scores.shape
     groups = m // GROUP
     if scores.is_cuda or groups < 8 * k:
@@ -202,16 +201,14 @@ def top(scores: Float[Tensor, "m n"], k: int) -> tuple[Float[Tensor, "n k"], Int
 
 
 def check_k(k: int, n_places: int) -> None:
-    """ValueError unless 1 ≤ k ≤ n_places."""
+    """Raises ValueError unless 1 ≤ k ≤ n_places."""
     if not 1 <= k <= n_places:
-        raise ValueError(f"top_k is {k}, but the gallery has {n_places} places: give 1 to {n_places}")
+        raise ValueError(
+            f"top_k is {k}, but the gallery has {n_places} places; give a value from 1 to {n_places}"
+        )
 
 
-def load(path: Path | str) -> Gallery:
-    """A gallery from a CSV with the columns LAT and LON (the released format)."""
-    import pandas as pd
-
-    table = pd.read_csv(path)
-    if not {"LAT", "LON"} <= set(table):
-        raise ValueError(f"{path}: a gallery needs the columns LAT and LON, found {', '.join(table)}")
-    return Gallery(torch.from_numpy(table[["LAT", "LON"]].to_numpy(float)), str(path))
+def check_finite(score: Tensor) -> None:
+    """Raises ValueError if a score is NaN or infinite, as damaged weights and inputs make it."""
+    if not score.isfinite().all():
+        raise ValueError("the scores are not finite: the model's weights or the image's values are damaged")

@@ -66,12 +66,10 @@ class Preprocessing:
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The p × p pixels that the tower sees of an RGB image."""
-        p, (width, height) = self.pixels, image.size
+        p = self.pixels
         if self.resize == "squash":
             return image.resize((p, p), self.filter)
-        short = min(width, height)
-        size = (p, int(p * height / width)) if width == short else (int(p * width / height), p)
-        return photos.centre_crop(image.resize(size, self.filter) if short != p else image, p)
+        return photos.centre_crop(photos.resize(image, p, self.filter), p)
 
     @property
     def filter(self) -> Image.Resampling:
@@ -155,12 +153,17 @@ class ImageEncoder(nn.Module):
             self.tower = ConvTower()
         self.tower.requires_grad_(not config.frozen)
 
-    def to_bf16(self) -> None:
+    def use_precision(self, chosen: str = "auto") -> None:
         """Replace a CLIP tower by itself in bfloat16 (in_bf16); it can be asked, and no longer trained.
 
         "conv" stays as it is: rounding it saves no time and moves one answer in twenty (LOG).
         """
-        if self.config.tower != CONV_TOWER:
+        from geoclip import precision
+
+        dtype = precision.choose(chosen, self.head[0].weight.device)
+        if dtype == torch.float32 and self.dtype != dtype:
+            raise ValueError("the model's tower is in bfloat16; load the model again to answer in float32")
+        if self.config.tower != CONV_TOWER and self.dtype != dtype:
             self.tower.visual = in_bf16(self.tower.visual, self.head[0].weight.device)
             self.dtype = torch.bfloat16
 

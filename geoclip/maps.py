@@ -1,7 +1,7 @@
-"""Maps in one style: Equal Earth for the world, equal-area around a place; outlines from data/natural_earth.
+"""Maps in one style: the world in Equal Earth, regions in an equal-area projection.
 
-Nothing is ever downloaded, as cartopy's own `coastlines()` would be: the outlines are in the repository.
-Colours are safe for the colour-blind and their lightness is in order, so that a map can be read in grey.
+Outlines come from data/natural_earth; nothing is downloaded, as cartopy's `coastlines()` would. Colours are safe for
+colour-blind readers and ordered by lightness, so maps can be read in grey.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ STYLE = {
     "savefig.facecolor": "white",
 }
 LAND, SEA, LINE = "#e6e6e6", "#ffffff", "#9a9a9a"
-# White lines with a dark rim are seen on both ends of the colour scale.
+# White lines with a dark rim are visible on both ends of the colour scale.
 OVER_HEAT = {
     "facecolor": "none",
     "edgecolor": "white",
@@ -62,29 +62,27 @@ KM = 1000.0  # the projections' metres
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The pixels of a map: `latlon` (n, 2) degrees of those on the Earth; `inside` (rows, columns)."""
+    """The pixels of a map: `latlon` (n, 2), in degrees, of those on the Earth, and `inside` (rows, columns)."""
 
     latlon: np.ndarray
     inside: np.ndarray
     extent: tuple[float, float, float, float]
 
     def image(self, values: np.ndarray) -> np.ma.MaskedArray:
-        """`values` (n,) of the pixels as a picture (rows, columns), masked beyond the Earth's edge."""
+        """`values` (n,) of the pixels as an image (rows, columns), masked outside the Earth."""
         values = np.asarray(values)
         if values.shape != (len(self.latlon),):
-            raise ValueError(
-                f"{len(self.latlon)} values are needed, one a pixel of the map; got shape {values.shape}"
-            )
-        # zeros under the mask: matplotlib computes there too, and would warn of whatever the memory held
+            raise ValueError(f"expected {len(self.latlon)} values, one per pixel; got shape {values.shape}")
+        # zeros, because matplotlib also computes under the mask and would warn of uninitialised values
         picture = np.zeros(self.inside.shape, dtype=values.dtype)
         picture[self.inside] = values
         return np.ma.masked_array(picture, mask=~self.inside)
 
 
 def figure(width_in: float = 7.0, height_in: float = 3.6, data: str | None = None) -> Figure:
-    """A new figure in this package's style (which stays set for the axes drawn on it).
+    """A new figure in this package's style, which stays set for the axes drawn on it.
 
-    `data`: what is shown, printed small below the picture, such as `blue_marble.LABEL`.
+    data: what is shown, such as `blue_marble.LABEL`; printed in small type below the figure.
     """
     plt.rcParams.update(STYLE)
     made = plt.figure(figsize=(width_in, height_in))
@@ -96,9 +94,9 @@ def figure(width_in: float = 7.0, height_in: float = 3.6, data: str | None = Non
 def earth_axes(
     figure: Figure, position: tuple[int, int, int] = (1, 1, 1), title: str = "", filled: bool = True
 ) -> GeoAxes:
-    """The whole Earth in Equal Earth, with the countries' outlines; `position`: rows, columns, index.
+    """The whole Earth in Equal Earth with country outlines. position: rows, columns, index.
 
-    `filled`: land in grey under what is drawn (else only the outlines, over what is drawn: for heat maps).
+    filled: grey land below the data; False draws only outlines, above the data, for heat maps.
     """
     axes = figure.add_subplot(*position, projection=ccrs.EqualEarth())
     axes.set_global()
@@ -117,7 +115,7 @@ def region_axes(
 ) -> GeoAxes:
     """A square of `span_km` around `centre` (lat, lon), in Lambert's azimuthal equal-area projection.
 
-    Raises ValueError where the square would reach further than a quarter of the Earth from its centre.
+    Raises ValueError for a span above 12,000 km.
     """
     lat, lon = (float(degrees) for degrees in centre)
     if not 0 < span_km <= 12_000:
@@ -133,7 +131,7 @@ def region_axes(
 
 
 def grid(axes: GeoAxes, columns: int = 360) -> Grid:
-    """The centres of the map's pixels, `columns` in a row, for a heat map drawn without resampling."""
+    """The centres of the map's pixels, `columns` per row, for a heat map that is drawn without resampling."""
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
     rows = max(1, round(columns * (top - bottom) / (right - left)))
@@ -142,24 +140,22 @@ def grid(axes: GeoAxes, columns: int = 360) -> Grid:
     xs, ys = np.meshgrid(x, y)
     lonlat = PLATE.transform_points(axes.projection, xs, ys)[..., :2]
     inside = np.isfinite(lonlat).all(-1)
-    # Beyond the edge of the Earth the inverse still answers, with a place that projects somewhere else.
+    # Outside the Earth the inverse projection still returns a place, but one that projects to another pixel.
     back = axes.projection.transform_points(PLATE, lonlat[..., 0], lonlat[..., 1])
     inside &= np.hypot(back[..., 0] - xs, back[..., 1] - ys) < 10 * KM
     latlon = lonlat[inside][:, ::-1]
     latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
-    return Grid(
-        latlon=np.clip(latlon, [-90, -180], [90, 180]), inside=inside, extent=(left, right, bottom, top)
-    )
+    return Grid(np.clip(latlon, [-90, -180], [90, 180]), inside, (left, right, bottom, top))
 
 
 def density(axes: GeoAxes, latlon, cells: int = 120, label: str = "places") -> None:
-    """Places in each hexagon of equal area, on a log scale; `cells` hexagons from west to east."""
-    latlon = _array(latlon)
+    """Number of places in hexagons of equal area, on a log scale; `cells` hexagons from west to east."""
+    lat, lon = _array(latlon).T
     (left, right), (bottom, top) = axes.projection.x_limits, axes.projection.y_limits
     rows = round(cells * (top - bottom) / (right - left) / np.sqrt(3))
     drawn = axes.hexbin(
-        latlon[:, 1],
-        latlon[:, 0],
+        lon,
+        lat,
         transform=PLATE,
         gridsize=(cells, rows),
         extent=(left, right, bottom, top),
@@ -175,41 +171,32 @@ def density(axes: GeoAxes, latlon, cells: int = 120, label: str = "places") -> N
 
 
 def errors(axes: GeoAxes, truth, predicted, limit: int = 400) -> None:
-    """A great-circle arc from each true place (dot) to the predicted one, its colour the error's class in km.
+    """A great-circle arc from each true place (dot) to the predicted one, coloured by the error in km.
 
-    Draws the first `limit` pairs and says so; the legend counts all of them, one without a prediction (NaN)
-    as furthest. Raises ValueError where the two are not of one length.
+    Draws the first `limit` pairs. The legend's percentages count all of them; a missing prediction (NaN) counts as
+    furthest. Raises ValueError if the two have different lengths.
     """
+    import torch
+
     from geoclip import earth
 
     truth, predicted = _array(truth), _array(predicted)
     if truth.shape != predicted.shape:
         raise ValueError(f"{len(truth)} true places and {len(predicted)} predicted ones cannot be paired")
-    error_km = earth.haversine_km(_tensor(truth), _tensor(predicted)).numpy()
+    error_km = earth.haversine_km(torch.from_numpy(truth), torch.from_numpy(predicted)).numpy()
     classes = np.digitize(error_km, ERROR_BOUNDS_KM, right=True)
-    for kind in range(len(ERROR_COLOURS)):
+    names = ["≤ 200 km", "≤ 750 km", "≤ 2,500 km", "further"]
+    handles = list(axes.get_legend_handles_labels()[0])
+    for kind, (colour, name) in enumerate(zip(ERROR_COLOURS, names, strict=True)):
         chosen = np.flatnonzero((classes[:limit] == kind) & np.isfinite(error_km[:limit]))
         lines = [piece for i in chosen for piece in _on_map(axes, great_circle(truth[i], predicted[i]))]
-        axes.add_collection(
-            LineCollection(lines, colors=ERROR_COLOURS[kind], linewidths=0.6, alpha=0.7, zorder=2)
-        )
-        axes.scatter(
-            truth[chosen, 1],
-            truth[chosen, 0],
-            s=4,
-            color=ERROR_COLOURS[kind],
-            transform=PLATE,
-            zorder=3,
-            linewidths=0,
-        )
-    names = ["≤ 200 km", "≤ 750 km", "≤ 2,500 km", "further"]
-    counts = np.bincount(classes, minlength=len(names)) / max(1, len(classes)) * 100
-    handles = [
-        Line2D([], [], color=colour, marker="o", markersize=3, label=f"{name}: {share:.0f} %")
-        for colour, name, share in zip(ERROR_COLOURS, names, counts, strict=True)
-    ]
-    shown = min(limit, len(truth))
-    _legend(axes, handles, f"{shown} of {len(truth)} drawn" if shown < len(truth) else None)
+        axes.add_collection(LineCollection(lines, colors=colour, linewidths=0.6, alpha=0.7, zorder=2))
+        lat, lon = truth[chosen].T
+        axes.scatter(lon, lat, s=4, color=colour, transform=PLATE, zorder=3, linewidths=0)
+        share = 100 * (classes == kind).sum() / max(1, len(classes))
+        handles.append(Line2D([], [], color=colour, marker="o", markersize=3, label=f"{name}: {share:.0f} %"))
+    drawn = f", {limit} drawn" if limit < len(truth) else ""
+    _legend(axes, handles, f"error (dot: true place), % of {len(truth)} images{drawn}")
 
 
 def similarity(
@@ -222,25 +209,14 @@ def similarity(
     limits: tuple[float, float] | None = None,
     bar: bool = True,
 ) -> None:
-    """Heat map of `values` (n,), one a pixel of `grid(axes)`; the best places numbered, the truth ringed.
+    """Heat map of `values` (n,), one per pixel of `grid(axes)`; the best places are numbered, the truth is ringed.
 
-    `top_k` (k, 2) in order, `truth` (2,): (lat, lon) degrees. `limits`: the colours' range, else the values'.
+    top_k: (k, 2), best first; truth: (2,); both (lat, lon) in degrees. limits: range of the colours, by default that of
+    the values.
     """
     picture = pixels.image(_array(values))
     low, high = limits or (picture.min(), picture.max())
-    drawn = axes.imshow(
-        picture,
-        extent=pixels.extent,
-        origin="upper",
-        transform=axes.projection,
-        cmap="cividis",
-        vmin=low,
-        vmax=high,
-        interpolation="nearest",
-        zorder=1,
-    )
-    drawn.set_rasterized(True)
-    _keep(axes, pixels)
+    drawn = _show(axes, pixels, picture, cmap="cividis", vmin=low, vmax=high)
     handles = []
     if truth is not None:
         handles.append(_ring(axes, truth))
@@ -253,47 +229,39 @@ def similarity(
 
 
 def categories(axes: GeoAxes, pixels: Grid, labels, names: Sequence[str]) -> None:
-    """Categorical map: `labels` (n,) index `names`, -1 = nothing; a legend where there are at most 8 names.
+    """Categorical map: `labels` (n,) are indices of `names`, or -1 for nothing; a legend for at most 8 names.
 
-    With more than 8 (countries, climates) the colours repeat and only their borders carry meaning.
+    With more than 8, such as countries, the colours repeat and only the borders carry meaning.
     """
     labels = _array(labels).astype(int)
     if labels.size and not -1 <= labels.min() <= labels.max() < len(names):
-        raise ValueError(
-            f"labels run from {labels.min()} to {labels.max()}, but there are {len(names)} names"
-        )
+        raise ValueError(f"labels run from {labels.min()} to {labels.max()}; there are {len(names)} names")
     picture = np.ma.masked_less(pixels.image(labels), 0)
     colours = ListedColormap(CATEGORIES[: len(names)])
-    axes.imshow(
-        picture % colours.N,
-        extent=pixels.extent,
-        origin="upper",
-        transform=axes.projection,
-        cmap=colours,
-        norm=BoundaryNorm(np.arange(colours.N + 1) - 0.5, colours.N),
-        interpolation="nearest",
-        zorder=1,
-    ).set_rasterized(True)
-    _keep(axes, pixels)
+    norm = BoundaryNorm(np.arange(colours.N + 1) - 0.5, colours.N)
+    _show(axes, pixels, picture % colours.N, cmap=colours, norm=norm)
     if len(names) <= len(CATEGORIES):
         present = np.unique(labels[labels >= 0])
         _legend(axes, [Patch(color=CATEGORIES[i], label=names[i]) for i in present])
 
 
 def points(axes: GeoAxes, latlon, label: str, colour: str = "#0072B2", size: float = 6.0) -> None:
-    """Places as dots; the legend is drawn by the caller's `axes.legend`."""
-    latlon = _array(latlon)
-    axes.scatter(
-        latlon[:, 1], latlon[:, 0], s=size, color=colour, label=label, transform=PLATE, zorder=4, linewidths=0
-    )
+    """Places as dots; the caller draws the legend with `axes.legend`."""
+    lat, lon = _array(latlon).T
+    axes.scatter(lon, lat, s=size, color=colour, label=label, transform=PLATE, zorder=4, linewidths=0)
+
+
+def plain(text: str) -> str:
+    """Text, such as a file's name, that matplotlib draws literally: no mathematics, no undecodable bytes."""
+    return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
 def great_circle(start, end, step_deg: float = 1.0) -> np.ndarray:
-    """Points (lat, lon) on the shortest way from `start` to `end`, both included, ≤ `step_deg` apart."""
+    """Points (lat, lon) on the shortest way from `start` to `end`, both included, at most `step_deg` apart."""
     a, b = (_vector(place) for place in (start, end))
     angle = np.arctan2(np.linalg.norm(np.cross(a, b)), a @ b)
     count = max(2, int(np.ceil(np.rad2deg(angle) / step_deg)) + 1)
-    # Perpendicular to a in the plane of the circle; between antipodes any circle is a shortest way.
+    # Perpendicular to a in the plane of the circle; antipodes are joined by any circle.
     side = b - (a @ b) * a
     if np.linalg.norm(side) < 1e-12:
         side = np.cross(a, [0.0, 0.0, 1.0] if abs(a[2]) < 0.9 else [1.0, 0.0, 0.0])
@@ -307,27 +275,23 @@ def great_circle(start, end, step_deg: float = 1.0) -> np.ndarray:
 def _outlines(name: str) -> list:
     path = paths.NATURAL_EARTH / f"{name}.geojson"
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing; `git checkout data/natural_earth` brings it back")
+        raise FileNotFoundError(f"{path} is missing; `git checkout data/natural_earth` restores it")
     features = json.loads(path.read_text(encoding="utf-8"))["features"]
     return [shapely.from_geojson(json.dumps(feature["geometry"])) for feature in features]
 
 
 def _near(name: str, lat: float, lon: float, span_km: float) -> list:
-    """The part of the outlines that a region shows: projecting all of them would take seconds."""
+    """The part of the outlines that a region shows; projecting all of them would take seconds."""
     [shape] = _outlines(name)
-    reach = span_km / 111.0  # degrees; 0.75 of it would do, and the margin costs nothing
+    reach = span_km / 111.0  # degrees; 0.75 of it would be enough
     bottom, top = max(-90.0, lat - reach), min(90.0, lat + reach)
     widest = max(abs(bottom), abs(top))
     wide = 180.0 if widest > 80 else min(180.0, reach / np.cos(np.deg2rad(widest)))
     windows = [shapely.box(lon - wide + turn, bottom, lon + wide + turn, top) for turn in (-360, 0, 360)]
     window = shapely.intersection(shapely.union_all(windows), shapely.box(-180, -90, 180, 90))
     cut = [shapely.intersection(part, window) for part in shapely.get_parts(shape) if part.intersects(window)]
-    # where a coast only touches the window, points and lines come out beside the polygons
-    return [
-        piece
-        for piece in shapely.get_parts(cut)
-        if shapely.get_dimensions(piece) == shapely.get_dimensions(shape)
-    ]
+    pieces = shapely.get_parts(cut)  # a coast that only touches the window leaves points and lines
+    return list(pieces[shapely.get_dimensions(pieces) == shapely.get_dimensions(shape)])
 
 
 def _framed(axes: GeoAxes, title: str) -> GeoAxes:
@@ -337,14 +301,25 @@ def _framed(axes: GeoAxes, title: str) -> GeoAxes:
     return axes
 
 
-def _keep(axes: GeoAxes, pixels: Grid) -> None:
-    """imshow stretches the view to its picture; the map keeps its own."""
+def _show(axes: GeoAxes, pixels: Grid, picture: np.ma.MaskedArray, **colours):
+    """Draws a picture of the map's pixels; imshow would change the limits of the axes."""
+    drawn = axes.imshow(
+        picture,
+        extent=pixels.extent,
+        origin="upper",
+        transform=axes.projection,
+        interpolation="nearest",
+        zorder=1,
+        **colours,
+    )
+    drawn.set_rasterized(True)
     axes.set_xlim(pixels.extent[:2])
     axes.set_ylim(pixels.extent[2:])
+    return drawn
 
 
 def _on_map(axes: GeoAxes, way: np.ndarray) -> list[np.ndarray]:
-    """A way (lat, lon) as projected lines, cut where it leaves the map to enter at the other edge."""
+    """A way (lat, lon) as projected lines, cut where it leaves the map and enters at the other edge."""
     xy = axes.projection.transform_points(PLATE, way[:, 1], way[:, 0])[:, :2]
     wide = axes.projection.x_limits[1] - axes.projection.x_limits[0]
     cuts = np.flatnonzero(np.abs(np.diff(xy[:, 0])) > wide / 4) + 1
@@ -392,12 +367,6 @@ def _bar(axes: GeoAxes, drawn, label: str) -> None:
 
 def _array(values) -> np.ndarray:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)
-
-
-def _tensor(latlon: np.ndarray):
-    import torch
-
-    return torch.from_numpy(latlon)
 
 
 def _vector(place) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""GeoCLIP: cosine similarity of an image's and a place's embeddings, times a learned temperature.
+"""GeoCLIP: the cosine similarity of an image's and a place's embeddings, times a learned temperature.
 
 Paper, section 3 and figure 2.
 """
@@ -10,42 +10,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
 from geoclip import gallery as galleries
-from geoclip import photos, precision
+from geoclip import photos, predictor
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 
 if TYPE_CHECKING:
-    from geoclip.place_index import PlaceIndex
-
-NO_GALLERY = "the model has no gallery: give it one with use_gallery(Gallery(latlon))"
+    from geoclip.engines.place_index import PlaceIndex
 
 
 class GeoCLIP(nn.Module):
-    """Image encoder, location encoder and temperature; with a gallery it answers where an image was taken.
+    """Image encoder, location encoder and temperature. With a gallery, it predicts where images were taken.
 
-    logit_scale: s, similarities are cosine × e^s; starts at ln(1 / 0.07) as in CLIP.
+    logit_scale: s; a logit is cosine × e^s. It starts at ln(1 / 0.07), as in CLIP.
     """
 
     def __init__(
-        self,
-        image_encoder: ImageEncoder,
-        location_encoder: LocationEncoder,
-        gallery: Gallery | None = None,
+        self, image_encoder: ImageEncoder, location_encoder: LocationEncoder, gallery: Gallery | None = None
     ):
         super().__init__()
         self.image_encoder = image_encoder
         self.location_encoder = location_encoder
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        self.gallery = gallery
-        self._places: Tensor | None = None  # the gallery's embedding, made at first use
-        self.index: PlaceIndex | None = None  # searched instead of all places, see use_index
-        self.dtype = torch.float32
+        self.use_gallery(gallery)
 
     @classmethod
     def build(
@@ -56,21 +48,17 @@ class GeoCLIP(nn.Module):
         gallery: Gallery | None = None,
         with_tower: bool = True,
     ) -> "GeoCLIP":
-        """A model of this shape, not trained; `generator` draws all that is not loaded."""
+        """An untrained model of these configurations. `generator` draws all weights that are not loaded."""
         images = ImageEncoder(image, generator, with_tower)
         return cls(images, LocationEncoder(location, generator), gallery)
 
     @classmethod
-    def pretrained(
-        cls, clip_weights: Path | str | None = None, precision: precision.Precision = "auto"
-    ) -> "GeoCLIP":
-        """The authors' released model with its 100 K gallery, in evaluation mode.
+    def pretrained(cls, clip_weights: Path | str | None = None, precision: str = "auto") -> "GeoCLIP":
+        """The authors' released model with their 100 K gallery, in evaluation mode, on a GPU if there is one.
 
-        Head, location encoder and temperature are fetched at first use (40 MB), CLIP ViT-L/14 too (1.7 GB)
-        unless `clip_weights` names a local file of it. On the GPU where there is one. precision: of
-        use_precision; "fp32" is the authors'.
-        Raises OSError that says what is missing, where it would be put and what still works, and ValueError for
-        a file that is not the released one.
+        Downloads the authors' weights (40 MB) and CLIP ViT-L/14 (1.7 GB) at first use. clip_weights: a local file of
+        CLIP's weights instead. precision: see use_precision. Raises OSError, which names what is missing and where it
+        belongs, if a download fails, and ValueError for a file that is not the released one.
         """
         from geoclip import pretrained
 
@@ -78,15 +66,14 @@ class GeoCLIP(nn.Module):
         model = cls(ImageEncoder(config), LocationEncoder.pretrained(), Gallery.official())
         model.image_encoder.head.load_state_dict(pretrained.head_state())
         model.logit_scale.data.fill_(pretrained.logit_scale())
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return model.to(device).eval().use_precision(precision)
+        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().use_precision(precision)
 
     def encode_images(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Unit-norm embeddings of preprocessed images."""
         return self.encode_features(self.image_encoder.features(images))
 
     def encode_features(self, features: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
-        """Unit-norm embeddings of tower features that were computed before."""
+        """Unit-norm embeddings of precomputed tower features."""
         return functional.normalize(self.image_encoder.head(features), dim=-1)
 
     def encode_places(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "n d"]:
@@ -94,137 +81,116 @@ class GeoCLIP(nn.Module):
         return functional.normalize(self.location_encoder(latlon), dim=-1)
 
     def encode_text(self, text: str | Sequence[str]) -> Float[Tensor, "n d"]:
-        """Unit-norm embeddings of texts, through CLIP's text tower and the images' head.
+        """Unit-norm embeddings of texts: CLIP's text tower, then the image head.
 
-        Raises ValueError where the tower has no text.
+        Raises ValueError if the image tower is not a CLIP model.
         """
         import open_clip
 
-        tower = self.image_encoder.tower
+        tower, name = self.image_encoder.tower, self.image_encoder.config.tower
         if not hasattr(tower, "encode_text"):
-            raise ValueError(f"the tower {self.image_encoder.config.tower!r} knows no text: only CLIP's do")
-        tokens = open_clip.get_tokenizer(self.image_encoder.config.tower)(
-            [text] if isinstance(text, str) else list(text)
-        )
+            raise ValueError(f"the tower {name!r} cannot read text; only CLIP models can")
+        tokens = open_clip.get_tokenizer(name)([text] if isinstance(text, str) else list(text))
         return self.encode_features(tower.encode_text(tokens.to(self.logit_scale.device)))
 
     def forward(self, images: Float[Tensor, "n 3 h w"], latlon: Float[Tensor, "m 2"]) -> Float[Tensor, "n m"]:
-        """Logits: cosine × e^s of every image with every place."""
+        """Logits, cosine × e^s, of every image with every place."""
         return self.logit_scale.exp() * self.encode_images(images) @ self.encode_places(latlon).T
 
     def train(self, mode: bool = True) -> "GeoCLIP":
-        """As nn.Module.train; what is known of the gallery is dropped, since training changes it."""
+        """As nn.Module.train. Training changes the gallery's embeddings, so they are discarded."""
         if mode:
-            self._forget_places()
+            self._places = self.index = None
         return super().train(mode)
 
-    def use_gallery(self, gallery: Gallery) -> "GeoCLIP":
-        """Answer from `gallery` from now on."""
+    def use_gallery(self, gallery: Gallery | None) -> "GeoCLIP":
+        """Answers from `gallery` from now on."""
         self.gallery = gallery
-        self._forget_places()
+        self._places: Tensor | None = None  # the gallery's embeddings, computed at first use
+        self.index: PlaceIndex | None = None  # see use_index
         return self
 
-    def _forget_places(self) -> None:
-        self._places = self.index = None
+    def use_precision(self, precision: str = "auto") -> "GeoCLIP":
+        """Sets the arithmetic of the image tower, see ImageEncoder.use_precision; all else stays in float32."""
+        self.image_encoder.use_precision(precision)
+        return self
 
-    def use_precision(self, chosen: precision.Precision = "auto") -> "GeoCLIP":
-        """Answer in this precision from now on, on the present device; "auto" says once what it takes.
+    def use_index(self, probes: int = 32) -> "GeoCLIP":
+        """Searches the gallery approximately from now on, see PlaceIndex. Raises ImportError without faiss."""
+        from geoclip.engines.place_index import PlaceIndex
 
-        bfloat16 replaces the image tower for good, so it is for answering, not for training. The head, the
-        Fourier phase and the comparison of the best places stay in float32. Raises ValueError for float32 on a
-        model that is in bfloat16.
-        """
-        dtype = precision.choose(chosen, self.logit_scale.device)
-        if dtype == self.dtype:
-            return self
-        if dtype == torch.float32:
-            raise ValueError("the model's tower is in bfloat16; load the model again to answer in float32")
-        self.dtype = dtype
-        self._forget_places()
-        self.image_encoder.to_bf16()
+        path = self._known_gallery().kept_at(self.location_encoder).with_suffix(".faiss")
+        self.index = PlaceIndex(self.gallery.embed(self.location_encoder, keep=True), probes, path=path)
         return self
 
     def places(self, keep: bool = False) -> Float[Tensor, "m d"]:
-        """The gallery's unit-norm embedding, computed once; `keep` keeps it on disk too."""
-        if self.gallery is None:
-            raise ValueError(NO_GALLERY)
+        """The gallery's unit-norm embeddings, computed once: float32 on a CPU, float16 on a GPU.
+
+        keep: store them on disk, see Gallery.embed. Raises ValueError without a gallery.
+        """
         if self._places is None:
-            self._places = self.gallery.embed(self.location_encoder, keep, dtype=self.dtype)
-        self._places = self._places.to(self.logit_scale.device)
+            self._places = self._known_gallery().embed(self.location_encoder, keep)
+        device = self.logit_scale.device
+        self._places = self._places.to(device, torch.float16 if device.type == "cuda" else torch.float32)
         return self._places
 
-    def use_index(self, probes: int = 32) -> "GeoCLIP":
-        """Search this gallery approximately from now on (place_index); worth it beyond a few million places.
-
-        Embeddings and index are kept on disk, and both mapped from there. Raises ImportError without faiss.
-        """
-        from geoclip.place_index import PlaceIndex
-
+    def _known_gallery(self) -> Gallery:
         if self.gallery is None:
-            raise ValueError(NO_GALLERY)
-        path = self.gallery.kept_at(self.location_encoder, self.dtype).with_suffix(".faiss")
-        places = self.gallery.embed(self.location_encoder, keep=True, dtype=self.dtype)
-        self.index = PlaceIndex(places, probes, path=path)
-        return self
+            raise ValueError("the model has no gallery; give it one with use_gallery(Gallery(latlon))")
+        return self.gallery
+
+    def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "v 3 h w"]:
+        """The preprocessed views of a photo: the centre crop, or ten crops (photos.ten_crop).
+
+        photo: anything that photos.open_photo accepts. Raises photos.PhotoError.
+        """
+        preprocess = self.image_encoder.preprocess
+        side = preprocess.pixels * 256 // 224 if ten_crop else preprocess.pixels
+        image = photos.open_photo(photo, side)
+        crops = photos.ten_crop(image, preprocess.pixels) if ten_crop else [image]
+        return torch.stack([preprocess(crop) for crop in crops])
+
+    def encode_views(self, views: Float[Tensor, "n v 3 h w"]) -> Float[Tensor, "n d"]:
+        """One query per photo: the mean of its views' embeddings. Logits are linear in it, so they are averaged too."""
+        views = views.to(self.logit_scale.device)
+        return self.encode_images(views.flatten(0, 1)).unflatten(0, views.shape[:2]).mean(1)
+
+    @torch.inference_mode()
+    def scores(self, query: Float[Tensor, "n d"] | Float[Tensor, "n v 3 h w"]) -> Float[Tensor, "n m"]:
+        """Logits, cosine × e^s, of all gallery places. query: as in `locate`; the result takes 4 n m bytes."""
+        query = self.encode_views(query) if query.ndim == 5 else query
+        logits = self.logit_scale.exp() * galleries.products(self.places(), query).T
+        galleries.check_finite(logits)
+        return logits
 
     @torch.inference_mode()
     def locate(
-        self, query: Float[Tensor, "n d"], k: int = 1
+        self, query: Float[Tensor, "n d"] | Float[Tensor, "n v 3 h w"], k: int = 1
     ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
-        """The k best places of unit-norm queries (encode_images, encode_features): (lat, lon), probability.
+        """The k best places of each query, (lat, lon), and their probabilities, best first.
 
-        Probabilities are the softmax over the whole gallery (with an index: over what it found, so too high);
-        they are not calibrated, and duplicates share. Raises ValueError for k larger than the gallery.
+        query: embeddings (encode_images, encode_text), or the views of n photos. Probabilities are the softmax over
+        the whole gallery, or with an index over the places found, which makes them upper bounds. They are not
+        calibrated, and duplicate places share theirs. Raises ValueError if k is larger than the gallery.
         """
+        query = self.encode_views(query) if query.ndim == 5 else query
         scale = self.logit_scale.exp().item()
-        exact = None if self.dtype == torch.float32 else self._encode_rows
         if self.index is not None:
-            score, index, total = self.index.scan(query, k, scale, exact)
+            score, index, total = self.index.scan(query, k, scale)
         else:
-            score, index, total = galleries.scan(query, self.places(), k, scale, exact)
+            score, index, total = galleries.scan(query, self.places(), k, scale)
         probability = (score * scale - total[:, None]).exp()
+        galleries.check_finite(probability)
         return self.gallery.latlon[index.cpu()], probability
-
-    def _encode_rows(self, index: Int[Tensor, "n w"]) -> Float[Tensor, "n w d"]:
-        """Rows of the gallery, encoded again in float32: rounded, one in six best places was another (LOG)."""
-        rows, where = index.unique(return_inverse=True)
-        places = galleries.embed(self.location_encoder, self.gallery.latlon[rows.cpu()])
-        return places.to(index.device)[where]
-
-    def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "v 3 h w"]:
-        """What the tower sees of a photo: the centre, or the four corners and the centre, each also mirrored.
-
-        The photo is whatever photos.open_photo takes. Raises photos.PhotoError.
-        """
-        image = photos.open_photo(photo)
-        centre = self.image_encoder.preprocess(image)
-        if not ten_crop:
-            return centre[None]
-        crops = photos.ten_crop(image, centre.shape[-1])
-        return torch.stack([self.image_encoder.preprocess(crop) for crop in crops])
-
-    @torch.inference_mode()
-    def locate_views(
-        self, views: Float[Tensor, "n v 3 h w"], k: int = 1
-    ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
-        """As locate, from v views of each photo: the mean of their logits, then the softmax."""
-        latlon, probability = self.locate(self.encode_views(views), k)
-        return latlon, probability.cpu()
-
-    def encode_views(self, views: Float[Tensor, "n v 3 h w"]) -> Float[Tensor, "n d"]:
-        """One query of each photo's views, the mean of their embeddings; of one view it is unit-norm."""
-        views = views.to(self.logit_scale.device)
-        # logits are linear in the query, so the mean of the queries gives the mean of the logits
-        return self.encode_images(views.flatten(0, 1)).unflatten(0, views.shape[:2]).mean(1)
 
     def predict(
         self, photo, top_k: int = 5, ten_crop: bool = False, batch_size: int = 16
     ) -> tuple[Float[Tensor, "*n k 2"], Float[Tensor, "*n k"]]:
-        """Where photos were taken: the top_k places (lat, lon) and their probabilities, best first.
+        """The top_k places where photos were taken, (lat, lon), and their probabilities, best first.
 
-        photo: one path, PIL image or array → (k, 2) and (k,); a list of them, or a folder of photos in order
-        of their paths → (n, k, 2) and (n, k). The gallery's embedding is computed once and kept on disk.
-        Raises photos.PhotoError for the first photo that cannot be used, ValueError for top_k > the gallery.
+        photo: one path, PIL image or array gives (k, 2) and (k,); a list of them, or a folder of photos in the order of
+        their paths, gives (n, k, 2) and (n, k). The gallery's embeddings are computed once and stored on disk.
+        Raises photos.PhotoError for the first photo that cannot be used.
         """
         several = isinstance(photo, list | tuple)
         if isinstance(photo, str | Path) and Path(photo).is_dir():
@@ -233,22 +199,17 @@ class GeoCLIP(nn.Module):
         if not todo:
             raise ValueError("there are no photos to predict: the list is empty")
         galleries.check_k(top_k, len(self.places(keep=True)))
-        answers, step = [], max(1, batch_size // 10) if ten_crop else batch_size
-        for start in range(0, len(todo), step):
-            views = torch.stack([self.views(one, ten_crop) for one in todo[start : start + step]])
-            answers.append(self.locate_views(views, top_k))
-        latlon, probability = (torch.cat(parts) for parts in zip(*answers, strict=True))
-        return (latlon, probability) if several else (latlon[0], probability[0])
+        found = predictor.answer(self, todo, top_k, ten_crop, batch_size, strict=True)
+        return (found.latlon, found.probability) if several else (found.latlon[0], found.probability[0])
 
-    @torch.inference_mode()
     def predict_text(
         self, text: str | Sequence[str], top_k: int = 5
     ) -> tuple[Float[Tensor, "*n k 2"], Float[Tensor, "*n k"]]:
-        """The top_k places that a text fits best, (k, 2) and (k,); a list of texts gives (n, k, 2) and (n, k)."""
+        """The top_k places that fit a text best, (k, 2) and (k,); a list of texts gives (n, k, 2) and (n, k)."""
         self.places(keep=True)
-        latlon, probability = self.locate(self.encode_text(text), top_k)
-        probability = probability.cpu()
-        return (latlon[0], probability[0]) if isinstance(text, str) else (latlon, probability)
+        with torch.inference_mode():
+            latlon, probability = self.locate(self.encode_text(text), top_k)
+        return (latlon[0], probability[0].cpu()) if isinstance(text, str) else (latlon, probability.cpu())
 
 
 def load_checkpoint(path: Path | str, clip_weights: Path | str | None = None) -> GeoCLIP:

@@ -1,4 +1,4 @@
-"""Photos as people have them: opened upright and in RGB whatever their format, and where EXIF says they were taken."""
+"""Opening photos of any common format, cropping them, and reading the position that their EXIF records."""
 
 import contextlib
 import math
@@ -9,74 +9,100 @@ from pathlib import Path
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
-# Formats that hold photos. EPS is left out on purpose: Pillow hands it to Ghostscript, which runs programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "QOI", "TGA")
+# EPS is excluded on purpose: Pillow passes it to Ghostscript, which executes programs.
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "GIF", "BMP", "PPM", "JPEG2000", "QOI", "TGA")
 SUFFIXES = frozenset(
-    ".jpg .jpeg .jpe .mpo .png .webp .avif .tif .tiff .gif .bmp .ppm .pgm .pnm .jp2 .j2k .qoi .tga .heic .heif".split()
+    ".jpg .jpeg .jpe .mpo .png .webp .avif .heic .heif .tif .tiff .gif .bmp .ppm .pgm .pnm".split()
+    + ".jp2 .j2k .qoi .tga".split()
 )
-# Resizing makes the short side 224 px; a strip of 1 × 60,000 px would become gigabytes.
-LONGEST_SIDES = 50
-# Pillow's own limit, twice 89 megapixels, kept here because a package that is only imported may lift Pillow's.
-MOST_PIXELS = 178_956_970
-
-
-BOMB = f"more than {MOST_PIXELS:,} pixels, a decompression bomb or not a photo"
+HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1")
+LONGEST_SIDES = 50  # resizing the short side of a 1 × 60,000 px strip to 224 px would take gigabytes
+MOST_PIXELS = 178_956_970  # Pillow's own limit, which a package that is merely imported may have lifted
+LARGE_PIXELS = 32_000_000  # larger photos are decoded at a reduced size if few of their pixels are needed
+OVERSAMPLED = 4  # a reduced photo keeps at least this many times the needed side
 
 
 class PhotoError(ValueError):
-    """A photo that cannot be used; its message names the file and the reason, `reason` is the reason alone."""
+    """A photo that cannot be used. The message names the file and the reason; `reason` is the reason alone."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
+        super().__init__(name, reason)  # these arguments let it be pickled, to leave a worker process
         self.name = name
         self.reason = reason
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
-def open_photo(photo) -> Image.Image:
-    """A photo upright (EXIF orientation applied), in 8-bit RGB, decoded whole.
 
-    photo: a path, a PIL image, or an array (h, w), (h, w, 3) or (h, w, 4), uint8 or floats in [0, 1].
-    Transparency is shown on white; of an animation it is the first frame; 16 bits are scaled to 8.
-    Raises PhotoError that names the file and the reason: missing, empty, not an image, truncated, a
-    decompression bomb, or a strip too narrow to be a photo.
+def open_photo(photo, side: int | None = None) -> Image.Image:
+    """The photo upright (EXIF orientation applied), in 8-bit RGB.
+
+    photo: a path, a PIL image, or an array of shape (h, w), (h, w, 3) or (h, w, 4), uint8 or float in [0, 1]. side: the
+    pixels that the short side will be resized to; a photo of more than 32 megapixels may then be returned at a reduced
+    size, at least four times as large, which saves memory. Transparent pixels become white, animations give their first
+    frame, and 16 bits are scaled to 8. Raises PhotoError, with the file and the reason, if the file is missing, empty,
+    not an image, truncated, a decompression bomb, or too narrow to be a photo.
     """
     if isinstance(photo, str | Path):
         name = str(photo)
         with _reasons(name), _open_file(Path(photo)) as image:
-            return _upright_rgb(image, name)
+            return _upright_rgb(image, name, side)
     if isinstance(photo, Image.Image):
         name = getattr(photo, "filename", "") or "image"
         with _reasons(name):
-            return _upright_rgb(photo, name)
-    return _upright_rgb(_from_array(photo), "array")
+            return _upright_rgb(photo, name, side)
+    return _upright_rgb(_from_array(photo), "array", side)
+
+
+def is_large(photo) -> bool:
+    """Whether decoding the file takes hundreds of megabytes; False for files that cannot be opened."""
+    if not isinstance(photo, str | Path):
+        return False
+    try:
+        with _reasons(str(photo)), _open_file(Path(photo)) as image:
+            return image.width * image.height > LARGE_PIXELS
+    except PhotoError:
+        return False
 
 
 def centre_crop(image: Image.Image, side: int) -> Image.Image:
-    """The central side × side pixels; where the margin is odd, half a pixel towards the upper left.
+    """The central side × side pixels; if the margin is odd, half a pixel towards the upper left.
 
-    As the authors' processor cuts. torchvision rounds to even, which moves the crop of many photos by a pixel:
-    a mean difference of 10 grey levels, and of 7 % in CLIP's feature, for scikit-learn's china.jpg.
+    This is how the authors' processor crops. torchvision rounds to even, which shifts the crop of many photos by one
+    pixel: for scikit-learn's china.jpg, CLIP's feature changes by 7 %.
     """
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
 
 
 def ten_crop(image: Image.Image, side: int) -> list[Image.Image]:
-    """The ten views of the paper's evaluation: four corners and the centre, each also mirrored, side × side.
+    """The ten views of the paper's evaluation, side × side: four corners and the centre, each also mirrored.
 
-    The photo's short side is resized to 256 where a view has 224 pixels.
+    The short side of the photo is first resized to side × 256 / 224.
     """
-    from torchvision.transforms import functional
+    whole = resize(image, side * 256 // 224)
+    views = []
+    for photo in (whole, whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
+        x, y = photo.width - side, photo.height - side
+        for left, top in ((0, 0), (x, 0), (0, y), (x, y), (round(x / 2), round(y / 2))):
+            views.append(photo.crop((left, top, left + side, top + side)))
+    return views
 
-    image = functional.resize(image, side * 256 // 224, functional.InterpolationMode.BICUBIC)
-    return list(functional.ten_crop(image, side))
+
+def resize(
+    image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
+    """The image with its short side resized to `side` pixels; its aspect ratio is kept."""
+    short, long = sorted(image.size)
+    long = int(side * long / short)
+    return image.resize((side, long) if image.width <= image.height else (long, side), resample)
 
 
 def exif_latlon(photo: str | Path | Image.Image) -> tuple[float, float] | None:
-    """Where EXIF says that the photo was taken, (lat, lon) in degrees; None where it says nothing.
+    """The position that EXIF records, (lat, lon) in degrees, or None if it records none.
 
-    Raises PhotoError where it says something unusable: a coordinate or its hemisphere is missing, a fraction
-    has no denominator, a value is out of range, or the position is 0° N 0° E, which means "no fix".
+    Raises PhotoError if the record is unusable: a coordinate or hemisphere is missing, a denominator is 0, a value is
+    out of range, or the position is 0° N 0° E, which cameras write without a GPS fix.
     """
     if isinstance(photo, Image.Image):
         name = getattr(photo, "filename", "") or "image"
@@ -98,9 +124,9 @@ def exif_latlon(photo: str | Path | Image.Image) -> tuple[float, float] | None:
 
 
 def find_photos(sources: Iterable[str | Path]) -> list[Path]:
-    """The photos that `sources` name, in order: files as they are, folders searched (also below) by suffix.
+    """The photos in `sources`, in order: files as given, folders searched recursively by file suffix.
 
-    Raises FileNotFoundError for a folder without photos; a file that is missing is found out when it is opened.
+    Raises FileNotFoundError for a folder without photos. A missing file is reported when it is opened.
     """
     found = []
     for source in map(Path, sources):
@@ -111,24 +137,24 @@ def find_photos(sources: Iterable[str | Path]) -> list[Path]:
             path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
         )
         if not inside:
-            raise FileNotFoundError(f"{source} holds no photos ({', '.join(sorted(SUFFIXES))})")
+            raise FileNotFoundError(f"{source}: the folder holds no photos ({', '.join(sorted(SUFFIXES))})")
         found += inside
     return found
 
 
 @contextlib.contextmanager
 def _reasons(name: str) -> Iterator[None]:
-    """Turns whatever a decoder raises into a PhotoError with the file's name; decoders raise almost anything."""
+    """Turns any exception of a decoder into a PhotoError with the file's name; decoders raise almost anything."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # corrupt EXIF and large photos are judged here, not warned about
+        warnings.simplefilter("ignore")  # corrupt EXIF and large photos are handled here
         try:
             yield
         except PhotoError:
             raise
         except Image.DecompressionBombError as error:
-            raise PhotoError(name, BOMB) from error
+            raise PhotoError(name, _bomb()) from error
         except PermissionError as error:
-            raise PhotoError(name, "may not be read") from error
+            raise PhotoError(name, "no permission to read it") from error
         except Exception as error:
             raise PhotoError(name, f"cannot be decoded ({str(error) or type(error).__name__})") from error
 
@@ -141,36 +167,52 @@ def _open_file(path: Path) -> Image.Image:
     if not start:
         raise PhotoError(str(path), "empty (0 bytes)")
     Image.init()
+    heic = start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
+    if heic and "HEIF" not in Image.OPEN:
+        try:
+            import pillow_heif
+        except ImportError as error:
+            reason = "a HEIC photo: install pillow-heif (the extra `heic`), or convert it to JPEG"
+            raise PhotoError(str(path), reason) from error
+        pillow_heif.register_heif_opener()
     try:
         image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
-        if image.width * image.height > MOST_PIXELS:  # known from the header, before a pixel is decoded
-            image.close()
-            raise PhotoError(str(path), BOMB)
-        return image
     except Image.UnidentifiedImageError as error:
-        heic = start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"mif1", b"msf1")
-        reason = "a HEIC photo; convert it to JPEG first" if heic else "not an image in a known format"
-        raise PhotoError(str(path), reason) from error
+        raise PhotoError(str(path), "not an image in a known format") from error
+    if image.width * image.height > MOST_PIXELS:  # known from the header, before anything is decoded
+        image.close()
+        raise PhotoError(str(path), _bomb())
+    return image
 
 
-def _upright_rgb(image: Image.Image, name: str) -> Image.Image:
+def _bomb() -> str:
+    return f"more than {MOST_PIXELS:,} pixels, a decompression bomb or not a photo"
+
+
+def _upright_rgb(image: Image.Image, name: str, side: int | None = None) -> Image.Image:
     short, long = sorted(image.size)
     if short == 0 or long > LONGEST_SIDES * short:
         raise PhotoError(name, f"{image.width} × {image.height} px, too narrow to be a photo")
-    image.load()  # a truncated file shows here
-    with contextlib.suppress(Exception):  # garbage in EXIF does not make the picture unusable
+    reduce = side is not None and image.width * image.height > LARGE_PIXELS
+    if reduce:
+        times = max(1, short // (OVERSAMPLED * side))
+        image.draft(None, (image.width // times, image.height // times))  # JPEG only: decodes 1/2, 1/4 or 1/8
+    image.load()  # raises if the file is truncated
+    with contextlib.suppress(Exception):  # a photo with garbage in its EXIF is still usable
         image = ImageOps.exif_transpose(image)
+    if reduce and image.mode in ("RGB", "RGBA", "L", "LA", "CMYK", "YCbCr"):
+        image = image.reduce(max(1, min(image.size) // (OVERSAMPLED * side)))
     if image.mode.startswith(("I", "F")):
         image = _to_8_bit(image)
     if image.has_transparency_data:
-        # The authors drop the alpha channel, which brings out whatever colours lie hidden under it.
+        # The authors drop the alpha channel, which exposes whatever colours are hidden under it.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
 def _to_8_bit(image: Image.Image) -> Image.Image:
-    """Pillow clips 16-bit values at 255, which makes a photo white; scale them by their range instead."""
+    """Scales by the range of the values: Pillow clips 16-bit values at 255, which turns a photo white."""
     values = np.nan_to_num(np.asarray(image, np.float64))
     top = values.max()
     ranges = {"F": (1, 255, 65535), "I": (255, 65535)}.get(image.mode, (65535,))
@@ -194,7 +236,7 @@ def _from_array(array) -> Image.Image:
 
 
 def _degrees(value, hemisphere, letters: str, limit: int, what: str) -> float:
-    """One EXIF coordinate (degrees, minutes, seconds) and its hemisphere letter as signed degrees."""
+    """Signed degrees from an EXIF coordinate (degrees, minutes, seconds) and its hemisphere letter."""
     if value is None:
         raise PhotoError(what, "missing, although the other coordinate is there")
     parts = list(value) if isinstance(value, tuple | list) else [value]
@@ -212,7 +254,7 @@ def _degrees(value, hemisphere, letters: str, limit: int, what: str) -> float:
     if letter not in letters or not letter:
         raise PhotoError(what, f"hemisphere {hemisphere!r} instead of {letters[0]} or {letters[1]}")
     total = degrees + minutes / 60 + seconds / 3600
-    # 60 is let through: some writers round 59.9999 up
+    # 60 is accepted: some programs round 59.9999 up
     if not (min(degrees, minutes, seconds) >= 0 and max(minutes, seconds) <= 60 and total <= limit):
         raise PhotoError(what, f"{degrees:g}° {minutes:g}′ {seconds:g}″ is out of range")
     if not math.isfinite(total):

@@ -1,198 +1,126 @@
-"""Asking a model about a whole set of photos: opened in batches; what cannot be read is listed and is a miss."""
+"""Photos in, places out: the one loop that GeoCLIP.predict, the commands and the notebooks share."""
 
-import functools
-from collections.abc import Callable
+import contextlib
+import multiprocessing
+import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Protocol, runtime_checkable
 
-import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from geoclip import baselines, earth, evaluation, paths
-from geoclip.datasets import benchmarks
-from geoclip.datasets.folder import Geotagged
-from geoclip.gallery import Gallery
-from geoclip.image_encoder import Preprocessing
-from geoclip.model import GeoCLIP
-from geoclip.photos import PhotoError, open_photo
-from geoclip.training.module import TrainingModule
+from geoclip import photos
+from geoclip.photos import PhotoError
+
+SECONDS_PER_LINE = 30  # of progress, where there is no terminal
 
 
-@dataclass(frozen=True)
-class Asked:
-    """A model as evaluation sees it: views of a photo in, a place out.
+@runtime_checkable
+class Model(Protocol):
+    """What the loop asks of a model; GeoCLIP is one."""
 
-    geoclip: the model where it is one. trained: the training module of a checkpoint, with locate(images) → (n, 2),
-    test_tiles and its configuration; None for the authors' weights.
-    """
+    def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "v c h w"]:
+        """The preprocessed views of a photo. Raises PhotoError."""
 
-    name: str
-    geoclip: GeoCLIP | None
-    trained: TrainingModule | None = None
-
-    @property
-    def gallery(self) -> Gallery | None:
-        """The gallery that it answers from; None where it has none yet or answers in another way."""
-        return self.geoclip.gallery if self.geoclip else None
-
-    def use_gallery(self, gallery: Gallery, keep: bool = False) -> None:
-        """Answer from `gallery` from now on, its embedding kept on disk or not; ValueError for other models."""
-        if self.geoclip is None:
-            raise ValueError(f"{self.name} does not answer from a gallery")
-        if gallery is not self.gallery:
-            self.geoclip.use_gallery(gallery)
-        self.geoclip.places(keep)
-
-    def views(self, ten_crop: bool = False) -> Callable[[Path], Tensor]:
-        """path → (v, 3, h, w), or PhotoError."""
-        if self.geoclip is not None:
-            return functools.partial(self.geoclip.views, ten_crop=ten_crop)
-        if ten_crop:
-            raise ValueError(f"{self.name} has no ten-crop answer; only GeoCLIP averages logits over crops")
-        if getattr(self.trained.config, "seg_channels", 0):
-            raise ValueError(
-                f"{self.name} wants a segmentation map behind each photo; it answers tiles alone"
-            )
-        return functools.partial(centre, preprocess=Preprocessing.of(self.trained.config.image))
-
-    @torch.inference_mode()
-    def locate(self, views: Float[Tensor, "n v c h w"]) -> Float[Tensor, "n 2"]:
-        """The best place of each photo, (lat, lon) degrees."""
-        if self.geoclip is not None:
-            return self.geoclip.locate_views(views)[0][:, 0].cpu()
-        return self.trained.locate(views[:, 0].to(self.trained.device)).cpu()
-
-    def locate_tiles(
-        self, split: str, batch_size: int = 256
-    ) -> tuple[Float[Tensor, "n 2"], Float[Tensor, "n 2"]]:
-        """Its answers for the tiles of a split of the embedded data, and their places."""
-        images, latlon = self.trained.test_tiles(split)
-        return torch.cat([self.locate(part[:, None]) for part in images.split(batch_size)]), latlon
-
-
-def centre(path: Path, preprocess: Preprocessing) -> Float[Tensor, "1 3 h w"]:
-    """The middle of a photo as a tower takes it, or PhotoError."""
-    return preprocess(open_photo(path))[None]
+    def locate(
+        self, query: Float[Tensor, "n v c h w"], k: int = 1
+    ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
+        """The k best places of each photo, (lat, lon) in degrees, and their probabilities, best first."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """predicted: (n, 2) in (lat, lon) degrees, NaN for a photo that could not be read; unreadable: file, line (of
-    the CSV) and reason of these."""
+    """Places and probabilities of n photos, best first; NaN for photos that could not be read.
 
-    predicted: Float[Tensor, "n 2"]
-    unreadable: pd.DataFrame
-
-
-def load(
-    checkpoint: Path | str | None = None, clip_weights: Path | str | None = None, precision: str = "fp32"
-) -> Asked:
-    """The model of a checkpoint of `python -m geoclip train`, or the authors' released one, on the GPU if any.
-
-    precision: "fp32", "bf16" or "auto" (geoclip.precision) of GeoCLIP; baselines answer in fp32.
+    unreadable: index of each such photo and the reason.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if checkpoint is None:
-        name, trained, model = "authors' weights", None, GeoCLIP.pretrained(clip_weights, precision)
-    else:
-        name, trained = Path(checkpoint).stem, baselines.load(checkpoint).to(device)
-        model = trained.model if isinstance(getattr(trained, "model", None), GeoCLIP) else None
-    if model is not None:
-        model = model.to(device).eval().use_precision(precision)
-    return Asked(name, model, trained)
+
+    latlon: Float[Tensor, "n k 2"]
+    probability: Float[Tensor, "n k"]
+    unreadable: dict[int, str]
 
 
 def answer(
-    photos: Geotagged,
-    views: Callable[[Path], Tensor],
-    locate: Callable[[Tensor], Tensor],
+    model: Model,
+    photos: Sequence,
+    k: int = 1,
+    ten_crop: bool = False,
     batch_size: int = 64,
     workers: int = 0,
+    progress: bool = False,
+    strict: bool = False,
 ) -> Answers:
-    """Opens each photo, in `workers` processes, and asks where it was taken; shows progress on a terminal.
+    """Locates photos: paths, PIL images or arrays.
 
-    views: path → (v, 3, h, w), what is looked at of a photo, or PhotoError; locate: (b, v, 3, h, w) → (b, 2) in
-    (lat, lon) degrees; batch_size: photos whose views the tower sees together. A photo that is missing or cannot
-    be decoded is listed, and stays in the denominator.
+    ten_crop: average the logits over ten views of each photo instead of one. batch_size: number of views that the model
+    processes together. workers: processes that open photos; 0 opens them in this one. progress: show it on stderr.
+    strict: raise PhotoError for a photo that cannot be read, instead of listing it.
     """
-    predicted = torch.full((len(photos), 2), float("nan"), dtype=torch.float64)
-    reasons: dict[int, str] = {}
-    opened = DataLoader(Opened(photos, views), batch_size, num_workers=workers, collate_fn=apart)
-    with tqdm(total=len(photos), unit="photo", disable=None) as progress:
-        for index, seen, failed in opened:
-            if index:
-                predicted[index] = locate(seen).double()
-            reasons |= failed
-            progress.update(len(index) + len(failed))
-    unreadable = photos.table.loc[list(reasons), ["file", "line"]].assign(reason=list(reasons.values()))
-    return Answers(predicted, unreadable.reset_index(drop=True))
+    batch_size = max(1, batch_size // 10) if ten_crop else batch_size
+    opened = DataLoader(
+        _Opened(model, photos, ten_crop, workers),
+        batch_size,
+        num_workers=workers,
+        collate_fn=list,
+        generator=torch.Generator(),  # else the loader would draw from the global one
+    )
+    latlon, probability = torch.full((len(photos), k, 2), torch.nan), torch.full((len(photos), k), torch.nan)
+    unreadable: dict[int, str] = {}
+    with _Progress(len(photos), progress) as bar:
+        for batch in opened:
+            views = {index: found for index, found in batch if isinstance(found, Tensor)}
+            for index, found in batch:
+                if isinstance(found, PhotoError):
+                    if strict:
+                        raise found
+                    unreadable[index] = found.reason
+            if views:
+                places, shares = model.locate(torch.stack(list(views.values())), k)
+                latlon, probability = latlon.to(places.dtype), probability.to(shares.dtype)
+                latlon[list(views)], probability[list(views)] = places.cpu(), shares.cpu()
+            bar.update(len(batch))
+    return Answers(latlon, probability, unreadable)
 
 
-def benchmark_table(
-    name: str,
-    model: Asked | None,
-    gallery: Gallery,
-    places: Float[Tensor, "m 2"],
-    ten_crop: bool = False,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """evaluation.benchmark of a card of geoclip.datasets, as far as GEOCLIP_DATA goes: empty where it holds
-    nothing, ceilings and floors for coordinates alone, and the model's accuracy where the photos are there.
+class _Opened(Dataset):
+    """(index, views of the photo or the PhotoError) of each photo."""
 
-    places: the gallery's, in double precision. Photos that cannot be read are misses.
-    """
-    state = benchmarks.on_disk(name)
-    if state == "nothing":
-        return pd.DataFrame()
-    photos, predicted = benchmarks.load(name), None
-    if state == "photos" and model is not None:
-        model.use_gallery(gallery, keep=True)
-        batch_size = 6 if ten_crop else 64
-        predicted = answer(photos, model.views(ten_crop), model.locate, batch_size).predicted
-    about = {
-        "data": photos.name,
-        "split": "test",
-        "model": "coordinates" if predicted is None else model.name,
-    }
-    truth = torch.from_numpy(photos.latlon)
-    return evaluation.benchmark(truth, places, predicted, photos.authors, about, seed=seed)
-
-
-class Opened(Dataset):
-    """(index, its views or the reason why there are none) of each photo."""
-
-    def __init__(self, photos: Geotagged, views: Callable[[Path], Tensor]):
-        self.photos, self.views = photos, views
+    def __init__(self, model: Model, photos: Sequence, ten_crop: bool, workers: int):
+        self.model, self.photos, self.ten_crop = model, photos, ten_crop
+        # workers decode large photos one at a time: one may take a gigabyte
+        self.one_large = multiprocessing.Lock() if workers > 1 else None
 
     def __len__(self) -> int:
         return len(self.photos)
 
-    def __getitem__(self, index: int) -> tuple[int, Tensor | str]:
+    def __getitem__(self, index: int) -> tuple[int, Tensor | PhotoError]:
+        photo = self.photos[index]
+        wait = self.one_large if self.one_large and photos.is_large(photo) else contextlib.nullcontext()
         try:
-            return index, self.views(self.photos.path(index))
+            with wait:
+                return index, self.model.views(photo, self.ten_crop)
         except PhotoError as error:
-            return index, error.reason
+            return index, error
 
 
-def apart(batch: list[tuple[int, Tensor | str]]) -> tuple[list[int], Tensor | None, dict[int, str]]:
-    """The indices of the readable, their views stacked, and index → reason of the others."""
-    good = {index: views for index, views in batch if not isinstance(views, str)}
-    failed = {index: reason for index, reason in batch if isinstance(reason, str)}
-    return list(good), torch.stack(list(good.values())) if good else None, failed
+class _Progress(tqdm):
+    """A progress bar on a terminal; a line every 30 seconds elsewhere."""
 
+    def __init__(self, total: int, shown: bool):
+        self.lines = shown and not sys.stderr.isatty()
+        self.said = time.monotonic()
+        super().__init__(total=total, unit="photo", disable=None if shown else True)
+        self.total = total
 
-def save(answers: Answers, photos: Geotagged, table: Path) -> tuple[Path, Path]:
-    """Write TABLE_answers.csv (every photo: truth, answer, error) and TABLE_unreadable.csv beside `table`."""
-    rows = photos.table[["file", "line", "lat", "lon"]].copy()
-    rows[["predicted_lat", "predicted_lon"]] = answers.predicted.numpy()
-    rows["error_km"] = earth.haversine_km(answers.predicted, torch.from_numpy(photos.latlon)).numpy()
-    written = []
-    for part, kind in ((rows, "answers"), (answers.unreadable, "unreadable")):
-        written.append(table.with_name(f"{table.stem}_{kind}.csv"))
-        with paths.atomic(written[-1]) as temporary:
-            part.to_csv(temporary, index=False, float_format="%.7g")
-    return tuple(written)
+    def update(self, n: int = 1) -> None:
+        super().update(n)
+        if self.lines:
+            self.n += n  # a disabled bar does not count
+            if time.monotonic() - self.said > SECONDS_PER_LINE:
+                self.said = time.monotonic()
+                print(f"geoclip: {self.n:,} of {self.total:,} photos", file=sys.stderr)

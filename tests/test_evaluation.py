@@ -54,9 +54,17 @@ def test_floors():
     truth = torch.tensor([[48.85, 2.35], [-33.0, 151.0]])
     constant = evaluation.constant_floor(truth, training)
     assert constant[0] < 10 and constant[1] > 15_000
-    drawn = evaluation.random_floor(truth.expand(2, 2), training, seeded(5))
-    distances = earth.haversine_km(truth[:, None], training[None])
-    assert all(torch.isclose(distances[i], drawn[i], atol=1e-6).any() for i in range(2))
+
+
+def test_the_random_floor_is_the_mean_over_all_pairs():
+    truth, places = earth.sample_sphere(40, seeded(1)).double(), earth.sample_sphere(500, seeded(2)).double()
+    expected = evaluation.summarize(earth.haversine_km(truth[:, None], places[None]).flatten())
+    floor = evaluation.random_floor(truth, places)
+    for name in evaluation.ACCURACY_COLUMNS:
+        assert floor[name] == pytest.approx(expected[name], abs=1e-9)
+    assert floor["n"] == 40
+    for name in ("median_km", "mean_km", "geoscore"):
+        assert floor[name] == pytest.approx(expected[name], rel=0.01)
 
 
 def test_pixel_floor_is_brute_force():

@@ -143,7 +143,7 @@ def test_errors_are_counted_by_class_and_a_miss_is_the_furthest():
     maps.errors(axes, truth, predicted, limit=4)
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["≤ 200 km: 20 %", "≤ 750 km: 20 %", "≤ 2,500 km: 20 %", "further: 40 %"]
-    assert axes.get_legend().get_title().get_text() == "4 of 5 drawn"
+    assert axes.get_legend().get_title().get_text() == "error (dot: true place), % of 5 images, 4 drawn"
     with pytest.raises(ValueError, match="5 true places and 4"):
         maps.errors(axes, truth, predicted[:4])
     drawn(axes.figure)
@@ -164,7 +164,7 @@ def test_categories_have_a_legend_only_where_colours_tell_them_apart():
 def test_wrong_sizes_are_refused():
     axes = maps.earth_axes(maps.figure())
     pixels = maps.grid(axes, columns=20)
-    with pytest.raises(ValueError, match="values are needed"):
+    with pytest.raises(ValueError, match="expected 176 values, one per pixel"):
         maps.similarity(axes, pixels, np.zeros(3))
     with pytest.raises(ValueError, match="labels run from 0 to 5"):
         maps.categories(axes, pixels, np.arange(len(pixels.latlon)) % 6, ["a", "b"])

@@ -1,14 +1,17 @@
 """Image encoder, model and gallery: shapes, geometry, search against brute force."""
 
 import math
+import os
 
+import numpy as np
 import pytest
 import torch
 
 from geoclip import earth, gallery
+from geoclip.engines import place_index
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
-from geoclip.location_encoder import LocationEncoderConfig
+from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
 
 CONV = ImageEncoderConfig(tower="conv", weights=None, frozen=False, hidden=24, dim=16)
@@ -65,8 +68,10 @@ def test_training_or_another_gallery_drops_the_kept_embedding(model, images):
 
 def test_a_gallery_kept_on_disk_is_found_by_weights_and_places(model, tmp_path, monkeypatch):
     monkeypatch.setattr(gallery.paths, "CACHE", tmp_path)
+    expected = model.gallery.embed(model.location_encoder)
+    monkeypatch.setattr(gallery, "KEPT_AT_ONCE", 64)  # written in five parts
     first = model.gallery.embed(model.location_encoder, keep=True)
-    assert torch.allclose(first, model.gallery.embed(model.location_encoder), atol=1e-6)
+    assert torch.allclose(first, expected, atol=1e-6)
     assert len(list(tmp_path.rglob("*.npy"))) == 1
     monkeypatch.setattr(gallery, "embed", lambda *_, **__: pytest.fail("it was kept, and is computed again"))
     assert torch.equal(model.gallery.embed(model.location_encoder, keep=True), first)
@@ -74,6 +79,124 @@ def test_a_gallery_kept_on_disk_is_found_by_weights_and_places(model, tmp_path, 
         model.location_encoder.levels[0].mlp[0].bias[0] += 1e-3
     with pytest.raises(BaseException, match="computed again"):
         model.gallery.embed(model.location_encoder, keep=True)
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[200] ^= 64
+    path.write_bytes(content)
+
+
+def shuffle(path):
+    rows = np.load(path)
+    kept = path.read_bytes()
+    path.write_bytes(kept[:128] + rows[::-1].tobytes() + kept[-32:])
+
+
+def replace_by_another_gallery(path):
+    other = GeoCLIP.build(CONV, SMALL, seeded(7), Gallery(earth.sample_sphere(300, seeded(8)))).eval()
+    other.gallery.embed(other.location_encoder, keep=True)
+    os.replace(other.gallery.kept_at(other.location_encoder), path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        shuffle,
+        replace_by_another_gallery,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(path.read_bytes()[:-100]),
+    ],
+)
+def test_a_damaged_or_foreign_cache_is_computed_again(model, tmp_path, monkeypatch, capsys, damage):
+    monkeypatch.setattr(gallery.paths, "CACHE", tmp_path)
+    expected = model.gallery.embed(model.location_encoder, keep=True).clone()
+    damage(model.gallery.kept_at(model.location_encoder))
+    assert torch.equal(model.gallery.embed(model.location_encoder, keep=True), expected)
+    assert "is damaged or belongs to another gallery; computing it again" in capsys.readouterr().err
+    assert torch.equal(model.gallery.embed(model.location_encoder, keep=True), expected)
+    assert capsys.readouterr().err == ""
+
+
+def test_large_caches_are_checked_by_samples(tmp_path, monkeypatch):
+    monkeypatch.setattr(gallery, "CHECKED_BLOCK", 64)
+    monkeypatch.setattr(gallery, "CHECKED_BLOCKS", 4)
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1000))
+    first = gallery._digest(path, 1000, "name")
+    assert first != gallery._digest(path, 1000, "other")
+    path.write_bytes(bytes(256) + b"x" + bytes(743))  # in a sampled block: every fourth of 64 bytes
+    assert gallery._digest(path, 1000, "name") != first
+
+
+def test_a_cache_that_cannot_be_written_does_not_prevent_an_answer(
+    model, images, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("not a folder")
+    monkeypatch.setattr(gallery.paths, "CACHE", tmp_path / "file" / "cache")
+    assert model.places(keep=True).shape == (300, 16)
+    assert "cannot be cached" in capsys.readouterr().err
+    assert model.locate(model.encode_images(images))[0].shape == (6, 1, 2)
+
+
+def test_values_that_are_not_finite_are_an_error_and_never_an_answer(model, images):
+    query = model.encode_images(images)
+    with pytest.raises(ValueError, match="scores are not finite"):
+        model.locate(torch.where(torch.arange(16) == 3, torch.nan, query))
+    with torch.no_grad():
+        model.logit_scale.fill_(math.nan)
+        with pytest.raises(ValueError, match="scores are not finite"):
+            model.locate(query)
+        model.train().location_encoder.levels[1].mlp[0].bias[0] = math.nan
+    with pytest.raises(ValueError, match="its weights are damaged"):
+        model.eval().places()
+
+
+def test_scores_are_the_logits_of_all_places(model, images):
+    views = images[:, None]
+    assert torch.allclose(model.scores(views), model(images, model.gallery.latlon), atol=1e-5)
+    assert torch.equal(model.scores(views), model.scores(model.encode_views(views)))
+    probability = model.scores(views).softmax(1).topk(5)
+    latlon, expected = model.locate(views, 5)
+    assert torch.allclose(probability.values, expected, atol=1e-6)
+    assert torch.equal(model.gallery.latlon[probability.indices], latlon)
+
+
+def unit(n, seed, dim=512):
+    return torch.nn.functional.normalize(torch.randn(n, dim, generator=seeded(seed)), dim=1)
+
+
+@pytest.mark.parametrize("n", [50, 5_000, 70_001])
+@pytest.mark.parametrize("queries", [1, 9])
+def test_search_is_exact_in_blocks(n, queries, monkeypatch):
+    query, places = unit(queries, 0, 16), unit(n, 1, 16)
+    expected = (query.double() @ places.double().T).topk(5)
+    monkeypatch.setitem(gallery.SCORES_AT_ONCE, "cpu", 1)  # the smallest blocks
+    score, index = gallery.search(query, places, 5)
+    assert torch.equal(index, expected.indices)
+    assert torch.allclose(score.double(), expected.values, atol=1e-6)
+    _, _, total = gallery.scan(query, places, 5, scale=30.0)
+    assert torch.allclose(total.double(), (30 * query.double() @ places.double().T).logsumexp(1), atol=1e-4)
+
+
+def test_the_best_groups_hold_the_best_scores():
+    scores = torch.randn(7, 10_003, generator=seeded(6))
+    scores[0, -3:] = 9.0 + torch.arange(3)  # in the rest
+    scores[1, 64:70] = 9.0 + torch.arange(6)  # all in one group
+    assert torch.equal(gallery.top(scores.T.contiguous(), 6)[1], scores.topk(6).indices)
+
+
+@pytest.mark.slow
+def test_float16_storage_keeps_the_best_places_of_the_official_gallery():
+    """As a GPU stores places and multiplies: both factors rounded to float16, sums in float32."""
+    encoder, official = LocationEncoder.pretrained(), Gallery.official()
+    distinct = Gallery(official.latlon.unique(dim=0))
+    places = distinct.embed(encoder)
+    query = place_index.synthetic_queries(places, 4000)
+    best = gallery.search(query, places, 1)[1][:, 0]
+    rounded = gallery.search(query.half().float(), places.half().float(), 1)[1][:, 0]
+    assert (best == rounded).double().mean() >= 0.999
 
 
 @pytest.mark.parametrize("k", [0, 301])

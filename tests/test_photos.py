@@ -2,6 +2,8 @@
 
 import io
 import os
+import pickle
+import sys
 import warnings
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import IFDRational
 
-from geoclip.photos import PhotoError, exif_latlon, find_photos, open_photo
+from geoclip.photos import PhotoError, exif_latlon, find_photos, is_large, open_photo, resize, ten_crop
 
 
 def gradient(height=24, width=32):
@@ -195,6 +197,61 @@ def test_truncated_png(tmp_path):
     path = write(tmp_path / "cut.png", buffer.getvalue()[:3000])
     with pytest.raises(PhotoError, match="cannot be decoded"):
         open_photo(path)
+
+
+def test_heic_is_read_by_an_extra(tmp_path, monkeypatch):
+    path = write(tmp_path / "phone.heic", BROKEN["phone.heic"][0])
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with pytest.raises(PhotoError, match=r"phone\.heic: a HEIC photo: install pillow-heif"):
+        open_photo(path)
+
+    class Opener:
+        @staticmethod
+        def register_heif_opener():
+            def factory(file, name):
+                return Image.fromarray(gradient())
+
+            monkeypatch.setitem(Image.OPEN, "HEIF", (factory, lambda start: start[4:12] == b"ftypheic"))
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", Opener)
+    assert open_photo(path).size == (32, 24)
+
+
+@pytest.mark.parametrize("kind", ["jpg", "png"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_photos_with_far_more_pixels_than_needed_are_reduced(tmp_path, monkeypatch, kind, orientation):
+    import geoclip.photos
+
+    original = Image.fromarray(gradient(480, 640))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    original.save(tmp_path / f"photo.{kind}", exif=exif)
+    whole = open_photo(tmp_path / f"photo.{kind}")
+    assert open_photo(tmp_path / f"photo.{kind}", side=10).size == whole.size  # not above 32 megapixels
+    monkeypatch.setattr(geoclip.photos, "LARGE_PIXELS", 100_000)
+    reduced = open_photo(tmp_path / f"photo.{kind}", side=10)
+    assert is_large(tmp_path / f"photo.{kind}") and not is_large(tmp_path / "absent.jpg")
+    assert 40 <= min(reduced.size) <= 60
+    assert reduced.mode == "RGB" and (reduced.width > reduced.height) == (whole.width > whole.height)
+    small, expected = (np.asarray(resize(photo, 10), float) for photo in (reduced, whole))
+    assert np.abs(small - expected).max() < 4
+    assert open_photo(tmp_path / f"photo.{kind}", side=400).size == whole.size  # needed as it is
+
+
+def test_crops_are_those_of_torchvision():
+    from torchvision.transforms import InterpolationMode, functional
+
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (45, 71, 3), dtype=np.uint8))
+    for image in (photo, photo.transpose(Image.Transpose.ROTATE_90)):
+        resized = functional.resize(image, 36, InterpolationMode.BICUBIC)
+        assert resize(image, 36) == resized
+        for ours, theirs in zip(ten_crop(image, 32), functional.ten_crop(resized, 32), strict=True):
+            assert ours == theirs
+
+
+def test_an_error_survives_a_process_border():
+    error = pickle.loads(pickle.dumps(PhotoError("a.jpg", "empty")))
+    assert (str(error), error.name, error.reason) == ("a.jpg: empty", "a.jpg", "empty")
 
 
 @pytest.mark.parametrize("limit", [Image.MAX_IMAGE_PIXELS, None])  # None: a package has lifted Pillow's own

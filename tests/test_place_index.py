@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from geoclip import gallery, place_index
+from geoclip import gallery
+from geoclip.engines import place_index
+from geoclip.engines.place_index import PlaceIndex
 from geoclip.gallery import Gallery
 from geoclip.location_encoder import LocationEncoder
-from geoclip.place_index import PlaceIndex
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +41,18 @@ def test_probabilities_are_bounds_from_above(places, query):
     assert ((40 * score[:, 0] - total).exp() >= (40 * best[:, 0] - whole).exp() - 1e-4)[same].all()
 
 
-def test_kept_and_mapped_and_of_low_precision(places, query, tmp_path, monkeypatch):
-    low = places.to(torch.bfloat16)
-    first = PlaceIndex(low, probes=16, lists=50, path=tmp_path / "places.faiss")
+def test_kept_and_mapped(places, query, tmp_path, monkeypatch):
+    first = PlaceIndex(places, probes=16, lists=50, path=tmp_path / "places.faiss")
     monkeypatch.setattr(place_index, "build", lambda *_: pytest.fail("built again"))
     monkeypatch.setattr(place_index, "synthetic_queries", lambda *_: pytest.fail("measured again"))
-    again = PlaceIndex(low, probes=16, path=tmp_path / "places.faiss")
+    again = PlaceIndex(places, probes=16, path=tmp_path / "places.faiss")
     assert torch.equal(first.scan(query, 5)[1], again.scan(query, 5)[1])
     assert again.measured == first.measured == pytest.approx(again.recall(query), abs=0.1)
     assert again.measured > 0.9
     with pytest.raises(ValueError, match="the gallery has 5000 places"):
         again.scan(query, 5001)
+    with pytest.raises(ValueError, match=r"places\.faiss indexes other places; delete it"):
+        PlaceIndex(places[1:], path=tmp_path / "places.faiss")
 
 
 def test_without_faiss_it_says_what_to_install(places, monkeypatch):

@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import pickle
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -181,8 +183,8 @@ def test_text_is_located_like_an_image(model, tower):
     assert embedded.norm().item() == pytest.approx(1, abs=1e-5)
 
 
-def test_the_small_tower_knows_no_text(model):
-    with pytest.raises(ValueError, match="knows no text"):
+def test_the_small_tower_cannot_read_text(model):
+    with pytest.raises(ValueError, match="cannot read text"):
         model.predict_text("desert")
 
 
@@ -270,7 +272,7 @@ def test_the_released_parts_are_put_together(monkeypatch):
     class Encoder(ImageEncoder):
         def __init__(self, config):
             torch.nn.Module.__init__(self)
-            self.config, self.tower = config, torch.nn.Identity()
+            self.config, self.tower, self.dtype = config, torch.nn.Identity(), torch.float32
             self.tower.visual = torch.nn.Identity()
             self.head = torch.nn.Sequential(
                 torch.nn.Linear(768, 768), torch.nn.ReLU(), torch.nn.Linear(768, 512)
@@ -301,6 +303,7 @@ def checkpoint(tmp_path_factory):
     config = TrainConfig(image=CONV, location=SMALL, splits=sizes, queue=16, batch_size=8, epochs=1)
     module = GeoCLIPTraining.build(config, GeoCLIPTraining.training_set(config))
     path = tmp_path_factory.mktemp("model") / "last.ckpt"
+    path.with_name("result.json").write_text("{}")  # the run has ended
     kept = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(kept)
     torch.save(kept, path)
@@ -407,7 +410,7 @@ def test_maps_are_written(files, checkpoint, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--top-k", str(PLACES + 1)], f"top_k is {PLACES + 1}, but the gallery has {PLACES} places"),
+        (["--top-k", str(PLACES + 1)], f"--top-k {PLACES + 1}: the gallery has {PLACES} places"),
         (["--map", "map.txt"], "--map map.txt"),
         (["--gallery", "absent.csv"], "absent.csv"),
         (["--checkpoint", "absent.ckpt"], "no checkpoint at absent.ckpt"),
@@ -436,6 +439,98 @@ def test_a_gallery_of_ones_own(files, checkpoint, capsys, tmp_path):
     [photo] = json.loads(capsys.readouterr().out)["photos"]
     assert {(place["lat"], place["lon"]) for place in photo["places"]} == {(10.0, 30.0), (-20.0, 40.0)}
     assert sum(place["probability"] for place in photo["places"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_gallery_s_errors_name_file_line_and_column(files, checkpoint, capsys, tmp_path):
+    options = [
+        "predict",
+        str(files / "a.png"),
+        "--checkpoint",
+        checkpoint,
+        "--gallery",
+        str(tmp_path / "g.csv"),
+    ]
+    for text, message in (
+        ("x,y\n1,2\n", "no column for lat"),
+        ("latitude,longitude\n1,2\n3,far\n", "line 3: longitude is 'far', not a number of degrees"),
+        ("lat,lng\n1,2\n95,182\n", "line 3: lat is 95, beyond ±90"),
+        ("lat,lng\n", "there are no rows"),
+    ):
+        (tmp_path / "g.csv").write_text(text)
+        assert main(options) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / 'g.csv'}" in error and message in error
+    (tmp_path / "g.csv").write_text("Latitude,Lng\n1,2\n")  # names that `evaluate --gallery` recognises too
+    assert main([*options, "--top-k", "1"]) == 0
+
+
+def test_an_empty_folder_is_listed_and_the_photos_are_answered(files, checkpoint, capsys, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    options = ["--checkpoint", checkpoint, "--format", "json"]
+    assert main(["predict", str(files / "a.png"), str(empty), *options]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert [photo["file"] for photo in found["photos"]] == [str(files / "a.png")]
+    [failure] = found["failed"]
+    assert failure["file"] == str(empty) and "holds no photos" in failure["reason"]
+    assert main(["predict", str(empty), *options]) == 2
+    assert f"no photos: {empty}: the folder holds no photos" in capsys.readouterr().err
+
+
+def test_any_file_name_is_answered_and_drawn(checkpoint, capsys, tmp_path):
+    for name in ("a $\\frac{ b$.png", os.fsdecode(b"caf\xe9.png"), "two\nlines.png"):
+        folder = tmp_path / str(len(name))
+        folder.mkdir()
+        path = folder / name
+        save(path, 0)
+        drawn = str(folder / "map.png")
+        assert main(["predict", str(path), "--checkpoint", checkpoint, "--map", drawn]) == 0
+        assert "Traceback" not in capsys.readouterr().err and os.path.getsize(drawn) > 10_000
+
+
+def test_a_full_disk_names_the_map(checkpoint, capsys, tmp_path, monkeypatch):
+    import errno
+
+    from matplotlib.figure import Figure
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Figure, "savefig", full)
+    options = ["--checkpoint", checkpoint, "--map", str(tmp_path / "map.png")]
+    assert main(["predict", str(save(tmp_path / "a.png")), *options]) == 2
+    assert f"{tmp_path / 'map.png'}: cannot be saved" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_said_and_options_are_refused_by_name(checkpoint, capsys, tmp_path):
+    photo = str(save(tmp_path / "a.png"))
+    (tmp_path / "run").mkdir()
+    unfinished = shutil.copy(checkpoint, tmp_path / "run")
+    assert main(["predict", photo, "--checkpoint", unfinished, "--top-k", "1"]) == 0
+    assert f"the training run in {tmp_path / 'run'} has not finished" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["predict", photo, "--checkpoint", checkpoint, "--top-k", "0"])
+    assert '"top_k"' in capsys.readouterr().err
+
+
+def test_workers_give_what_one_process_gives(model, files):
+    from geoclip import predictor
+
+    paths = [files / name for name in ("a.png", "text.jpg", "b.jpg", "absent.jpg", "c.jpg")]
+    here = predictor.answer(model, paths, 2)
+    there = predictor.answer(model, paths, 2, workers=2, batch_size=2)
+    assert here.unreadable == there.unreadable == {1: "not an image in a known format", 3: "no such file"}
+    assert torch.equal(here.latlon.nan_to_num(), there.latlon.nan_to_num())
+    assert here.latlon.isnan().any(-1).any(-1).tolist() == [False, True, False, True, False]
+    with pytest.raises(PhotoError, match=r"text\.jpg"):
+        predictor.answer(model, paths, strict=True)
+
+
+def test_the_loop_leaves_the_global_random_state_alone(model):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    model.predict([noise(0), noise(1)])
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_a_baseline_answers_with_one_place_and_no_probability(tmp_path, capsys):
@@ -491,9 +586,9 @@ def test_an_index_is_searched_and_tells_its_recall(files, checkpoint, capsys, tm
     assert found[["lat", "lon"]].equals(exact[["lat", "lon"]])
     assert (found["probability"] >= exact["probability"] - 1e-6).all()
     assert len(list((tmp_path / "cache" / "galleries").glob("*.faiss"))) == 1
-    monkeypatch.setattr("geoclip.place_index.WORTH_IT", 50)
+    monkeypatch.setattr("geoclip.engines.place_index.WORTH_IT", 50)
     main(["predict", str(files / "b.jpg"), *options])
-    assert "60 places; --index searches them faster" in capsys.readouterr().err
+    assert "60 places; --index searches it faster" in capsys.readouterr().err
 
 
 def test_the_precision_is_chosen_and_said(files, checkpoint, capsys, monkeypatch):

@@ -1,1 +1,91 @@
-"""The commands of `python -m geoclip`, one module each with `parser()` and `run(options)`."""
+"""The commands of `python -m geoclip`, one module each with `parser()` and `run(options)`; here, what two of them share."""
+
+import sys
+from pathlib import Path
+
+
+def load_model(options):
+    """The model that --checkpoint names, or the authors' released one, on a GPU if there is one.
+
+    Returns GeoCLIP, or for another kind of checkpoint a Baseline; both are a predictor.Model.
+    """
+    import torch
+
+    from geoclip import model
+
+    path = options.checkpoint
+    if not path:
+        return model.GeoCLIP.pretrained(options.clip_weights, options.precision)
+    say_if_unfinished(path)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    checkpoint = model.read_checkpoint(path)
+    if checkpoint["geoclip_config"].get("model", "geoclip") == "geoclip":
+        try:
+            loaded = model.from_checkpoint(checkpoint, clip_weights=options.clip_weights)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+        return loaded.to(device).use_precision(options.precision)
+    from geoclip import baselines  # imports Lightning, which GeoCLIP does without
+
+    return Baseline(model_name(path), baselines.load(path).to(device))
+
+
+class Baseline:
+    """A trained baseline as a predictor.Model: it answers with one place per photo and without a probability."""
+
+    gallery = None
+
+    def __init__(self, name: str, module):
+        self.name, self.module = name, module
+
+    def views(self, photo, ten_crop: bool = False):
+        from geoclip.image_encoder import Preprocessing
+        from geoclip.photos import open_photo
+
+        if ten_crop:
+            raise ValueError(
+                f"--ten-crop: {self.name} has no ten-crop answer; only GeoCLIP averages over crops"
+            )
+        if getattr(self.module.config, "seg_channels", 0):
+            raise ValueError(
+                f"{self.name} needs a segmentation map with each photo; evaluate it on tiles instead"
+            )
+        preprocess = Preprocessing.of(self.module.config.image)
+        return preprocess(open_photo(photo, preprocess.pixels))[None]
+
+    def locate(self, views, k: int = 1):
+        import torch
+
+        with torch.inference_mode():
+            latlon = self.module.locate(views[:, 0].to(self.module.device)).cpu()
+        return latlon[:, None], torch.full((len(latlon), 1), torch.nan)
+
+
+def read_gallery(wanted: str):
+    """The Gallery that --gallery names: "official", a CSV file with latitudes and longitudes, or a benchmark."""
+    import torch
+
+    from geoclip.datasets import benchmarks, folder
+    from geoclip.gallery import Gallery
+
+    if wanted == "official":
+        return Gallery.official()
+    if Path(wanted).suffix == ".csv" or Path(wanted).is_file():
+        return Gallery(torch.from_numpy(folder.read_places(wanted)), Path(wanted).name)
+    photos = benchmarks.load(wanted)
+    return Gallery(torch.from_numpy(photos.latlon), photos.name)
+
+
+def model_name(checkpoint: str | None) -> str:
+    """What tables call a model: its run's folder, or the file's name if that is not `last`."""
+    if not checkpoint:
+        return "authors' weights"
+    path = Path(checkpoint).resolve()
+    return path.parent.name if path.stem == "last" else path.stem
+
+
+def say_if_unfinished(checkpoint: str) -> None:
+    """Tells on stderr that a training run has not ended: it has a last.ckpt but no result.json."""
+    path = Path(checkpoint).resolve()
+    if path.name == "last.ckpt" and not (path.parent / "result.json").is_file():
+        print(f"geoclip: the training run in {path.parent} has not finished", file=sys.stderr)

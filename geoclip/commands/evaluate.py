@@ -5,209 +5,241 @@ import re
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 SPLITS = ("random", "blocked")
 EPILOG = """
-Writes one tidy table (default data/results/evaluate/NAME.csv, with what it comes from in NAME.json): accuracy
-with its 95 % interval over photographers, accuracy without the test points that the gallery holds, the gallery's
-ceiling, random and constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with the photos that
-could not be read, which are misses, and which make the exit status 1. Benchmarks are read from the folder that
-GEOCLIP_DATA names; its layout, and where to get them, stand in geoclip/datasets/benchmarks.py.
+Writes one tidy table (default data/results/evaluate/NAME.csv, with its provenance in NAME.json): accuracy with its 95 %
+interval over photographers, accuracy without the test points that the gallery holds, the gallery's ceiling, random and
+constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with the photos that could not be read, which
+count as misses and make the exit status 1. Benchmarks are read from the folder that GEOCLIP_DATA names; its layout and
+where to get them are described in geoclip/datasets/benchmarks.py.
 """
 
 
 def parser() -> ArgumentParser:
     """The options."""
     parser = ArgumentParser(prog="python -m geoclip evaluate", description=__doc__, epilog=EPILOG)
-    parser.add_argument("--benchmark", help="im2gps3k, yfcc26k, gws15k, … (a card of geoclip.datasets)")
-    parser.add_argument("--csv", help="or photos of your own: any CSV with their names, LAT and LON")
+    parser.add_argument("--benchmark", help="im2gps3k, yfcc26k, gws15k, … (geoclip.datasets.benchmarks)")
+    parser.add_argument(
+        "--csv", help="or your own photos: any CSV with their names, latitudes and longitudes"
+    )
     parser.add_argument(
         "--data", choices=["blue_marble"], help="or the embedded tiles (default with a --checkpoint)"
     )
     parser.add_argument("--split", choices=[*SPLITS, "both"], default="both", help="of the embedded tiles")
     parser.add_argument(
-        "--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, the CSV's folder"
+        "--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, or the CSV's folder"
     )
     parser.add_argument(
-        "--checkpoint", help="a model of `train`; default: the authors' released weights with CLIP"
+        "--checkpoint", help="a model trained with `train`; default: the authors' released weights with CLIP"
     )
     parser.add_argument(
-        "--clip-weights", help="a local file of CLIP's weights, where they cannot be downloaded"
+        "--clip-weights", help="a local file of CLIP's weights, for machines that cannot download them"
     )
     parser.add_argument(
         "--coordinates-only", action="store_true", help="ceiling, floors and leaks, without a model"
     )
     parser.add_argument(
         "--gallery",
-        help="official (the authors' 100 K), own (the checkpoint's), a benchmark's name or a CSV with LAT and LON; "
-        "default: own where the checkpoint has one, else official",
+        help="official (the authors' 100 K), own (the checkpoint's), a benchmark's name or a CSV with latitudes and "
+        "longitudes; default: own if the checkpoint has one, else official",
     )
-    parser.add_argument("--gallery-size", type=int, help="that many different places of it, drawn at random")
-    parser.add_argument("--ten-crop", action="store_true", help="mean of the logits over ten crops")
+    parser.add_argument(
+        "--gallery-size", type=PositiveInt, help="draw that many distinct places of it at random"
+    )
+    parser.add_argument("--ten-crop", action="store_true", help="average the logits over ten crops")
     parser.add_argument(
         "--precision",
         choices=["fp32", "bf16", "auto"],
         default="fp32",
-        help="auto: bf16 where it is computed faster",
+        help="arithmetic of the image tower; auto: bf16 if the processor computes it faster",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the gallery's draw, random floor and bootstrap"
+        "--seed", type=NonNegativeInt, default=0, help="of the gallery's draw, random floor and bootstrap"
     )
-    parser.add_argument("--batch-size", type=int, default=64, help="views that the tower sees together")
     parser.add_argument(
-        "--workers", type=int, help="processes that open photos; default: a core each on a GPU, else 0"
+        "--batch-size", type=PositiveInt, default=64, help="views that the tower processes together"
+    )
+    parser.add_argument(
+        "--workers",
+        type=NonNegativeInt,
+        help="processes that open photos; default: one per core with a GPU, else 0",
     )
     parser.add_argument("--out", help="the table to write, such as my.csv")
     return parser
 
 
 def run(options) -> int:
-    """Answer, score, write; 1 where photos could not be read."""
-    import pandas as pd
-    import torch
-
-    from geoclip import evaluation, paths, predictor
-    from geoclip.datasets import blue_marble
+    """Answer, score, write; 1 if some photos could not be read."""
+    from geoclip import paths
     from geoclip.reproduce import report
 
     check(options)
-    photos = read_photos(options) if options.benchmark or options.csv else None
-    model = (
-        None
-        if options.coordinates_only
-        else predictor.load(options.checkpoint, options.clip_weights, options.precision)
-    )
-    if photos is None and model.trained.config.data != "blue_marble":
-        raise ValueError(
-            f"{options.checkpoint} was not trained on the embedded data: give --benchmark or --csv"
-        )
-    places, gallery = read_gallery(options, model)
-    about = {
-        "data": blue_marble.LABEL if photos is None else photos.name,
-        "split": "test",
-        "model": "coordinates only" if model is None else model.name,
-        "crops": 10 if options.ten_crop else 1,
-        "seed": options.seed,
-        "gallery": gallery,
-    }
-    score = {"from_places": model is None or model.geoclip is not None, "seed": options.seed}
-
-    answers = None
-    if photos is None:
-        tables = []
-        for split in SPLITS if options.split == "both" else (options.split,):
-            predicted, truth = model.locate_tiles(split, options.batch_size)
-            tables.append(
-                evaluation.benchmark(truth, places, predicted, None, about | {"split": split}, **score)
-            )
-        table = pd.concat(tables, ignore_index=True)
-    else:
-        truth, predicted = torch.from_numpy(photos.latlon), None
-        if model is not None:
-            views = model.views(options.ten_crop)
-            batch_size = max(1, options.batch_size // 10) if options.ten_crop else options.batch_size
-            answers = predictor.answer(photos, views, model.locate, batch_size, workers(options))
-            predicted = answers.predicted
-        table = evaluation.benchmark(truth, places, predicted, photos.authors, about, **score)
-
-    out = Path(options.out) if options.out else paths.RESULTS / "evaluate" / f"{slug(about)}.csv"
+    of_photos = bool(options.benchmark or options.csv)
+    table, answers = score_photos(options) if of_photos else (score_tiles(options), None)
+    out = Path(options.out) if options.out else paths.RESULTS / "evaluate" / f"{slug(table.iloc[0])}.csv"
     given = {key: value for key, value in vars(options).items() if value is not None}
     report.save_table(table, out, report.provenance(given, data_hash(options)))
-    shown = table[["split", "measure", *evaluation.ACCURACY_COLUMNS, "median_km", "mean_km", "geoscore", "n"]]
+    shown = ["split", "measure", *(name for name in table if name.startswith("acc_"))]
+    shown = table[[*shown, "median_km", "mean_km", "geoscore", "n"]]
     print(shown.round(2).to_string(index=False, na_rep=""))
     print("\n".join(["", *summary(table), *pinned(options), f"written: {out}"]))
     if answers is None:
         return 0
-    answers_csv, unreadable_csv = predictor.save(answers, photos, out)
-    print(f"every answer: {answers_csv}")
-    if answers.unreadable.empty:
-        return 0
-    print(f"{len(answers.unreadable):,} photos could not be read and are misses: {unreadable_csv}")
-    return 1
+    for kind, rows in answers.items():
+        path = out.with_name(f"{out.stem}_{kind}.csv")
+        with paths.atomic(path) as temporary:
+            rows.to_csv(temporary, index=False, float_format="%.7g", errors="backslashreplace")
+        print(f"{kind}: {len(rows):,} rows in {path}")
+    if unreadable := len(answers["unreadable"]):
+        print(f"{unreadable:,} photos could not be read and are misses")
+    return 1 if unreadable else 0
 
 
 def check(options) -> None:
-    """ValueError for options that do not go together."""
+    """Raises ValueError for options that do not go together."""
     asked = [choice for choice in (options.benchmark, options.csv, options.data) if choice is not None]
     if len(asked) > 1 or not (asked or options.checkpoint):
         raise ValueError("give one of --benchmark, --csv and --data, or a --checkpoint of the embedded data")
     if options.coordinates_only and options.checkpoint:
-        raise ValueError("--coordinates-only asks no model: leave --checkpoint out")
+        raise ValueError("--coordinates-only uses no model; omit --checkpoint")
     if options.data and (options.coordinates_only or not options.checkpoint):
-        raise ValueError("--data blue_marble is scored with a model of yours: give --checkpoint")
+        raise ValueError("--data blue_marble is scored with your own model; give --checkpoint")
     if options.out and not options.out.endswith(".csv"):
-        raise ValueError(f"--out {options.out}: the result is a table, give a name that ends in .csv")
+        raise ValueError(f"--out {options.out}: the result is a table; give a name that ends in .csv")
     if not (options.benchmark or options.csv) and options.ten_crop:
-        raise ValueError("tiles are rendered at the tower's size: ten crops cannot be cut out of them")
+        raise ValueError(
+            "--ten-crop: tiles are rendered at the tower's size; ten crops cannot be cut from them"
+        )
+
+
+def score_photos(options):
+    """The table of a benchmark or CSV; answers and unreadable photos as tables, or None without a model."""
+    import joblib
+    import torch
+
+    from geoclip import earth, evaluation, predictor
+    from geoclip.commands import Baseline, load_model
+
+    photos = read_photos(options)
+    model = None if options.coordinates_only else load_model(options)
+    gallery = choose_gallery(options, model)
+    truth, answers, predicted = torch.from_numpy(photos.latlon), None, None
+    if model is not None:
+        workers = options.workers
+        if workers is None:  # on a CPU the tower needs the cores itself
+            workers = joblib.cpu_count() if torch.cuda.is_available() else 0
+        paths = [photos.path(index) for index in range(len(photos))]
+        found = predictor.answer(
+            model, paths, 1, options.ten_crop, options.batch_size, workers, progress=True
+        )
+        predicted = found.latlon[:, 0].double()
+        rows = photos.table[["file", "line", "lat", "lon"]].copy()
+        rows[["predicted_lat", "predicted_lon"]] = predicted.numpy()
+        rows["error_km"] = earth.haversine_km(predicted, truth).numpy()
+        missed = photos.table.loc[list(found.unreadable), ["file", "line"]]
+        answers = {"answers": rows, "unreadable": missed.assign(reason=list(found.unreadable.values()))}
+    about = describe(options, photos.name, "test", gallery.source)
+    ceiling = not isinstance(model, Baseline)
+    table = evaluation.benchmark(
+        truth, gallery.given, predicted, photos.authors, about, ceiling, options.seed
+    )
+    return table, answers
+
+
+def score_tiles(options):
+    """The table of a checkpoint's answers for the embedded tiles."""
+    import pandas as pd
+    import torch
+    from tqdm import tqdm
+
+    from geoclip import baselines, evaluation
+    from geoclip.commands import Baseline, load_model
+    from geoclip.datasets import blue_marble
+
+    module = baselines.load(options.checkpoint)
+    if module.config.data != "blue_marble":
+        raise ValueError(
+            f"{options.checkpoint} was not trained on the embedded data; give --benchmark or --csv"
+        )
+    model = load_model(options)
+    gallery = choose_gallery(options, model)
+    from_places = not isinstance(model, Baseline)
+    tables = []
+    for split in SPLITS if options.split == "both" else (options.split,):
+        images, truth = module.test_tiles(split)
+        parts = tqdm(images.split(options.batch_size), f"tiles, {split}", disable=None)
+        predicted = torch.cat([model.locate(part[:, None])[0][:, 0].cpu() for part in parts])
+        about = describe(options, blue_marble.LABEL, split, gallery.source)
+        tables.append(
+            evaluation.benchmark(truth, gallery.given, predicted, None, about, from_places, options.seed)
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def describe(options, data: str, split: str, gallery: str) -> dict[str, object]:
+    """The columns that tell what was evaluated."""
+    from geoclip.commands import model_name
+
+    name = "coordinates only" if options.coordinates_only else model_name(options.checkpoint)
+    crops = 10 if options.ten_crop else 1
+    return {
+        "data": data,
+        "split": split,
+        "model": name,
+        "crops": crops,
+        "seed": options.seed,
+        "gallery": gallery,
+    }
 
 
 def read_photos(options):
-    """The benchmark or the CSV, with its folder of images unless only coordinates are asked for."""
+    """The benchmark or the CSV, with its folder of images unless only coordinates are evaluated."""
     from geoclip.datasets import benchmarks
 
     if options.csv:
-        csv = Path(options.csv)
-        images = None if options.coordinates_only else options.images or csv.parent
-        return benchmarks.read_csv(csv, images)
+        images = None if options.coordinates_only else options.images or Path(options.csv).parent
+        return benchmarks.read_csv(Path(options.csv), images)
     photos = benchmarks.load(options.benchmark, images=options.images)
     if photos.images is None and not options.coordinates_only:
         wanted = benchmarks.card(options.benchmark)
         raise FileNotFoundError(
-            f"{wanted.title}: its images are not in {benchmarks.data_folder() / 'images' / wanted.name}: put them there or "
-            f"name their folder with --images (they come from: {wanted.source}), or ask for --coordinates-only"
+            f"{wanted.title}: its images are not in {benchmarks.data_folder() / 'images' / wanted.name}; put them "
+            f"there, name their folder with --images (source: {wanted.source}), or use --coordinates-only"
         )
     return photos
 
 
-def read_gallery(options, model):
-    """((m, 2) places in double precision, what to call them); the model answers from them from now on."""
-    import torch
-
-    from geoclip import pretrained
-    from geoclip.datasets import benchmarks, folder
+def choose_gallery(options, model):
+    """The gallery that --gallery and --gallery-size name; the model answers from it from now on."""
+    from geoclip.commands import Baseline, read_gallery
     from geoclip.gallery import Gallery
 
-    own = model.gallery if options.checkpoint else None
+    own = model.gallery if options.checkpoint and model is not None else None
     wanted = options.gallery or ("own" if own is not None else "official")
-    if wanted == "own":
-        if own is None:
-            raise ValueError("--gallery own is the checkpoint's, and there is none: give official, or a CSV")
-        places, source = own.latlon.double(), own.source
-    elif wanted == "official":
-        places, source = torch.from_numpy(pretrained.official_gallery()), "authors' 100 K gallery"
-    elif wanted.endswith(".csv"):
-        places, source = torch.from_numpy(folder.read_places(wanted)), Path(wanted).name
-    else:
-        photos = benchmarks.load(wanted)
-        places, source = torch.from_numpy(photos.latlon), photos.name
+    if wanted == "own" and own is None:
+        raise ValueError("--gallery own: there is no checkpoint with a gallery; give official, or a CSV")
+    gallery = own if wanted == "own" else read_gallery(wanted)
     if options.gallery_size is not None:
-        places = sample(places, options.gallery_size, options.seed)
-        source = f"{options.gallery_size:,} places of {source}, seed {options.seed}"
-    if model is not None and (model.geoclip is not None or options.gallery):
-        whole = options.gallery_size is None
-        answers_from = own if wanted == "own" and whole else Gallery(places, source)
-        model.use_gallery(answers_from, keep=wanted == "official" and whole)
-    return places, source
+        source = f"{options.gallery_size:,} places of {gallery.source}, seed {options.seed}"
+        gallery = Gallery(sample(gallery.given, options.gallery_size, options.seed), source)
+    if isinstance(model, Baseline):
+        if options.gallery:
+            raise ValueError(f"--gallery: {options.checkpoint} is a baseline, which answers from no gallery")
+    elif model is not None:
+        model.use_gallery(gallery).places(keep=wanted == "official" and options.gallery_size is None)
+    return gallery
 
 
 def sample(places, size: int, seed: int):
-    """`size` different places, drawn without replacement; ValueError where there are fewer."""
+    """`size` distinct places, drawn without replacement. Raises ValueError if there are fewer."""
     import torch
 
     unique = torch.unique(places, dim=0)
-    if not 1 <= size <= len(unique):
-        raise ValueError(f"--gallery-size {size:,}: the gallery has {len(unique):,} different places")
+    if size > len(unique):
+        raise ValueError(f"--gallery-size {size:,}: the gallery has {len(unique):,} distinct places")
     return unique[torch.randperm(len(unique), generator=torch.Generator().manual_seed(seed))[:size]]
-
-
-def workers(options) -> int:
-    """Processes that open photos: on a CPU the tower needs the cores itself."""
-    import joblib
-    import torch
-
-    if options.workers is not None:
-        return options.workers
-    return joblib.cpu_count() if torch.cuda.is_available() else 0
 
 
 def data_hash(options) -> str:
@@ -221,7 +253,7 @@ def data_hash(options) -> str:
 
 
 def summary(table) -> list[str]:
-    """What the table rests on, in words."""
+    """What the table is based on, as text."""
     lines = []
     for split, rows in table.groupby("split", sort=False):
         first = rows.iloc[0]
@@ -231,14 +263,12 @@ def summary(table) -> list[str]:
         lines.append(
             f"{first.n_leaked:,} of them are in the gallery to within 1 m; interval over {first.interval_over}"
         )
-    return [
-        *lines,
-        f"gallery: {first.gallery}, {first.gallery_n:,} places, {first.gallery_unique:,} of them different",
-    ]
+    unique = f"{first.gallery_n:,} places, {first.gallery_unique:,} of them distinct"
+    return [*lines, f"gallery: {first.gallery}, {unique}"]
 
 
 def pinned(options) -> list[str]:
-    """Whether a benchmark's CSV is the one that its card pins."""
+    """Whether the benchmark's CSV is the one whose SHA-256 is known."""
     from geoclip.datasets import benchmarks
 
     if not options.benchmark:
@@ -253,7 +283,7 @@ def pinned(options) -> list[str]:
     ]
 
 
-def slug(about: dict) -> str:
-    """A file name that tells results apart."""
-    parts = [str(about[key]) for key in ("data", "split", "model", "gallery")] + [f"{about['crops']} crops"]
+def slug(about) -> str:
+    """A file name that distinguishes results."""
+    parts = [str(about[key]) for key in ("data", "model", "gallery")] + [f"{about['crops']} crops"]
     return "-".join(re.sub(r"[^a-z0-9]+", "_", part.split("(")[0].lower()).strip("_") for part in parts)

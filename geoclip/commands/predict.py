@@ -1,272 +1,231 @@
 """Say where photos were taken: best places, probability, nearest town, a link to a map."""
 
+import csv
 import json
+import math
 import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 
 FORMATS = ("table", "json", "csv")
 MAP_SUFFIXES = (".png", ".pdf", ".svg")
-BATCH = 16
 PROGRESS_FROM = 20  # photos
 EPILOG = """
-Photos that cannot be used are named on stderr with the reason, the others are answered, and the exit status is
-1. Where EXIF says where a photo was taken, that and each answer's error in km stand beside it; the model never
-sees it. Probabilities are shares of the gallery's places and not calibrated.
+Photos that cannot be used are listed on stderr with the reason; the others are answered, and the exit status is 1. If
+EXIF records where a photo was taken, the output shows that position and the error of each answer in km; the model never
+sees it. Probabilities are shares of the gallery's places and are not calibrated.
 """
 
 
 def parser() -> ArgumentParser:
     """The options."""
     parser = ArgumentParser(prog="python -m geoclip predict", description=__doc__, epilog=EPILOG)
-    parser.add_argument("photos", nargs="+", type=str, help="photos, or folders that are searched for them")
-    parser.add_argument("--top-k", type=int, default=5, help="places for each photo")
+    parser.add_argument("photos", nargs="+", type=str, help="photos, or folders to search for photos")
+    parser.add_argument("--top-k", type=PositiveInt, default=5, help="number of places for each photo")
     parser.add_argument(
-        "--ten-crop", action="store_true", help="mean of the logits over ten crops: slower, better"
+        "--ten-crop", action="store_true", help="average the logits over ten crops: slower, more accurate"
     )
-    parser.add_argument("--format", choices=FORMATS, default="table", help="of what is printed")
+    parser.add_argument("--format", choices=FORMATS, default="table", help="format of the output")
     parser.add_argument("--map", help="also draw a map: OUT.png, .pdf or .svg")
     parser.add_argument(
-        "--checkpoint", help="a model of `train`; default: the authors' released weights with CLIP"
+        "--checkpoint", help="a model trained with `train`; default: the authors' released weights with CLIP"
     )
     parser.add_argument(
-        "--clip-weights", help="a local file of CLIP's weights, where they cannot be downloaded"
+        "--clip-weights", help="a local file of CLIP's weights, for machines that cannot download them"
     )
     parser.add_argument(
         "--gallery",
-        help="official (the authors' 100 K) or a CSV with LAT and LON; default: the checkpoint's own",
+        help="official (the authors' 100 K), a benchmark's name, or a CSV with latitudes and longitudes; default: the "
+        "checkpoint's own",
     )
     parser.add_argument(
-        "--index", action="store_true", help="search approximately (faiss), for galleries of over 2 M places"
+        "--index", action="store_true", help="search approximately (faiss), for galleries above 2 M places"
     )
     parser.add_argument(
         "--precision",
         choices=["auto", "fp32", "bf16"],
         default="auto",
-        help="auto: bf16 where it is computed faster",
+        help="arithmetic of the image tower; auto: bf16 if the processor computes it faster",
     )
     return parser
 
 
 def run(options) -> int:
-    """Print the answers and draw the map; 1 where photos could not be used."""
-    from geoclip import gallery, photos
+    """Print the answers and draw the map; 1 if some photos could not be used."""
+    from geoclip import photos, predictor
+    from geoclip.commands import Baseline, load_model
 
     if options.map and Path(options.map).suffix not in MAP_SUFFIXES:
-        raise ValueError(f"--map {options.map}: a map is written as {', '.join(MAP_SUFFIXES)}")
-    found = list(dict.fromkeys(photos.find_photos(options.photos)))
-    model = load_model(options)
-    if isinstance(model, OnePlace):
+        raise ValueError(f"--map {options.map}: the name must end in {', '.join(MAP_SUFFIXES)}")
+    found, failed = [], {}
+    for source in options.photos:
+        try:
+            found += photos.find_photos([source])
+        except FileNotFoundError as error:
+            failed[source] = str(error).removeprefix(f"{source}: ")
+    if not found:
+        raise FileNotFoundError(f"no photos: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
+    found = list(dict.fromkeys(found))
+    model, top_k = load_model(options), options.top_k
+    if isinstance(model, Baseline):
+        refuse_gallery(options)
         top_k = 1
-        print(f"geoclip: {model.asked.name} answers with one place, without probability", file=sys.stderr)
+        print(f"geoclip: {model.name} answers with one place, without probability", file=sys.stderr)
     else:
-        top_k = options.top_k
-        gallery.check_k(top_k, len(model.gallery))
-    answers, failed = answer(model, found, top_k, options.ten_crop)
-    if hasattr(sys.stdout, "reconfigure"):  # towns and files have names that a terminal may not know
-        sys.stdout.reconfigure(errors="backslashreplace")
-    print_answers(answers, failed, options.format, model.gallery)
-    for name, reason in failed:
+        prepare_gallery(model, options)
+    answers = predictor.answer(
+        model, found, top_k, options.ten_crop, batch_size=16, progress=len(found) >= PROGRESS_FROM
+    )
+    failed |= {str(found[index]): reason for index, reason in answers.unreadable.items()}
+    answered = describe_all(found, answers)
+    for stream in (sys.stdout, sys.stderr):  # a terminal may be unable to show names of towns and files
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    print_answers(answered, failed, options.format, model.gallery)
+    for name, reason in failed.items():
         print(f"geoclip: {name}: {reason}", file=sys.stderr)
     if failed:
-        print(f"geoclip: {len(failed)} of {len(found)} photos could not be used", file=sys.stderr)
-    if options.map and len(answers):
-        draw(model, answers, found, options)
+        total = len(answered) + len(failed)
+        print(f"geoclip: {len(failed)} of {total} photos could not be used", file=sys.stderr)
+    if options.map and answered:
+        draw(model, answered, options)
     return 1 if failed else 0
 
 
-class OnePlace:
-    """A baseline (geo-cells, context) asked as predict asks GeoCLIP: one place a photo, no probability."""
-
-    gallery = None
-
-    def __init__(self, asked):
-        """asked: the predictor.Asked of a baseline's checkpoint."""
-        self.asked = asked
-
-    def views(self, path: Path, ten_crop: bool):
-        return self.asked.views(ten_crop)(path)
-
-    def locate_views(self, views, _):
-        import torch
-
-        return self.asked.locate(views)[:, None], torch.full((len(views), 1), float("nan"))
+def refuse_gallery(options) -> None:
+    """ValueError for options that only a model with a gallery has."""
+    for name in ("gallery", "index"):
+        if getattr(options, name):
+            raise ValueError(f"--{name}: {options.checkpoint} is a baseline, which answers from no gallery")
 
 
-def load_model(options):
-    """The model that the options name, with a gallery."""
-    from geoclip import place_index, predictor
-    from geoclip.gallery import Gallery, load
+def prepare_gallery(model, options) -> None:
+    """Set the gallery and the index that the options name. Raises ValueError if --top-k is larger than the gallery."""
+    from geoclip.commands import read_gallery
+    from geoclip.engines import place_index
 
-    asked = predictor.load(options.checkpoint, options.clip_weights, options.precision)
-    model = asked.geoclip
-    if model is None:
-        if options.gallery or options.index:
-            raise ValueError(f"{options.checkpoint} holds a baseline, which answers from no gallery")
-        return OnePlace(asked)
-    if options.gallery not in (None, "official"):
-        model.use_gallery(load(options.gallery))
-    elif model.gallery is None or (options.gallery == "official" and options.checkpoint):
-        model.use_gallery(Gallery.official())
+    if options.gallery or model.gallery is None:
+        model.use_gallery(read_gallery(options.gallery or "official"))
+    if options.top_k > len(model.gallery):
+        raise ValueError(f"--top-k {options.top_k}: the gallery has {len(model.gallery)} places")
     if options.index:
         recall = 100 * model.use_index().index.measured
         print(
-            f"geoclip: the index finds {recall:.1f} % of the five best places of made queries; probabilities are upper "
-            f"bounds",
+            f"geoclip: the index finds {recall:.1f} % of the five best places of synthetic queries; probabilities are "
+            "upper bounds",
             file=sys.stderr,
         )
-    elif len(model.gallery) > place_index.WORTH_IT:
-        print(
-            f"geoclip: the gallery has {len(model.gallery):,} places; --index searches them faster",
-            file=sys.stderr,
-        )
-    return model
+        return
+    if len(model.gallery) > place_index.WORTH_IT:
+        size = f"{len(model.gallery):,}"
+        print(f"geoclip: the gallery has {size} places; --index searches it faster", file=sys.stderr)
+    model.places(keep=True)
 
 
-def answer(model, found: list[Path], top_k: int, ten_crop: bool):
-    """A table of answers, a row a photo and rank, and the photos that failed with the reason."""
-    import pandas as pd
-    import torch
-    from tqdm import tqdm
-
-    from geoclip import photos
-    from geoclip.datasets import reverse_geocoding
-
-    if model.gallery is not None and model.index is None:
-        model.places(keep=True)
-    step = max(1, BATCH // 10) if ten_crop else BATCH
-    parts, failed = [], []
-    quiet = len(found) < PROGRESS_FROM or not sys.stderr.isatty()
-    with tqdm(total=len(found), unit="photo", disable=quiet) as bar:
-        for start in range(0, len(found), step):
-            views, names = [], []
-            for path in found[start : start + step]:
-                try:
-                    views.append(model.views(path, ten_crop))
-                    names.append(path)
-                except photos.PhotoError as error:
-                    failed.append((str(path), error.reason))
-            if views:
-                latlon, probability = model.locate_views(torch.stack(views), top_k)
-                parts += [
-                    rows(*answered)
-                    for answered in zip(names, latlon.double(), probability.double(), strict=True)
-                ]
-            bar.update(len(found[start : start + step]))
-    if not parts:
-        return pd.DataFrame(), failed
-    table = pd.concat(parts, ignore_index=True)
-    near = reverse_geocoding.nearest_town(table[["lat", "lon"]].to_numpy())
-    table.insert(5, "town", near["town"])
-    table.insert(6, "country", near["country"])
-    table.insert(7, "town_km", near["town_km"])
-    return table, failed
-
-
-def rows(path: Path, latlon, probability):
-    """The answers for one photo, best first: a row a rank."""
-    import pandas as pd
+def describe_all(found: list[Path], answers) -> list[dict]:
+    """For each photo that was answered: `file`, `truth` (lat, lon) or None, and `places`, dicts in order of rank."""
     import torch
 
     from geoclip import earth
+    from geoclip.datasets.reverse_geocoding import nearest_town
 
-    truth = truth_of(path)
-    table = pd.DataFrame({"file": str(path), "rank": range(1, len(latlon) + 1)})
-    table["lat"], table["lon"] = latlon.numpy().round(6).T
-    table["probability"] = probability.numpy()
-    table["map"] = [
-        f"https://www.google.com/maps/search/?api=1&query={lat:.6f},{lon:.6f}" for lat, lon in latlon
-    ]
-    table["truth_lat"], table["truth_lon"] = truth or (float("nan"),) * 2
-    there = torch.tensor(truth or (0.0, 0.0), dtype=torch.float64)
-    table["error_km"] = earth.haversine_km(latlon, there).numpy() if truth else float("nan")
-    return table
+    described = []
+    for index, path in enumerate(found):
+        if index in answers.unreadable:
+            continue
+        latlon, truth = answers.latlon[index].double(), truth_of(path)
+        error_km = None
+        if truth:
+            error_km = earth.haversine_km(latlon, torch.tensor(truth, dtype=torch.float64)).tolist()
+        towns = nearest_town(latlon.numpy()).to_dict("records")
+        places = []
+        for i, (lat, lon) in enumerate(latlon.tolist()):
+            share = answers.probability[index, i].item()
+            place = {"rank": i + 1, "lat": round(lat, 6), "lon": round(lon, 6)}
+            place |= {"probability": None if math.isnan(share) else share, **towns[i]}
+            place["map"] = f"https://www.google.com/maps/search/?api=1&query={lat:.6f},{lon:.6f}"
+            places.append(place | ({"error_km": error_km[i]} if error_km else {}))
+        described.append({"file": str(path), "truth": truth, "places": places})
+    return described
 
 
 def truth_of(path: Path) -> tuple[float, float] | None:
-    """The EXIF position of a photo that was answered; an unusable one is named on stderr."""
+    """The EXIF position of a photo; an unusable one is reported on stderr."""
     from geoclip import photos
 
     try:
         return photos.exif_latlon(path)
     except photos.PhotoError as error:
-        print(f"geoclip: {error}; it is answered without a truth to compare with", file=sys.stderr)
+        print(f"geoclip: {error}; answered without a truth to compare with", file=sys.stderr)
         return None
 
 
-def print_answers(answers, failed: list[tuple[str, str]], style: str, gallery) -> None:
-    """What was found, on stdout."""
+def print_answers(answered: list[dict], failed: dict[str, str], style: str, gallery) -> None:
+    """Write the answers to stdout."""
     if style == "csv":
-        print(answers.to_csv(index=False, float_format="%.9g").rstrip() if len(answers) else "")
+        columns = ["file", "rank", "lat", "lon", "probability", "town", "country", "town_km", "map"]
+        table = csv.writer(sys.stdout, lineterminator="\n")
+        table.writerow([*columns, "truth_lat", "truth_lon", "error_km"])
+        for photo in answered:
+            for place in photo["places"]:
+                row = [photo["file"], *(place[name] for name in columns[1:])]
+                row += [*(photo["truth"] or ("", "")), place.get("error_km", "")]
+                table.writerow([f"{value:.9g}" if isinstance(value, float) else value for value in row])
     elif style == "json":
-        print(json.dumps(as_json(answers, failed), indent=2, ensure_ascii=False))
-    elif len(answers):
-        for name, one in answers.groupby("file", sort=False):
-            print(f"{name}\n{as_text(one)}\n")
+        listed = [{"file": name, "reason": reason} for name, reason in failed.items()]
+        truths = [
+            photo["truth"] and dict(zip(("lat", "lon"), photo["truth"], strict=True)) for photo in answered
+        ]
+        found = [photo | {"truth": truth} for photo, truth in zip(answered, truths, strict=True)]
+        print(json.dumps({"photos": found, "failed": listed}, indent=2, ensure_ascii=False))
+    elif answered:
+        for photo in answered:
+            print(f"{photo['file']}\n{as_text(photo)}\n")
         if gallery is not None:
-            print(f"Probabilities are shares of the gallery ({gallery.source}) and not calibrated.")
+            print(f"Probabilities are shares of the gallery ({gallery.source}) and are not calibrated.")
 
 
-def as_text(one) -> str:
-    """The answers for one photo, for a reader."""
+def as_text(photo: dict) -> str:
+    """The answers for one photo as a table."""
     from tabulate import tabulate
 
-    from geoclip.datasets import reverse_geocoding
+    from geoclip.datasets.reverse_geocoding import describe
 
-    columns = {
-        "rank": list(one["rank"]),
-        "lat": [f"{lat:.4f}" for lat in one["lat"]],
-        "lon": [f"{lon:.4f}" for lon in one["lon"]],
-        "probability": [f"{p:.2%}" if p == p else "–" for p in one["probability"]],
-        "near": [
-            reverse_geocoding.describe(*place)
-            for place in zip(one["town"], one["country"], one["town_km"], strict=True)
-        ],
-    }
-    first = one.iloc[0]
-    truth = ""
-    if first["error_km"] == first["error_km"]:
-        columns["error km"] = [f"{error:,.1f}" for error in one["error_km"]]
-        truth = f"\n  EXIF says {first['truth_lat']:.4f}, {first['truth_lon']:.4f}"
-    columns["map"] = list(one["map"])
-    text = tabulate(columns, headers="keys", disable_numparse=True)
+    rows = []
+    for place in photo["places"]:
+        share = "–" if place["probability"] is None else f"{place['probability']:.2%}"
+        row = {"rank": place["rank"], "lat": f"{place['lat']:.4f}", "lon": f"{place['lon']:.4f}"}
+        row |= {"probability": share, "near": describe(place["town"], place["country"], place["town_km"])}
+        if "error_km" in place:
+            row["error km"] = f"{place['error_km']:,.1f}"
+        rows.append(row | {"map": place["map"]})
+    text = tabulate(rows, headers="keys", disable_numparse=True)
+    truth = "\n  EXIF says {:.4f}, {:.4f}".format(*photo["truth"]) if photo["truth"] else ""
     return "\n".join(f"  {line}" for line in text.splitlines()) + truth
 
 
-def as_json(answers, failed: list[tuple[str, str]]) -> dict:
-    """All that was found: `photos`, each with its `truth` (or null) and `places`, and what `failed`."""
-    found = []
-    for name, one in answers.groupby("file", sort=False) if len(answers) else ():
-        first, known = one.iloc[0], bool(one["error_km"].notna().all())
-        columns = ["rank", "lat", "lon", "probability", "town", "country", "town_km", "map"]
-        kept = one[columns + ["error_km"] * known]
-        places = kept.astype(object).where(kept.notna(), None).to_dict("records")  # JSON knows no NaN
-        truth = {"lat": first["truth_lat"], "lon": first["truth_lon"]} if known else None
-        found.append({"file": name, "truth": truth, "places": places})
-    return {"photos": found, "failed": [{"file": name, "reason": reason} for name, reason in failed]}
-
-
-def draw(model, answers, found: list[Path], options) -> None:
-    """One photo: similarity everywhere and its numbered answers. Several: each one's best place, and arcs to truth."""
+def draw(model, answered: list[dict], options) -> None:
+    """One photo: a similarity map and its numbered places. Several: the best place of each, and arcs to the truth."""
     from geoclip import maps, paths
 
-    one_place = model.gallery is None
-    figure = maps.figure(data=f"answers from {model.asked.name if one_place else model.gallery.source}")
-    best = answers[answers["rank"] == 1]
-    truth = best[["truth_lat", "truth_lon"]].to_numpy()
-    if len(best) == 1 and not one_place:
-        axes = maps.earth_axes(figure, title=Path(best["file"].iloc[0]).name, filled=False)
+    source = model.name if model.gallery is None else model.gallery.source
+    figure = maps.figure(data=maps.plain(f"answers from {source}"))
+    best = [(photo["places"][0]["lat"], photo["places"][0]["lon"]) for photo in answered]
+    known = [index for index, photo in enumerate(answered) if photo["truth"]]
+    if len(answered) == 1 and model.gallery is not None:
+        [photo] = answered
+        axes = maps.earth_axes(figure, title=maps.plain(Path(photo["file"]).name), filled=False)
         pixels = maps.grid(axes, 300)
-        values = similarity(model, best["file"].iloc[0], pixels.latlon, options.ten_crop)
-        known = truth[0] if best["error_km"].notna().all() else None
-        maps.similarity(axes, pixels, values, top_k=answers[["lat", "lon"]].to_numpy(), truth=known)
+        values = similarity(model, photo["file"], pixels.latlon, options.ten_crop)
+        top_k = [(place["lat"], place["lon"]) for place in photo["places"]]
+        maps.similarity(axes, pixels, values, top_k=top_k, truth=photo["truth"])
     else:
         axes = maps.earth_axes(figure, title=f"Best place of each photo ({len(best)})")
-        known = best["error_km"].notna().to_numpy()
-        maps.points(axes, best[["lat", "lon"]].to_numpy(), "answer", size=14)
-        if known.any():
-            maps.errors(axes, truth[known], best[["lat", "lon"]].to_numpy()[known])
+        maps.points(axes, best, "answer", size=14)
+        if known:
+            maps.errors(axes, [answered[i]["truth"] for i in known], [best[i] for i in known])
         else:
             axes.legend(loc="lower left")
     with paths.atomic(options.map) as temporary:
@@ -275,12 +234,12 @@ def draw(model, answers, found: list[Path], options) -> None:
 
 
 def similarity(model, path: str, latlon, ten_crop: bool):
-    """Cosine of one photo with each of (lat, lon), degrees."""
+    """Cosine of one photo with each of (lat, lon), in degrees."""
     import torch
 
     from geoclip.gallery import embed
 
     with torch.inference_mode():
-        query = model.encode_images(model.views(path, ten_crop).to(model.logit_scale.device)).mean(0)
+        query = model.encode_views(model.views(path, ten_crop)[None])[0]
         places = embed(model.location_encoder, torch.as_tensor(latlon).float())
         return (places @ query).cpu()

@@ -156,7 +156,7 @@ class Bench:
 
 def name_of(dtype: torch.dtype) -> str:
     """ "fp32" or "bf16"."""
-    return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+    return {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
 
 
 def machine(device: torch.device) -> dict:
@@ -323,26 +323,16 @@ def decoding(bench: Bench, workers: int) -> None:
 
 
 def places(bench: Bench) -> None:
-    """Encoding places, beside the floating-point limit, and how near bfloat16 stays to single precision."""
+    """Encoding places, beside the floating-point limit."""
     encoder = LocationEncoder(generator=torch.Generator().manual_seed(0)).to(bench.device).eval()
     flop = place_flop(encoder.config)
     block = 1 << 16 if bench.device.type == "cuda" else 4096
     for n in bench.sizes.encoded:
         latlon = earth.sample_sphere(n, torch.Generator().manual_seed(1))
-        for dtype in dict.fromkeys((bench.dtype, torch.float32)):
-            taken = bench.beside_gemm(
-                lambda latlon=latlon, dtype=dtype: gallery.embed(encoder, latlon, block, dtype), dtype, 3
-            )
-            bench.add("encode a gallery", taken, size=n, items=n, flop=n * flop, dtype=dtype)
-    latlon = earth.sample_sphere(min(n, 20_000), torch.Generator().manual_seed(2))
-    single = gallery.embed(encoder, latlon)
-    low = gallery.embed(encoder, latlon, dtype=bench.dtype).float()
-    bench.note(
-        "encode a gallery, least cosine to fp32",
-        torch.cosine_similarity(single, low).min().item(),
-        "cosine",
-        dtype=bench.dtype,
-    )
+        taken = bench.beside_gemm(
+            lambda latlon=latlon: gallery.embed(encoder, latlon, block), torch.float32, 3
+        )
+        bench.add("encode a gallery", taken, size=n, items=n, flop=n * flop, dtype=torch.float32)
     bench.free()
 
 
@@ -354,7 +344,7 @@ def searching(bench: Bench) -> None:
     dim = LocationEncoderConfig().dim
     generator = torch.Generator(bench.device).manual_seed(0)
     for n in bench.sizes.places:
-        for dtype in dict.fromkeys((torch.float32, bench.dtype)):
+        for dtype in (torch.float16 if bench.device.type == "cuda" else torch.float32,):
             size = n * dim * dtype.itemsize
             if size > free_memory(bench.device) * (0.85 if bench.device.type == "cuda" else 0.65):
                 bench.say(f"search {n:,} {name_of(dtype)}: {size / 1e9:.0f} GB do not fit, not measured")
@@ -380,13 +370,13 @@ def searching(bench: Bench) -> None:
 def indexing(bench: Bench) -> None:
     """An index over the places of the released encoder: how long it takes, and what it finds of an exact search.
 
-    The queries are place_index.synthetic_queries, as far from their places as photos are.
+    The queries are synthetic_queries, as far from their places as photos are.
     """
-    from geoclip.place_index import PlaceIndex, synthetic_queries
+    from geoclip.engines.place_index import PlaceIndex, synthetic_queries
 
     n = bench.sizes.indexed
     generator = torch.Generator().manual_seed(3)
-    rows = gallery.embed(LocationEncoder.pretrained(), earth.sample_sphere(n, generator), dtype=bench.dtype)
+    rows = gallery.embed(LocationEncoder.pretrained(), earth.sample_sphere(n, generator))
     query = synthetic_queries(rows, 64)
     began = time.perf_counter()
     index = PlaceIndex(rows)
@@ -654,12 +644,12 @@ def answering(bench: Bench) -> None:
             (
                 "encode a gallery, first time",
                 OURS,
-                lambda: model.gallery.embed(model.location_encoder, dtype=model.dtype),
+                lambda: model.gallery.embed(model.location_encoder),
             ),
             (
                 "encode a gallery, after",
                 OURS,
-                lambda: model.gallery.embed(model.location_encoder, True, dtype=model.dtype).sum(),
+                lambda: model.gallery.embed(model.location_encoder, True).sum(),
             ),
             ("predict a photo", AUTHORS, None),
             ("encode a gallery, first time", AUTHORS, None),

@@ -23,7 +23,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geoclip import earth, evaluation, gallery, paths
-from geoclip.datasets import blue_marble, features, sources
+from geoclip.datasets import blue_marble, features, folder, sources
 from geoclip.image_encoder import ImageEncoder
 from geoclip.training import runs
 from geoclip.training.config import TrainConfig, as_config, plain
@@ -90,7 +90,9 @@ def open_study(
         )
     config = dataclasses.replace(config, data=str(data))
     training_data = features.FeatureData(data, config.image)
-    places = gallery.load(gallery_csv) if gallery_csv else gallery.Gallery.official()
+    places = gallery.Gallery.official()
+    if gallery_csv:
+        places = gallery.Gallery(torch.from_numpy(folder.read_places(gallery_csv)), str(gallery_csv))
     return Study(
         label=training_data.info.source,
         reference=config,
