@@ -9,6 +9,10 @@ Importing the package is light: torch and the rest come with the first name that
 """
 
 import importlib
+import warnings
+
+# In notebooks, progress bars of libraries look for widgets that are not needed here.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 _PUBLIC = {
     "GeoCLIP": "model",
