@@ -2,22 +2,32 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
+import random
+import resource
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 
+from geoclip import __main__ as command_line
 from geoclip import earth
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
+from geoclip.datasets.folder import Geotagged
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
+from geoclip.model import load_checkpoint
 from geoclip.training import runs
-from geoclip.training.config import TrainConfig, as_config
-from geoclip.training.data import EpochSampler, seeded, training_set
+from geoclip.training.config import TrainConfig, as_config, plain
+from geoclip.training.data import EpochSampler, hold_out, seeded, training_set
 from geoclip.training.module import GeoCLIPTraining, initial_queue
 
 TINY = TrainConfig(
@@ -138,28 +148,6 @@ def test_a_run_that_ended_is_not_repeated(unbroken):
     assert unbroken.checkpoint.stat().st_mtime_ns == before
 
 
-def test_killed_and_resumed_ends_with_the_weights_of_the_unbroken_run(unbroken, tmp_path):
-    directory = tmp_path / "killed"
-    config = tmp_path / "config.yaml"
-    config.write_text((unbroken.directory / "config.yaml").read_text())
-    command = [sys.executable, "-m", "geoclip", "train", "--config", str(config), "--out", str(directory)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (directory / "last.ckpt").is_file() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert (directory / "last.ckpt").is_file()
-    assert not (directory / "result.json").exists(), "it ended before it was killed: make the run longer"
-    reached = torch.load(directory / "last.ckpt", weights_only=True)["epoch"]
-    assert reached < TINY.epochs - 1
-
-    resumed = runs.train(TINY, directory)
-    assert resumed.result["resumed"]
-    kept, ours = weights_of(unbroken.checkpoint), weights_of(resumed.checkpoint)
-    assert all(torch.equal(kept[name], ours[name]) for name in kept)
-
-
 def test_stopped_early_and_resumed_is_the_same(unbroken, tmp_path):
     stopped = runs.train(TINY, tmp_path / "stopped", epochs=1)
     assert not (stopped.directory / "result.json").exists()
@@ -193,14 +181,191 @@ def test_checkpoints_that_are_none(unbroken, tmp_path):
     ("change", "message"),
     [
         ({"queue": 16}, "batch_size 32 is larger than the queue of 16"),
-        ({"fraction": 0.0}, "fraction"),
-        ({"epochs": 0}, "epochs must be at least 1"),
-        ({"views": 0}, "views"),
+        ({"fraction": 0.0}, r"fraction must be in \(0, 1\], got 0.0"),
+        ({"holdout": 1.0}, r"holdout must be in \[0, 1\), got 1.0"),
+        ({"epochs": 0}, "epochs must be at least 1 and finite, got 0"),
+        ({"views": 0}, "views must be at least 1"),
+        ({"batch_size": -1}, "batch_size must be at least 1"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"workers": -1}, "workers must be at least 0"),
+        ({"learning_rate": float("nan")}, "learning_rate must be positive and finite, got nan"),
+        ({"noise_m": float("inf")}, "noise_m must be at least 0 and finite, got inf"),
+        ({"location": LocationEncoderConfig(dim=100)}, "location.dim 100 differs from image.dim 16"),
     ],
 )
 def test_configurations_that_cannot_be(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: SplitConfig(train=-1), "splits.train must be at least 1 and finite, got -1"),
+        (lambda: TileConfig(pixels=0), "tiles.pixels must be at least 1"),
+        (lambda: TileConfig(scale=(-1.0, 2.0)), "tiles.scale must be at least 0"),
+        (lambda: LocationEncoderConfig(sigmas=(1.0, -2.0)), "location.sigmas must be at least 0"),
+        (lambda: ImageEncoderConfig(dim=0), "image.dim must be at least 1"),
+    ],
+)
+def test_parts_of_configurations_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"devices": "zero"}, "devices must be \"auto\" or a number of at least 1, got 'zero'"),
+        ({"devices": 0}, "got 0"),
+        ({"devices": 999}, "devices 999: this machine has"),
+        ({"nodes": 0}, "nodes must be at least 1, got 0"),
+        ({"nodes": 3, "devices": 1}, "batch_size 32 cannot be divided over 3 devices"),
+        ({"accelerator": "quantum"}, "accelerator must be auto, cpu or gpu, got 'quantum'"),
+    ],
+)
+def test_devices_that_are_not_there_are_refused_before_anything_starts(options, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        runs.train(TINY, tmp_path / "run", **options)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="accelerator gpu: no GPU was found"):
+        runs.train(TINY, tmp_path / "run", accelerator="gpu")
+
+
+@pytest.mark.parametrize(
+    "text", ["queue: [1, 2", "!!python/object/apply:os.system ['true']", "- 1\n- 2\n", "queue: 1\n\x00"]
+)
+def test_files_that_are_no_configuration_are_named(text, tmp_path):
+    path = tmp_path / "train.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"train\.yaml (is not a YAML file|must hold names and values)"):
+        as_config(path)
+
+
+# Values of the weights of TINY after three epochs. A change that moves them changes what is trained: then raise
+# runs.RECIPE, so that kept runs are trained again, and write down the new values.
+PINNED = {
+    "recipe": 1,
+    "model.logit_scale": [2.6405],
+    "model.image_encoder.tower.layers.0.weight": [-0.0966, 0.1707, -0.1126, -0.0474],
+    "model.image_encoder.head.2.weight": [-0.1491, 0.0878, 0.0802, -0.2235],
+    "model.location_encoder.levels.0.frequencies": [1.0918, 0.4400, -1.3148, -0.0202],
+    "model.location_encoder.levels.1.mlp.0.weight": [-0.1302, -0.0225, 0.0615, -0.0916],
+    "queue.places": [41.8708, -87.6192, 49.2883, -123.1217],
+}
+
+
+def test_a_changed_arithmetic_raises_the_recipe(unbroken):
+    assert runs.RECIPE == PINNED["recipe"]
+    weights = weights_of(unbroken.checkpoint)
+    for name, values in PINNED.items():
+        if name != "recipe":
+            found = weights[name].flatten()[: len(values)]
+            assert torch.allclose(found, torch.tensor(values), atol=2e-4), f"{name}: {found.tolist()}"
+
+
+def test_the_key_of_a_run_follows_configuration_data_and_recipe(monkeypatch, photo_csv):
+    key = runs.run_key(TINY)
+    assert runs.run_key(dataclasses.replace(TINY, decay=0.5)) != key
+    on_photos = dataclasses.replace(TINY, data=str(photo_csv))
+    before = runs.run_key(on_photos)
+    photo_csv.write_text(photo_csv.read_text().replace("0.png,", "1.png,", 1))
+    assert runs.run_key(on_photos) != before
+    monkeypatch.setattr(runs, "RECIPE", 999)
+    assert runs.run_key(TINY) != key
+
+
+def test_a_checkpoint_brings_its_gallery_and_needs_no_training_data(unbroken, monkeypatch):
+    monkeypatch.setattr("geoclip.datasets.blue_marble.splits", None)
+    model = load_checkpoint(unbroken.checkpoint)
+    assert len(model.gallery) == 500 and model.gallery.source == "500 MP-16 places" and not model.training
+    kept = weights_of(unbroken.checkpoint)
+    assert all(torch.equal(kept[f"model.{name}"], value) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_of_nan_is_refused(unbroken, tmp_path):
+    kept = torch.load(unbroken.checkpoint, weights_only=True)
+    kept["state_dict"]["model.image_encoder.head.0.weight"][3, 2] = float("nan")
+    torch.save(kept, tmp_path / "nan.ckpt")
+    with pytest.raises(
+        ValueError, match=r"nan\.ckpt: model\.image_encoder\.head\.0\.weight holds values that are"
+    ):
+        load_checkpoint(tmp_path / "nan.ckpt")
+
+
+def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
+    run = runs.train(TINY, tmp_path / "run", epochs=1)
+    before = run.checkpoint.read_bytes()
+    view_loss = GeoCLIPTraining.view_loss
+    monkeypatch.setattr(
+        GeoCLIPTraining, "view_loss", lambda *args: tuple(value * float("nan") for value in view_loss(*args))
+    )
+    with pytest.raises(ValueError, match=r"the loss is nan in epoch 2, step 11: lower learning_rate"):
+        runs.train(TINY, run.directory)
+    assert run.checkpoint.read_bytes() == before and not run.result_file.exists()
+
+
+@pytest.mark.parametrize("damage", ["evil", "half", "empty", "text"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_used(unbroken, tmp_path, damage, capfd):
+    run = runs.train(TINY, tmp_path / "run", epochs=2)
+    assert runs.previous(run.checkpoint).is_file()
+    content = run.checkpoint.read_bytes()
+    evil = tmp_path / "evil.ckpt"
+    torch.save({"state_dict": Evil(tmp_path / "executed")}, evil)
+    bad = {"evil": evil.read_bytes(), "half": content[: len(content) // 2], "empty": b"", "text": b"hello"}
+    run.checkpoint.write_bytes(bad[damage])
+    resumed = runs.train(TINY, run.directory)
+    said = capfd.readouterr().err
+    assert "last.ckpt is not a checkpoint" in said and "it was renamed to last.ckpt.damaged" in said
+    assert "weights_only" not in said and not (tmp_path / "executed").exists()
+    assert same_weights(unbroken, resumed) and resumed.result["resumed"]
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (type(self.path).touch, (self.path,))
+
+
+def same_weights(one, other):
+    one, other = weights_of(one.checkpoint), weights_of(other.checkpoint)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("step", ["torch.save", "os.replace", "os.fsync"])
+def test_a_checkpoint_that_cannot_be_written_leaves_a_good_one(unbroken, tmp_path, monkeypatch, step):
+    checkpoint, last = torch.load(unbroken.checkpoint, weights_only=True), tmp_path / "last.ckpt"
+    runs.Checkpoints().save_checkpoint(checkpoint, last)
+    calls = {"left": 1 if step == "os.replace" else 0}  # the first rename keeps the previous checkpoint
+
+    def fail(*args, **options):
+        if calls["left"]:
+            calls["left"] -= 1
+            return keep(*args, **options)
+        raise OSError(28, "No space left on device")
+
+    module, name = step.split(".")
+    keep = getattr({"os": os, "torch": torch}[module], name)
+    monkeypatch.setattr(step, fail)
+    with pytest.raises(OSError, match=r"last\.ckpt"):
+        runs.Checkpoints().save_checkpoint(checkpoint, last)
+    monkeypatch.undo()
+    assert runs.last_good(last) is not None
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize(("name", "text"), [("config.yaml", "queue: ["), ("result.json", '{"steps": ')])
+def test_a_broken_file_of_a_run_is_named(tmp_path, name, text):
+    run = runs.train(TINY, tmp_path / "run", epochs=1)
+    (run.directory / name).write_text(text)
+    with pytest.raises(ValueError, match=name):
+        _ = runs.train(TINY, run.directory).result
 
 
 def test_yaml_names_the_wrong_field(tmp_path):
@@ -276,3 +441,102 @@ def test_a_photo_that_is_missing_or_unreadable_is_named(photo_csv, tmp_path):
     (photo_csv.parent / "7.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"mine\.csv: 1 of 40 photos.*7\.png"):
         runs.train(config, tmp_path / "missing")
+
+
+def test_a_hold_out_is_nested_and_whole_by_photographer_or_place():
+    places = torch.rand(300, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 60
+    table = pd.DataFrame(places.numpy().round(1), columns=["lat", "lon"])
+    table["file"], table["author"] = [f"{i}.jpg" for i in range(300)], [f"{i % 30}" for i in range(300)]
+    photos = Geotagged("mine", table)
+    kept, held = hold_out(photos, 0.1)
+    assert len(held) == 30 and len(kept) == 270 and not set(held.authors) & set(kept.authors)
+    assert set(held.table["file"]) < set(hold_out(photos, 0.3)[1].table["file"])
+    assert len(hold_out(photos, 0)[1]) == 0
+    few = Geotagged("mine", table.assign(author="me", lat=table["lat"].round(-1), lon=table["lon"].round(-1)))
+    kept, held = hold_out(few, 0.1)
+    assert 30 <= len(held) < 60
+    assert not set(map(tuple, held.latlon.tolist())) & set(map(tuple, kept.latlon.tolist()))
+    with pytest.raises(ValueError, match=r"mine: holdout 0\.9 of 300 photos leaves none"):
+        hold_out(Geotagged("mine", table.assign(author=None, lat=1.0, lon=2.0)), 0.9)
+
+
+def test_own_photos_are_trained_held_out_and_evaluated(photo_csv, tmp_path, capsys):
+    config = dataclasses.replace(TINY, data=str(photo_csv), holdout=0.25, batch_size=16, epochs=1)
+    yaml_file = tmp_path / "own.yaml"
+    yaml_file.write_text(json.dumps(plain(dataclasses.asdict(config))))
+    assert command_line.main(["train", "--config", str(yaml_file), "--out", str(tmp_path / "my run")]) == 0
+    said = capsys.readouterr().out
+    assert "each epoch leaves out 14 of 30 samples" in said and "epoch 1 of 1: " in said
+    command = shlex.split(said.partition("evaluate it with: python -m geoclip ")[2].splitlines()[0])
+    held = pd.read_csv(tmp_path / "my run" / "holdout.csv")
+    assert list(held) == ["IMG_FILE", "LAT", "LON", "AUTHOR"] and len(held) == 10
+    assert command_line.main([*command, "--out", str(tmp_path / "table.csv")]) == 0
+    table = pd.read_csv(tmp_path / "table.csv").set_index("measure")
+    assert table.loc["accuracy", "n"] == 10 and "30 training places of" in table.loc["accuracy", "gallery"]
+
+
+def test_a_hold_out_needs_photos():
+    with pytest.raises(ValueError, match="holdout needs a CSV of photos"):
+        training_set(dataclasses.replace(TINY, holdout=0.1))
+
+
+def started(config, directory, **options):
+    """A process of `python -m geoclip train`, once it has written a checkpoint."""
+    directory.mkdir(exist_ok=True)
+    file = directory.with_suffix(".yaml")
+    file.write_text(json.dumps(plain(dataclasses.asdict(config))))
+    command = [sys.executable, "-m", "geoclip", "train", "--config", str(file), "--out", str(directory)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    deadline = time.monotonic() + 120
+    while not (directory / "last.ckpt").is_file() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    return process
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_training_with_a_line_and_its_status(tmp_path, sent, status):
+    config = dataclasses.replace(TINY, epochs=1000)
+    process = started(config, tmp_path / "run")
+    process.send_signal(sent)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == status, error
+    assert "training stopped before its end" in error and "holds its last whole epoch" in error
+    assert "Traceback" not in error and not (tmp_path / "run" / "result.json").exists()
+    assert runs.last_good(tmp_path / "run" / "last.ckpt", set_aside=False) is not None
+
+
+@pytest.mark.slow
+def test_a_full_disk_names_the_file_and_loses_nothing(unbroken, tmp_path):
+    run = runs.train(TINY, tmp_path / "run", epochs=1)
+    limit = run.checkpoint.stat().st_size // 2
+    process = started(
+        TINY, run.directory, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    )
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 2 and "last.ckpt" in error and "Traceback" not in error, error
+    assert same_weights(unbroken, runs.train(TINY, run.directory))
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_in_the_weights_of_the_unbroken_run(unbroken, tmp_path, monkeypatch):
+    temporary = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    monkeypatch.setenv("TMPDIR", str(temporary))  # another file system than the run's
+    context, draw = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["geoclip.training.runs"])
+    kills, folder = 0, tmp_path / "0"
+    while kills < 20 or not (folder / "result.json").is_file():
+        process = context.Process(target=runs.train, args=(TINY, folder))
+        process.start()
+        process.join(draw.uniform(0.5, 8) if kills < 20 else None)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0
+        if (folder / "result.json").is_file():
+            assert same_weights(unbroken, runs.Run(folder, TINY))
+            folder = tmp_path / str(kills) if kills < 20 else folder
+    assert not list(temporary.iterdir())
+    temporary.rmdir()

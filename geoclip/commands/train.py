@@ -1,6 +1,8 @@
 """Train a model from a YAML file: --config FILE.yaml [--out FOLDER] [--epochs 20 …]"""
 
 import argparse
+import shlex
+from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
@@ -71,5 +73,16 @@ def run(options) -> int:
         return 0
     result = run.result
     print(f"{result['steps']} steps in {result['seconds']} s; checkpoint {run.checkpoint}")
-    print(f"evaluate it with: python -m geoclip evaluate --checkpoint {run.checkpoint}")
+    print(f"evaluate it with: python -m geoclip {shlex.join(evaluation_of(run))}")
     return 0
+
+
+def evaluation_of(run) -> list[str]:
+    """Return the `evaluate` command that fits a run: on the embedded tiles, the hold-out or photos to be named."""
+    command = ["evaluate", "--checkpoint", str(run.checkpoint)]
+    if run.config.data == "blue_marble":
+        return command
+    if getattr(run.config, "holdout", 0):
+        images = run.config.images or Path(run.config.data).parent
+        return [*command, "--csv", str(run.holdout), "--images", str(images)]
+    return [*command, "--csv", "PHOTOS_NOT_TRAINED_ON.csv"]

@@ -1,5 +1,6 @@
 """Training data: rendered tiles, photos of a CSV or features, in an order that depends on the seed and epoch alone."""
 
+import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,9 @@ from geoclip import earth, photos
 from geoclip.datasets import blue_marble, features, folder
 from geoclip.datasets.blue_marble import TileConfig
 from geoclip.datasets.features import FeatureData
+from geoclip.datasets.folder import Geotagged
 from geoclip.image_encoder import Preprocessing
-from geoclip.training.config import RunConfig
+from geoclip.training.config import RunConfig, TrainConfig
 
 
 def seeded(*keys: int | str) -> torch.Generator:
@@ -101,11 +103,13 @@ class PhotoTraining(Dataset):
         views: int = 1,
         fraction: float = 1.0,
         seed: int = 0,
+        holdout: float = 0.0,
     ):
         """Raises ValueError as folder.read does, and FileNotFoundError if photos that the CSV names are missing."""
         from torchvision.transforms import v2
 
-        self.photos = folder.read(csv, images if images is not None else Path(csv).parent)
+        every = folder.read(csv, images if images is not None else Path(csv).parent)
+        self.photos, self.held_out = hold_out(every, holdout)
         if missing := self.photos.missing():
             raise FileNotFoundError(
                 f"{csv}: {len(missing):,} of {len(self.photos):,} photos are not in {self.photos.images}, the "
@@ -143,11 +147,33 @@ class PhotoTraining(Dataset):
         return {"image": images, "latlon": self.latlon[index], "index": index}
 
 
-def training_set(config: RunConfig) -> Dataset:
+def hold_out(photos: Geotagged, part: float) -> tuple[Geotagged, Geotagged]:
+    """Split photos into a training set and a hold-out of at least this part, by photographer or by place.
+
+    Whole photographers are held out where ten or more are known, else whole places (0.01°, about 1 km). They are
+    taken in one fixed random order, so that larger parts contain smaller ones. Raises ValueError if no training
+    photo is left.
+    """
+    table = photos.table
+    group = table["author"]
+    if photos.authors is None or group.nunique() < 10:
+        group = table["lat"].round(2).astype(str) + " " + table["lon"].round(2).astype(str)
+    sizes = group.value_counts().sort_index()
+    sizes = sizes.iloc[torch.randperm(len(sizes), generator=seeded("holdout")).numpy()]
+    held = group.isin(sizes.index[(sizes.cumsum() - sizes) < part * len(table)])
+    if held.all():
+        raise ValueError(f"{photos.name}: holdout {part} of {len(table):,} photos leaves none for training")
+    parts = (table[~held], table[held])
+    return tuple(dataclasses.replace(photos, table=rows.reset_index(drop=True)) for rows in parts)
+
+
+def training_set(config: TrainConfig) -> Dataset:
     """Return the training samples of a configuration: `latlon` (n, 2), and batches through __getitems__.
 
     Raises ValueError for an empty set and FileNotFoundError for data that do not exist.
     """
+    if config.holdout and not Path(config.data).is_file():
+        raise ValueError("holdout needs a CSV of photos as data; split the CSV before features are embedded")
     if config.data == "blue_marble":
         return TileTraining(training_places(config), config.tiles, config.views, config.seed)
     if on_features(config):
@@ -155,10 +181,17 @@ def training_set(config: RunConfig) -> Dataset:
     if Path(config.data).is_file():
         preprocessing = Preprocessing.of(config.image)
         return PhotoTraining(
-            config.data, config.images, preprocessing, config.views, config.fraction, config.seed
+            config.data,
+            config.images,
+            preprocessing,
+            config.views,
+            config.fraction,
+            config.seed,
+            config.holdout,
         )
     raise FileNotFoundError(
-        f'data {config.data!r} is neither "blue_marble" nor a folder of features nor a CSV of photos'
+        f'data {config.data!r} is neither "blue_marble" nor a folder of features (`python -m geoclip embed`) nor a '
+        f"CSV of photos (`python -m geoclip dataset` makes one from a folder of geotagged photos)"
     )
 
 

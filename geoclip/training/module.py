@@ -39,8 +39,8 @@ class TrainingModule(lightning.LightningModule):
 
     @classmethod
     def training_set(cls, config: RunConfig) -> Dataset:
-        """Return the training samples of a configuration (data.training_set)."""
-        return data.training_set(config)
+        """Return the training samples of a configuration."""
+        raise NotImplementedError
 
     @classmethod
     def build(cls, config: RunConfig, data: Dataset | None = None) -> "TrainingModule":
@@ -119,6 +119,10 @@ class GeoCLIPTraining(TrainingModule):
         super().__init__(config)
         self.model = geoclip
         self.queue = GPSQueue(config.queue, queue)
+
+    @classmethod
+    def training_set(cls, config: TrainConfig) -> Dataset:
+        return data.training_set(config)
 
     @classmethod
     def build(cls, config: TrainConfig, data: Dataset | None = None) -> "GeoCLIPTraining":

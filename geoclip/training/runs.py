@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from geoclip import earth, paths
 from geoclip.model import read_checkpoint
@@ -45,6 +46,10 @@ class Run:
         return self.directory / "last.ckpt"
 
     @property
+    def holdout(self) -> Path:
+        return self.directory / "holdout.csv"
+
+    @property
     def result_file(self) -> Path:
         """Written when the run has ended."""
         return self.directory / "result.json"
@@ -52,7 +57,12 @@ class Run:
     @property
     def result(self) -> dict[str, Any]:
         """Steps, seconds, samples and parameters of a run that has ended."""
-        return json.loads(self.result_file.read_text(encoding="utf-8"))
+        try:
+            return json.loads(self.result_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(
+                f"{self.result_file} is damaged ({error}): delete it and rerun the command"
+            ) from error
 
     def metrics(self):
         """Return the logged values of the whole run as a pandas table: epoch, step, train/loss, val/loss, …"""
@@ -191,6 +201,7 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, devices: dic
     resumed = last_good(run.checkpoint, set_aside=first) if resume else None
     if first:
         set_metrics_aside(run, resumed is not None)
+        write_holdout(run, data)
     if first and progress and (left := len(data) % config.batch_size):
         print(f"batches are whole: each epoch leaves out {left} of {len(data):,} samples, chosen at random")
     bar = progress and sys.stderr.isatty()
@@ -241,6 +252,14 @@ def resumable(run: Run) -> str:
     if run.checkpoint.is_file():
         return f"{run.checkpoint} holds its last whole epoch: rerun the command to resume"
     return "no epoch was complete: rerun the command to start again"
+
+
+def write_holdout(run: Run, data: Dataset) -> None:
+    """Write holdout.csv, the photos that training leaves out, as a CSV that `evaluate` reads."""
+    if getattr(run.config, "holdout", 0):
+        names = {"file": "IMG_FILE", "lat": "LAT", "lon": "LON", "author": "AUTHOR"}
+        with paths.atomic(run.holdout) as temporary:
+            data.held_out.table[list(names)].rename(columns=names).to_csv(temporary, index=False)
 
 
 def set_metrics_aside(run: Run, resumed: bool) -> None:
