@@ -65,7 +65,7 @@ def test_the_date_line_leaves_no_seam():
 
 
 def test_poles_are_finite():
-    tiles = blue_marble.render(torch.tensor([[90.0, 0.0], [-90.0, 33.0]]), disturbed=drawn(2))
+    tiles = blue_marble.render(torch.tensor([[90.0, 0.0], [-90.0, 33.0]]), draws=drawn(2))
     assert torch.isfinite(tiles).all()
     with pytest.raises(ValueError, match="tiles, row 1"):
         blue_marble.render(torch.tensor([[0.0, 0.0], [95.0, 0.0]]))

