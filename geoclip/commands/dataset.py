@@ -6,10 +6,10 @@ from jsonargparse import ArgumentParser
 
 CHECKED_AT = 224  # px: decoding a JPEG at this size shows whether it is complete, in a fraction of the time
 EPILOG = """
-Every photo below FOLDER with a GPS position in its EXIF data becomes a row; names are relative to FOLDER. The other
-photos are listed with the reason in *_unused.csv beside the CSV, and the exit status is then 1. Use the CSV like any
-other: python -m geoclip embed my.csv --images FOLDER --out FEATURES, then python -m geoclip train --data FEATURES …;
-python -m geoclip evaluate --csv my.csv --images FOLDER
+Every photo below FOLDER with a GPS position in its EXIF data becomes a row; names are relative to FOLDER. The
+other photos are listed with the reason in *_unused.csv beside the CSV, and the exit status is then 1. Use the
+CSV like any other: python -m geoclip embed my.csv --images FOLDER --out FEATURES, then python -m geoclip
+train --data FEATURES …; python -m geoclip evaluate --csv my.csv --images FOLDER
 """
 
 

@@ -8,8 +8,8 @@ from jsonargparse import ArgumentParser
 
 LEAST = {"views": 1, "batch_size": 1, "shard_size": 1, "devices": 1, "workers": 0, "seed": 0}
 EPILOG = """
-Rerun the command to complete an unfinished folder and to replace damaged shards. Photos that cannot be read are listed
-in OUT/unreadable.csv with the reason, and the exit status is then 1.
+Rerun the command to complete an unfinished folder and to replace damaged shards. Photos that cannot be read
+are listed in OUT/unreadable.csv with the reason, and the exit status is then 1.
 """
 
 
@@ -83,7 +83,8 @@ def run(options) -> int:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if options.tower.startswith("timm/"):
         raise ValueError(
-            f"--tower {options.tower}: timm's towers serve the baselines, which train on images: python -m geoclip "
+            f"--tower {options.tower}: timm's towers serve the baselines, which train on images: python -m "
+            "geoclip "
             f"train --model geocells --image.tower {options.tower}. embed takes conv or a model of open_clip"
         )
     import joblib
@@ -134,7 +135,8 @@ def run(options) -> int:
     )
     rate = report.embedded / report.seconds if report.embedded else 0
     print(
-        f"{options.out}: {report.embedded:,} images embedded ({rate:,.1f} per second), {report.found:,} found, "
+        f"{options.out}: {report.embedded:,} images embedded ({rate:,.1f} per second), {report.found:,} "
+        "found, "
         f"{report.unreadable:,} unreadable (listed in {features.UNREADABLE})"
     )
     for part, reason in report.failed:

@@ -3,10 +3,10 @@
 from jsonargparse import ArgumentParser
 
 EPILOG = """
-URLS is a CSV of `image id, url`; PLACES, such as mp16_places365.csv, gives the coordinates by the same ids. Rerun the
-command to resume from the first incomplete shard. Failed links are listed with the reason in OUT/unavailable.csv, and
-the exit status is then 1. Embed the shards as they are: python -m geoclip embed 'OUT/{00000..00472}.tar' --out
-FEATURES. Under torchrun or SLURM, every process downloads its own shards.
+URLS is a CSV of `image id, url`; PLACES, such as mp16_places365.csv, gives the coordinates by the same ids.
+Rerun the command to resume from the first incomplete shard. Failed links are listed with the reason in
+OUT/unavailable.csv, and the exit status is then 1. Embed the shards as they are: python -m geoclip embed
+'OUT/{00000..00472}.tar' --out FEATURES. Under torchrun or SLURM, every process downloads its own shards.
 """
 
 

@@ -58,8 +58,10 @@ _CARDS = (
         "places365",
         4_723_695,
         "mp16_places365.csv",
-        "Geotagged Flickr photos of the MediaEval 2016 Placing Task (from YFCC100M); the paper's training set.",
-        "MediaEval 2016 Placing Task; as images: huggingface.co/datasets/Jia-py/MP16-Pro (4.12 M still alive in 2024, "
+        "Geotagged Flickr photos of the MediaEval 2016 Placing Task (from YFCC100M); the paper's training "
+        "set.",
+        "MediaEval 2016 Placing Task; as images: huggingface.co/datasets/Jia-py/MP16-Pro (4.12 M still "
+        "alive in 2024, "
         "`/` in names written `_`). The URL list that went with it was withdrawn by its project.",
         "Creative Commons, each photo its own; academic research",
     ),
@@ -80,7 +82,8 @@ _CARDS = (
         "places365",
         2997,
         "im2gps3k_places365.csv",
-        "Three thousand photos (Vo, Jacobs, Hays 2017); the archive has 3,000 files and the metadata lists 2,997.",
+        "Three thousand photos (Vo, Jacobs, Hays 2017); the archive has 3,000 files and the metadata lists "
+        "2,997.",
         f"github.com/lugiavn/revisiting-im2gps (im2gps3ktest.zip); metadata: {TRANSLOCATOR}, resources/",
         FLICKR,
         "0f243d1e23cbb4ab8f0a83fa045ebae642dac2458fb94a1540db6f5f5588031d",
@@ -101,7 +104,8 @@ _CARDS = (
         "places365",
         25_600,
         "yfcc25600_places365.csv",
-        "Geotagged Flickr photos of YFCC100M by 13,018 photographers; the largest of the four Flickr benchmarks.",
+        "Geotagged Flickr photos of YFCC100M by 13,018 photographers; the largest of the four Flickr "
+        "benchmarks.",
         f"metadata: {TRANSLOCATOR}, resources/; images: from Flickr by id (a growing share has been deleted)",
         FLICKR,
         "a49363ef7d87e8a2484169a2b0971f07355743d0741b9fcff7ffc8441afd397d",
@@ -122,7 +126,8 @@ _CARDS = (
         "osv-5m",
         210_122,
         "",
-        "OpenStreetView-5M, test split: Mapillary street views of 225 countries and territories, at least 1 km from "
+        "OpenStreetView-5M, test split: Mapillary street views of 225 countries and territories, at least "
+        "1 km from "
         "the 4,894,685 images of the training split.",
         "huggingface.co/datasets/osv5m/osv5m; unpack to GEOCLIP_DATA/osv5m/{test.csv,images/test/…}",
         "CC BY-SA 4.0",
@@ -166,7 +171,8 @@ def data_folder() -> Path:
     found = paths.geoclip_data()
     if found is None:
         raise FileNotFoundError(
-            "benchmarks are read from the folder named by the environment variable GEOCLIP_DATA, which is not set; "
+            "benchmarks are read from the folder named by the environment variable GEOCLIP_DATA, which is "
+            "not set; "
             "geoclip/datasets/benchmarks.py describes its layout"
         )
     return found
@@ -184,7 +190,8 @@ def find_csv(wanted: Card, data: Path | None = None) -> Path:
         if csv.is_file():
             return csv
     raise FileNotFoundError(
-        f"{wanted.title}: {wanted.csv} was not found at {tried[0]} or {tried[1]}; get it from: {wanted.source}"
+        f"{wanted.title}: {wanted.csv} was not found at {tried[0]} or {tried[1]}; get it from: "
+        f"{wanted.source}"
     )
 
 
@@ -227,7 +234,8 @@ def load(
         photos = read(find_csv(wanted, data), images, wanted.title)
     if strict and wanted.n is not None and len(photos) != wanted.n:
         raise ValueError(
-            f"{wanted.title}: {len(photos):,} rows, but the published set has {wanted.n:,}. To use part of it, pass "
+            f"{wanted.title}: {len(photos):,} rows, but the published set has {wanted.n:,}. To use part of "
+            "it, pass "
             f"it as a CSV of your own, so that its scores are not mistaken for the benchmark's"
         )
     return photos
@@ -251,7 +259,8 @@ def read_places365(
     if scene.isna().any():
         row = scene.isna().idxmax()
         raise ValueError(
-            f"{csv}, line {photos.table.at[row, 'line']}: S3_Label is {label[row]!r}, not 0 (indoor), 1 (natural) "
+            f"{csv}, line {photos.table.at[row, 'line']}: S3_Label is {label[row]!r}, not 0 (indoor), 1 "
+            "(natural) "
             f"or 2 (urban)"
         )
     photos.table["scene"] = scene
@@ -300,7 +309,8 @@ def is_pinned(wanted: Card, csv: Path) -> bool | None:
 
 
 def _numbers(csv: Path, table: pd.DataFrame, column: str, allowed, reason: str) -> pd.Series:
-    """A column as numbers, NaN where the cell is empty; ValueError for other text or a value that is not allowed."""
+    """A column as numbers, NaN where the cell is empty; ValueError for other text or a value that is not
+    allowed."""
     text = table[column].str.strip()
     numbers = pd.to_numeric(text, errors="coerce")
     bad = numbers.isna() if allowed is None else ~numbers.isin(allowed)

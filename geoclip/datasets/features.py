@@ -1,9 +1,9 @@
 """Features: images embedded once by the frozen tower and stored, so that training never runs the tower.
 
-A feature folder holds `features.json`, which describes how the features were made, and one folder per shard with
-features.npy (m, v, c) float16, latlon.npy (m, 2) float32, ids.txt, unreadable.csv and shard.json. A shard appears
-complete, by a rename, or not at all, so an interrupted run resumes at the first missing shard. Shards are verified
-against the hashes in shard.json when they are opened.
+A feature folder holds `features.json`, which describes how the features were made, and one folder per shard
+with features.npy (m, v, c) float16, latlon.npy (m, 2) float32, ids.txt, unreadable.csv and shard.json. A
+shard appears complete, by a rename, or not at all, so an interrupted run resumes at the first missing shard.
+Shards are verified against the hashes in shard.json when they are opened.
 """
 
 import csv
@@ -45,8 +45,8 @@ HASHED = ("features.npy", "latlon.npy", "ids.txt")
 class FeatureInfo:
     """How the features of a folder were made; two folders with equal info hold the same numbers.
 
-    tower, weights: as in ImageEncoderConfig; tower_hash: of the weights themselves; source, data: name and hash of what
-    was embedded; recipe: RECIPE; shards: their number.
+    tower, weights: as in ImageEncoderConfig; tower_hash: of the weights themselves; source, data: name and
+    hash of what was embedded; recipe: RECIPE; shards: their number.
     """
 
     tower: str
@@ -88,7 +88,8 @@ class FeatureInfo:
             return cls(**{field.name: found[field.name] for field in dataclasses.fields(cls)})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} does not describe features ({error!r}): it is damaged or was made by another version; embed "
+                f"{path} does not describe features ({error!r}): it is damaged or was made by another "
+                "version; embed "
                 f"into another folder"
             ) from error
 
@@ -103,7 +104,8 @@ class FeatureInfo:
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What one process did: images embedded, images already there, unreadable images, (shard, reason) that failed."""
+    """What one process did: images embedded, images already there, unreadable images, (shard, reason) that
+    failed."""
 
     embedded: int
     found: int
@@ -148,11 +150,11 @@ def embed(
 ) -> EmbedReport:
     """Write the features of `source` to the folder `out`, resuming where an earlier run stopped.
 
-    batch_size: views through the tower at once; workers: decoding processes; rank, world: this process makes the shards
-    rank, rank + world, …; full: verify every byte of the shards that are there. Damaged shards are made again.
-    Photos that cannot be read are listed in unreadable.csv; a tar that cannot be read to its end makes no shard and
-    is reported. Raises ValueError if `out` holds other features or no photo can be read, OSError if the disk is
-    full; complete shards are kept in every case.
+    batch_size: views through the tower at once; workers: decoding processes; rank, world: this process makes
+    the shards rank, rank + world, …; full: verify every byte of the shards that are there. Damaged shards are
+    made again. Photos that cannot be read are listed in unreadable.csv; a tar that cannot be read to its end
+    makes no shard and is reported. Raises ValueError if `out` holds other features or no photo can be read,
+    OSError if the disk is full; complete shards are kept in every case.
     """
     began = time.perf_counter()
     if views and views.ten_crop and isinstance(source, Tiles):
@@ -255,13 +257,15 @@ class Shard:
     def write(self, out: Path, info: FeatureInfo, dtype: torch.dtype) -> None:
         """Write the shard to a temporary folder, then renames it.
 
-        Raises ValueError for features that are not finite, OSError if the disk is full; neither leaves anything.
+        Raises ValueError for features that are not finite, OSError if the disk is full; neither leaves
+        anything.
         """
         empty = np.empty((0, info.views.number, info.dim), np.float16)
         features = np.concatenate([empty, *self.features])
         if bad := _not_finite(features):
             raise ValueError(
-                f"{info.source}, shard {self.part}: the features of {self.ids[bad[0]]} are not finite; is the tower "
+                f"{info.source}, shard {self.part}: the features of {self.ids[bad[0]]} are not finite; is "
+                "the tower "
                 f"whole? With --precision fp32 they may be finite"
             )
         final = shard_folder(out, self.part)
@@ -297,11 +301,12 @@ class Shard:
 class FeatureData(Dataset):
     """A feature folder as a training set, memory-mapped: only what a batch needs is read.
 
-    latlon: (n, 2) degrees; views, dim: views stored per image, and c. A key is (epoch, i); a batch of keys gives
-    {"feature": (b, views_a_step, c) float32, "latlon": (b, 2), "index": (b,)} with views drawn at random per image and
-    epoch. fraction: part of the images to use; smaller fractions are subsets of larger ones. full: verify every byte,
-    not only sampled blocks of large shards. encoder: the image encoder to be trained. Raises ValueError if the folder is
-    incomplete, mixed or damaged, or was made by another tower, weights or preprocessing than the encoder's.
+    latlon: (n, 2) degrees; views, dim: views stored per image, and c. A key is (epoch, i); a batch of keys
+    gives {"feature": (b, views_a_step, c) float32, "latlon": (b, 2), "index": (b,)} with views drawn at
+    random per image and epoch. fraction: part of the images to use; smaller fractions are subsets of larger
+    ones. full: verify every byte, not only sampled blocks of large shards. encoder: the image encoder to be
+    trained. Raises ValueError if the folder is incomplete, mixed or damaged, or was made by another tower,
+    weights or preprocessing than the encoder's.
     """
 
     def __init__(
@@ -327,7 +332,8 @@ class FeatureData(Dataset):
         shards = range(self.info.shards)
         if absent := missing_shards(self.folder, shards):
             raise ValueError(
-                f"{self.folder} is incomplete: {len(absent)} of {self.info.shards} shards are missing, the first "
+                f"{self.folder} is incomplete: {len(absent)} of {self.info.shards} shards are missing, the "
+                "first "
                 f"is {absent[0]}; rerun the embed command to complete it"
             )
         self.starts = np.cumsum([0] + [check_shard(self.folder, part, self.info, full) for part in shards])
@@ -351,7 +357,8 @@ class FeatureData(Dataset):
         for name, value in wanted.items():
             if getattr(self.info, name) != value:
                 raise ValueError(
-                    f"{self.folder} holds features of {name} {getattr(self.info, name)}, but the model has {value}: train "
+                    f"{self.folder} holds features of {name} {getattr(self.info, name)}, but the model has "
+                    f"{value}: train "
                     f"with the same {name}, or embed again"
                 )
 
@@ -401,7 +408,8 @@ class FeatureData(Dataset):
         return torch.from_numpy(self._read(self.image))
 
     def _read(self, image: np.ndarray, view: np.ndarray | None = None) -> np.ndarray:
-        """(b, k, c) features of images (b,) and views (b, k), default all views; ValueError if one is not finite."""
+        """(b, k, c) features of images (b,) and views (b, k), default all views; ValueError if one is not
+        finite."""
         if view is None:
             view = np.broadcast_to(np.arange(self.views), (len(image), self.views))
         features = np.empty((*view.shape, self.dim), np.float16)
@@ -435,7 +443,8 @@ class FeatureData(Dataset):
 def drawn_views(seed: int, epoch: int, image: np.ndarray, views: int, k: int) -> np.ndarray:
     """(b, k) different views of each image, a function of seed, epoch and image alone.
 
-    An image has the same views on every rank, in every batch and worker, without a table of draws. splitmix64 (Steele, Lea, Flood 2014) gives each view of each image a number; the k smallest win.
+    An image has the same views on every rank, in every batch and worker, without a table of draws. splitmix64
+    (Steele, Lea, Flood 2014) gives each view of each image a number; the k smallest win.
     """
     key = np.array([seed, epoch], np.int64).view(np.uint64)
     base = _splitmix64(_splitmix64(_splitmix64(key[:1]) ^ key[1:]) ^ image.astype(np.uint64))
@@ -473,7 +482,8 @@ def missing_shards(out: Path, parts: Iterable[int]) -> list[int]:
 
 
 def merge_unreadable(out: Path) -> int:
-    """Collect the unreadable photos of all shards in OUT/unreadable.csv (shard, id, reason); returns their number."""
+    """Collect the unreadable photos of all shards in OUT/unreadable.csv (shard, id, reason); returns their
+    number."""
     with FileLock(out / ".unreadable.lock"):  # the last process sees the shards of all others
         rows = []
         for path in sorted(out.glob(f"shard-*/{UNREADABLE}")):
@@ -485,7 +495,8 @@ def merge_unreadable(out: Path) -> int:
 
 
 class _Parts(IterableDataset):
-    """Stream (part, chunk) of the wanted parts, then (part, "") or (part, why it failed); a worker reads whole parts."""
+    """Stream (part, chunk) of the wanted parts, then (part, "") or (part, why it failed); a worker reads
+    whole parts."""
 
     def __init__(self, source: Source, parts: list[int], info: FeatureInfo, size: int):
         self.source, self.parts, self.info, self.size = source, parts, info, size

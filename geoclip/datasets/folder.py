@@ -114,7 +114,8 @@ def recognise(
         found[meaning] = next((lower[name] for name in names if name in lower), None)
         if found[meaning] is None and meaning in needed:
             raise ValueError(
-                f"{csv}: no column for {meaning} (one of {', '.join(names)}); the header is {','.join(header)}"
+                f"{csv}: no column for {meaning} (one of {', '.join(names)}); the header is "
+                f"{','.join(header)}"
             )
     return {meaning: name for meaning, name in found.items() if name is not None}
 
@@ -149,7 +150,8 @@ def _checked_places(csv: Path, table: pd.DataFrame, columns: dict[str, str]) -> 
     if steep.any() and (lat.abs() <= 180).all() and (lon.abs() <= 90).all():
         row = steep.idxmax()
         raise ValueError(
-            f"{csv}: the columns {columns['lat']} and {columns['lon']} are swapped: line {places.at[row, 'line']} "
+            f"{csv}: the columns {columns['lat']} and {columns['lon']} are swapped: line "
+            f"{places.at[row, 'line']} "
             f"has {columns['lat']} {lat[row]:g}, beyond ±90; exchange the two names in the header"
         )
     for column, value, limit in ((columns["lat"], lat, 90), (columns["lon"], lon, 180)):

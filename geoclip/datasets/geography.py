@@ -1,8 +1,9 @@
-"""Facts about places for probing embeddings: countries, climates, elevations, towns, temperatures, house prices.
+"""Facts about places for probing embeddings: countries, climates, elevations, towns, temperatures, house
+prices.
 
-Everything is computed once from installed packages and the map outlines in data/natural_earth, and cached under a name
-that changes with the versions of the packages. Two tasks need data of the user or of scikit-learn's server and are
-left out, with the reason, if those are unavailable.
+Everything is computed once from installed packages and the map outlines in data/natural_earth, and cached
+under a name that changes with the versions of the packages. Two tasks need data of the user or of
+scikit-learn's server and are left out, with the reason, if those are unavailable.
 """
 
 import functools
@@ -41,9 +42,9 @@ CONTINENTS |= {"NA": "North America", "OC": "Oceania", "SA": "South America"}
 class Task:
     """Something to predict at n places.
 
-    latlon: (n, 2) float64 degrees; target: (n,) class names or numbers; measure: of a prediction; places: name of the
-    set of places, shared by tasks with the same ones; source: of the target; sampling: how the places were drawn;
-    block_deg: side of the blocks that the spatially blocked split holds out.
+    latlon: (n, 2) float64 degrees; target: (n,) class names or numbers; measure: of a prediction; places:
+    name of the set of places, shared by tasks with the same ones; source: of the target; sampling: how the
+    places were drawn; block_deg: side of the blocks that the spatially blocked split holds out.
     """
 
     name: str
@@ -109,7 +110,8 @@ def tasks(n: int = 12_000, elsewhere: int = 10_000, seed: int = 0) -> tuple[dict
 def mean_temperature() -> Task:
     """Mean temperature (°C) at 3,076 stations, from GEOCLIP_DATA.
 
-    Raises FileNotFoundError if the table is absent, ValueError, naming file and line, if a value is not a number.
+    Raises FileNotFoundError if the table is absent, ValueError, naming file and line, if a value is not a
+    number.
     """
     data = paths.geoclip_data()
     if data is None:
@@ -143,7 +145,8 @@ def california_housing() -> Task:
             found = fetch_california_housing(data_home=str(paths.make_folder(home)), n_retries=1, delay=0.1)
     except OSError as error:
         raise FileNotFoundError(
-            f"scikit-learn could not download California housing ({error}); run once with a network connection"
+            f"scikit-learn could not download California housing ({error}); run once with a network "
+            "connection"
         ) from error
     finally:
         socket.setdefaulttimeout(usual)
@@ -164,9 +167,9 @@ def on_land(latlon: np.ndarray) -> pd.DataFrame:
 def country_and_continent(latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Names (n,) of the country and the continent of places, None outside every polygon.
 
-    Natural Earth's countries have no continent. Each separate piece of land takes that of most GeoNames towns in it (so
-    French Guiana is in South America), else that of its country's towns, else that of the nearest town. What is
-    farther than FAR_KM from any town is Antarctica.
+    Natural Earth's countries have no continent. Each separate piece of land takes that of most GeoNames towns
+    in it (so French Guiana is in South America), else that of its country's towns, else that of the nearest
+    town. What is farther than FAR_KM from any town is Antarctica.
     """
     from shapely import STRtree, points
 

@@ -1,15 +1,17 @@
-"""NUS-WIDE (Chua et al. 2009): Flickr photos with 81 concepts, and the geo-tagged subset that the paper probes.
+"""NUS-WIDE (Chua et al. 2009): Flickr photos with 81 concepts, and the geo-tagged subset that the paper
+probes.
 
 The official layout, in one folder (GEOCLIP_DATA/nus-wide):
 
     ConceptsList/Concepts81.txt                                      one concept per line
     Groundtruth/TrainTestLabels/Labels_<concept>_<Train|Test>.txt    0 or 1 per line, one line per photo
-    ImageList/<Train|Test>Imagelist.txt                              <folder>\\<number>_<Flickr id>.jpg, the same photos
-    NUS_WID_Tags/All_Tags.txt                                        <Flickr id> tag tag …    (optional)
-    geotags.csv                                                      id,latitude,longitude of the geo-tagged photos
+    ImageList/<Train|Test>Imagelist.txt                              <folder>\\<number>_<Flickr id>.jpg, the
+    same photos NUS_WID_Tags/All_Tags.txt                                        <Flickr id> tag tag …
+    (optional) geotags.csv                                                      id,latitude,longitude of the
+    geo-tagged photos
 
-The geotag file has no public mirror and no fixed name: any CSV with these three columns, where id is Flickr's. The
-paper's subset consists of the photos of either official part that are in it: 41,173 and 27,401.
+The geotag file has no public mirror and no fixed name: any CSV with these three columns, where id is
+Flickr's. The paper's subset consists of the photos of either official part that are in it: 41,173 and 27,401.
 """
 
 from dataclasses import dataclass
@@ -32,8 +34,9 @@ GEOTAGS = {**folder.ALIASES, "file": ("id", "photo_id", "photoid", "image_id", "
 class NusWide:
     """The geo-tagged photos.
 
-    table: part ("train", "test"), photo (Flickr id), file, lat, lon, tags (None without a tag file); concepts: q names;
-    labels: (n, q) of {0, 1}, uint8; notes: what was left out and what differs from the published subset.
+    table: part ("train", "test"), photo (Flickr id), file, lat, lon, tags (None without a tag file);
+    concepts: q names; labels: (n, q) of {0, 1}, uint8; notes: what was left out and what differs from the
+    published subset.
     """
 
     table: pd.DataFrame
@@ -58,7 +61,8 @@ def find() -> Path:
         if data is not None and (data / name).is_dir():
             return data / name
     raise FileNotFoundError(
-        "needs NUS-WIDE: ask the National University of Singapore for it, set GEOCLIP_DATA and put its files and "
+        "needs NUS-WIDE: ask the National University of Singapore for it, set GEOCLIP_DATA and put its "
+        "files and "
         "geotags.csv into GEOCLIP_DATA/nus-wide"
     )
 
@@ -66,9 +70,9 @@ def find() -> Path:
 def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
     """Read the geo-tagged photos of NUS-WIDE in `root`; `geotags` defaults to root/geotags.csv.
 
-    Raises FileNotFoundError for a missing file, and ValueError, naming file, line and value, for labels other than 0
-    and 1, a label file whose length differs from its image list, invalid or contradictory geotags, and a geotag file
-    without any photo of the lists.
+    Raises FileNotFoundError for a missing file, and ValueError, naming file, line and value, for labels other
+    than 0 and 1, a label file whose length differs from its image list, invalid or contradictory geotags, and
+    a geotag file without any photo of the lists.
     """
     root = Path(root)
     if not root.is_dir():
@@ -114,8 +118,8 @@ def write_csv(data: NusWide, path: Path | str) -> None:
 def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
     """Features (n, c) of the photos in their order: view 0 of a feature folder.
 
-    Photos without features (missing or unreadable) get the mean of the others and are counted in `data.notes`. Raises
-    ValueError if more than LOST of the photos have none.
+    Photos without features (missing or unreadable) get the mean of the others and are counted in
+    `data.notes`. Raises ValueError if more than LOST of the photos have none.
     """
     from geoclip.datasets.features import FeatureData
 
@@ -125,7 +129,8 @@ def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
     absent = rows.isna().to_numpy()
     if absent.mean() > LOST:
         raise ValueError(
-            f"{features}: no features of {data.table['file'][absent.argmax()]} and {absent.sum() - 1:,} more of "
+            f"{features}: no features of {data.table['file'][absent.argmax()]} and {absent.sum() - 1:,} "
+            "more of "
             f"{len(absent):,} photos; embed the CSV of geoclip.datasets.nus_wide.write_csv"
         )
     whole = kept.tensor()[:, 0].float().numpy()
@@ -140,10 +145,12 @@ def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
 def write_synthetic(
     root: Path | str, n: int = 3000, concepts: int = 8, planted: bool = True, seed: int = 0
 ) -> Path:
-    """Write a small synthetic set in the official layout, to run the probes without the real one. Returns `root`.
+    """Write a small synthetic set in the official layout, to run the probes without the real one. Returns
+    `root`.
 
-    A concept applies to 80 % of the photos within 1,500 km of its three centres and to 3 % of the others. A tenth of
-    the photos has no geotag. planted=False shuffles the geotags, so that places carry no information.
+    A concept applies to 80 % of the photos within 1,500 km of its three centres and to 3 % of the others. A
+    tenth of the photos has no geotag. planted=False shuffles the geotags, so that places carry no
+    information.
     """
     root, rng = Path(root), np.random.default_rng(seed)
     draw = torch.Generator().manual_seed(seed)

