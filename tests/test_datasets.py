@@ -263,7 +263,7 @@ def test_a_folder_of_geotagged_photos_becomes_a_data_set(tmp_path, capsys):
     }  # fmt: skip
     assert unused["two\\nlines.jpg"] == "its name contains a line break; rename it"
     assert unused["caf\\udce9.jpg"] == "its name is not UTF-8; rename it"
-    assert unused["phone.HEIC"] == "a HEIC photo; convert it to JPEG first"
+    assert unused["phone.HEIC"].startswith("a HEIC photo")
     assert unused["plain.jpg"] == "no GPS position in its EXIF"
     assert unused["broken.jpg"] == "EXIF longitude: a fraction with the denominator 0"
     assert "truncated" in unused["cut.jpg"].lower()

@@ -1,14 +1,12 @@
-"""NUS-WIDE (Chua et al. 2009): Flickr photos with 81 concepts, and the geo-tagged subset that the paper
-probes.
+"""NUS-WIDE (Chua et al. 2009): Flickr photos with 81 concepts, and the geo-tagged subset of the paper.
 
 The official layout, in one folder (GEOCLIP_DATA/nus-wide):
 
     ConceptsList/Concepts81.txt                                      one concept per line
     Groundtruth/TrainTestLabels/Labels_<concept>_<Train|Test>.txt    0 or 1 per line, one line per photo
-    ImageList/<Train|Test>Imagelist.txt                              <folder>\\<number>_<Flickr id>.jpg, the
-    same photos NUS_WID_Tags/All_Tags.txt                                        <Flickr id> tag tag …
-    (optional) geotags.csv                                                      id,latitude,longitude of the
-    geo-tagged photos
+    ImageList/<Train|Test>Imagelist.txt                              <folder>\\<number>_<Flickr id>.jpg
+    NUS_WID_Tags/All_Tags.txt                                        <Flickr id> tag tag …    (optional)
+    geotags.csv                                                      id,latitude,longitude
 
 The geotag file has no public mirror and no fixed name: any CSV with these three columns, where id is
 Flickr's. The paper's subset consists of the photos of either official part that are in it: 41,173 and 27,401.
