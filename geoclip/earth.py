@@ -1,7 +1,6 @@
 """The Earth: coordinate checks, the Equal Earth projection, distances, noise in metres.
 
-Coordinates are (lat, lon) in degrees on WGS84, last axis 2, longitude in [-180, 180). Radians stay inside a
-function. Nothing here imports the rest of the package.
+Coordinates are (lat, lon) in degrees on WGS84, on the last axis, with longitude in [-180, 180).
 """
 
 import math
@@ -19,10 +18,10 @@ EQUAL_EARTH_SCALE = 66.50336
 
 
 def check_latlon(latlon, source: str = "coordinates") -> Float[Tensor, "*n 2"]:
-    """`latlon` as a float tensor with longitude in [-180, 180), or ValueError that names row and value.
+    """The coordinates as a float tensor with longitude in [-180, 180); 180° becomes -180°.
 
-    Accepts anything torch.as_tensor takes, shape (..., 2), degrees; ±180° are one meridian and become -180.
-    Raises ValueError for another shape, NaN, |lat| > 90 (often swapped columns) or |lon| > 180.
+    latlon: anything that torch.as_tensor accepts, of shape (..., 2), in degrees. Raises ValueError, with
+    `source`, row and value, for another shape, NaN, |lat| > 90 (often swapped columns) or |lon| > 180.
     """
     latlon = torch.as_tensor(latlon)
     if not latlon.is_floating_point():
@@ -30,7 +29,7 @@ def check_latlon(latlon, source: str = "coordinates") -> Float[Tensor, "*n 2"]:
     if latlon.ndim == 0 or latlon.shape[-1] != 2:
         raise ValueError(f"{source}: expected (lat, lon) on the last axis, got shape {tuple(latlon.shape)}")
     limits = torch.tensor([90.0, 180.0], dtype=latlon.dtype, device=latlon.device)
-    bad = ~(latlon.abs() <= limits)  # negated, so that NaN is bad
+    bad = ~(latlon.abs() <= limits)  # negated, so NaN is bad too
     if bad.any():
         flat, rows = latlon.reshape(-1, 2), bad.reshape(-1, 2).any(-1).nonzero()[:, 0]
         row = int(rows[0])
@@ -45,16 +44,16 @@ def check_latlon(latlon, source: str = "coordinates") -> Float[Tensor, "*n 2"]:
 
 
 def wrap_lon(lon: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
-    """Longitude in degrees brought to [-180, 180)."""
+    """Longitude in degrees, wrapped to [-180, 180)."""
     return (lon + 180) % 360 - 180
 
 
 def equal_earth(latlon: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n 2"]:
     """Equal Earth projection of (lat, lon) degrees, scaled to x in [-1, 1], y in [-0.487, 0.487].
 
-    Spherical form, equal to PROJ's `+proj=eqearth +R=1` times EQUAL_EARTH_SCALE / 180. Keeps the dtype: the
-    released weights were trained on single precision, whose rounding the highest frequencies can see, so the
-    order of operations is part of the model (paper, section 3.2).
+    The spherical form (paper, section 3.2): PROJ's `+proj=eqearth +R=1` times EQUAL_EARTH_SCALE / 180. Keeps
+    the dtype. The released weights were trained in float32, and the highest frequencies resolve its rounding,
+    so the order of operations is part of the model.
     """
     lat, lon = torch.deg2rad(latlon).unbind(-1)
     theta = torch.asin(math.sqrt(3) / 2 * torch.sin(lat))
@@ -65,7 +64,7 @@ def equal_earth(latlon: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n 2"]:
 
 
 def unit_sphere(latlon: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n 3"]:
-    """(lat, lon) degrees as points (x, y, z) of the unit sphere; z points north, x to (0, 0)."""
+    """(lat, lon) degrees as points (x, y, z) of the unit sphere; z points north and x to (0, 0)."""
     lat, lon = torch.deg2rad(latlon).unbind(-1)
     return torch.stack([lat.cos() * lon.cos(), lat.cos() * lon.sin(), lat.sin()], -1)
 
@@ -80,8 +79,8 @@ def from_unit_sphere(xyz: Float[Tensor, "*n 3"]) -> Float[Tensor, "*n 2"]:
 def haversine_km(a: Float[Tensor, "*#n 2"], b: Float[Tensor, "*#n 2"]) -> Float[Tensor, "*n"]:
     """Great-circle distance in km between (lat, lon) degrees, on a sphere of R = 6371.0088 km.
 
-    Computed in double precision; `a` and `b` broadcast. Within 0.6 % of the WGS84 geodesic; the benchmarks'
-    thresholds move by at most 0.03 point.
+    Computed in float64; `a` and `b` broadcast. Within 0.6 % of the WGS84 geodesic, which changes benchmark
+    accuracies by at most 0.03 points.
     """
     lat_a, lon_a = torch.deg2rad(a.double()).unbind(-1)
     lat_b, lon_b = torch.deg2rad(b.double()).unbind(-1)
@@ -93,9 +92,9 @@ def haversine_km(a: Float[Tensor, "*#n 2"], b: Float[Tensor, "*#n 2"]) -> Float[
 def destination(
     latlon: Float[Tensor, "*n 2"], east_km: Float[Tensor, "*n"], north_km: Float[Tensor, "*n"]
 ) -> Float[Tensor, "*n 2"]:
-    """The place reached from `latlon` along the great circle that starts towards (east, north), in km.
+    """The place (east_km, north_km) away from `latlon`, along the great circle that starts in that direction.
 
-    Exact on the sphere, so correct at the poles and across ±180°. Keeps the dtype of `latlon`.
+    Exact on the sphere, including at the poles and across ±180°. Keeps the dtype of `latlon`.
     """
     lat, lon = torch.deg2rad(latlon.double()).unbind(-1)
     east_km, north_km = east_km.double(), north_km.double()
@@ -112,9 +111,9 @@ def destination(
 def add_noise_m(
     latlon: Float[Tensor, "*n 2"], sigma_m: float, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*n 2"]:
-    """`latlon` moved by Gaussian noise of `sigma_m` metres in each of east and north (paper, section 3.3).
+    """Adds Gaussian noise of `sigma_m` metres to the east and to the north (paper, section 3.3).
 
-    The same distance on the ground at every latitude; 0 returns the coordinates as they are.
+    The distance on the ground is the same at every latitude. 0 returns the coordinates unchanged.
     """
     if sigma_m == 0:
         return latlon
@@ -125,14 +124,14 @@ def add_noise_m(
 def draw_noise_km(
     shape: tuple[int, ...], sigma_m: float, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*n 2"]:
-    """(east, north) of noise of `sigma_m` metres in km, on the CPU, so that a seed means the same everywhere."""
+    """Gaussian noise of `sigma_m` metres, (east, north) in km, drawn on the CPU on every device."""
     if sigma_m < 0:
         raise ValueError(f"sigma_m must be ≥ 0 metres, got {sigma_m}")
     return torch.randn(*shape, 2, generator=generator, dtype=torch.float64) * sigma_m / 1000
 
 
 def sample_sphere(n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n 2"]:
-    """`n` places uniform on the sphere (not on the lat/lon grid), in degrees."""
+    """`n` places, uniform on the sphere and not in latitude and longitude, in degrees."""
     u = torch.rand(n, 2, generator=generator, dtype=torch.float64)
     lat = torch.rad2deg(torch.asin(2 * u[:, 0] - 1))
     return torch.stack([lat, u[:, 1] * 360 - 180], -1).float()

@@ -1,7 +1,7 @@
 """Evaluation: accuracy at five distances, geoscore, ceilings, floors, intervals and leakage.
 
-An error is a great-circle distance in km (earth.haversine_km), one per image. It is NaN or inf for a miss: an image that
-could not be read or answered stays in the denominator.
+An error is a great-circle distance in km (earth.haversine_km), one per image. It is NaN or inf for a miss: an
+image that could not be read or answered stays in the denominator.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ FLOOR_DRAWS = 300_000  # pairs of image and place for the random floor's median,
 def summarize(error_km: Float[Tensor, " n"]) -> dict[str, float]:
     """Percent within each threshold (≤), median and mean km of the answered images, mean geoscore, and n.
 
-    A miss is beyond every threshold, has a geoscore of 0, and does not enter the median and mean. Raises ValueError if
-    there are no errors.
+    A miss is beyond every threshold, has a geoscore of 0, and does not enter the median and mean. Raises
+    ValueError if there are no errors.
     """
     error_km = torch.as_tensor(error_km).double()
     if error_km.numel() == 0:
@@ -71,7 +71,8 @@ def random_floor(
 ) -> dict[str, float]:
     """Expected `summarize` of answering each image with a random place of the gallery.
 
-    The accuracies are exact: they count all n × m pairs. Median, mean and geoscore are those of 300,000 random pairs.
+    The accuracies are exact: they count all n × m pairs. Median, mean and geoscore are those of 300,000
+    random pairs.
     """
     repeated = truth.repeat(max(1, FLOOR_DRAWS // len(truth)), 1)
     generator = torch.Generator().manual_seed(seed)
@@ -85,7 +86,8 @@ def random_floor(
 def constant_floor(
     truth: Float[Tensor, "n 2"], candidates: Float[Tensor, "m 2"], within_km: float = 25
 ) -> Float[Tensor, " n"]:
-    """Error in km of the best constant answer: the candidate with the most other candidates within `within_km`.
+    """Error in km of the best constant answer: the candidate with the most other candidates within
+    `within_km`.
 
     The constant is chosen by the candidates, which are training places, and never by the truth.
     """
@@ -124,8 +126,8 @@ def bootstrap(
 ) -> np.ndarray:
     """Accuracies (draws, 5) of images resampled with replacement.
 
-    clusters: a label per image, such as its photographer; images with one label are not independent, so they are
-    drawn together.
+    clusters: a label per image, such as its photographer; images with one label are not independent, so they
+    are drawn together.
     """
     generator = generator or np.random.default_rng(0)
     error_km = np.asarray(error_km, float)
@@ -161,16 +163,18 @@ def benchmark(
     seed: int = 0,
     draws: int = 1000,
 ) -> pd.DataFrame:
-    """The result of one benchmark: a tidy table, a row per `measure`, with the columns of `summarize` and counts.
+    """The result of one benchmark: a tidy table, a row per `measure`, with the columns of `summarize` and
+    counts.
 
-    truth, predicted: (lat, lon) degrees; NaN in `predicted` is a miss; without `predicted`, only what follows from
-    coordinates. places: the gallery, in double precision so that leaks can be found to 1 m. authors: a photographer per
-    image, or None. about: columns to put first (data, model, split, …). from_places: whether the answers are places of
-    the gallery, so that it sets a ceiling. seed: of the random floor and of the bootstrap.
+    truth, predicted: (lat, lon) degrees; NaN in `predicted` is a miss; without `predicted`, only what follows
+    from coordinates. places: the gallery, in double precision so that leaks can be found to 1 m. authors: a
+    photographer per image, or None. about: columns to put first (data, model, split, …). from_places: whether
+    the answers are places of the gallery, so that it sets a ceiling. seed: of the random floor and of the
+    bootstrap.
 
-    Measures: "accuracy"; "low" and "high", its 95 % interval by bootstrap over photographers (or images); "not leaked",
-    the accuracy on images whose place the gallery does not hold; "ceiling"; "random floor"; "constant floor".
-    Raises ValueError for an empty set, coordinates out of range and unequal lengths.
+    Measures: "accuracy"; "low" and "high", its 95 % interval by bootstrap over photographers (or images);
+    "not leaked", the accuracy on images whose place the gallery does not hold; "ceiling"; "random floor";
+    "constant floor". Raises ValueError for an empty set, coordinates out of range and unequal lengths.
     """
     truth = earth.check_latlon(truth, "truth").double()
     places = earth.check_latlon(places, "gallery").double()
@@ -219,8 +223,9 @@ def ceiling_by_size(
 ) -> pd.DataFrame:
     """The ceiling of galleries drawn from the distinct `places`: a tidy table, a row per size.
 
-    Values are means over `galleries` draws; *_low and *_high are 95 % intervals over draws of galleries and bootstraps
-    over photographers together. Raises ValueError for a size larger than the number of distinct places.
+    Values are means over `galleries` draws; *_low and *_high are 95 % intervals over draws of galleries and
+    bootstraps over photographers together. Raises ValueError for a size larger than the number of distinct
+    places.
     """
     unique = torch.unique(places, dim=0)
     rows = []

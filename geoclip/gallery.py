@@ -39,8 +39,8 @@ class Gallery:
     def unique(self) -> int:
         """Number of distinct places, in the precision in which they were given.
 
-        Places are embedded in float32, which cannot distinguish places closer than 1 m. Duplicates share their
-        place's probability.
+        Places are embedded in float32, which cannot distinguish places closer than 1 m. Duplicates share
+        their place's probability.
         """
         return len(torch.unique(self.given, dim=0))
 
@@ -54,9 +54,9 @@ class Gallery:
     def embed(self, location_encoder: nn.Module, keep: bool = False) -> Float[Tensor, "m d"]:
         """Unit-norm float32 embeddings of the places.
 
-        keep: store them in the cache and memory-map them from there the next time. A stored file is verified when it
-        is opened and computed again if it is damaged. If the cache cannot be written, the embeddings are not stored.
-        Raises ValueError if an embedding is not finite.
+        keep: store them in the cache and memory-map them from there the next time. A stored file is verified
+        when it is opened and computed again if it is damaged. If the cache cannot be written, the embeddings
+        are not stored. Raises ValueError if an embedding is not finite.
         """
         if not keep:
             return embed(location_encoder, self.latlon)
@@ -145,8 +145,8 @@ def search(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k most similar places of each query: (cosine, index), best first. Exact: every place is compared.
 
-    query, places: unit-norm; places in float32, or in float16 on a GPU. Raises ValueError if k is below 1 or larger
-    than the gallery, or if a score is not finite.
+    query, places: unit-norm; places in float32, or in float16 on a GPU. Raises ValueError if k is below 1 or
+    larger than the gallery, or if a score is not finite.
     """
     return scan(query, places, k)[:2]
 
@@ -156,8 +156,8 @@ def scan(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
     """Like `search`, and also log Σ exp(scale × cosine) over all places, computed in blocks.
 
-    The probability of a place is exp(scale × cosine − that logarithm), so the scores of a large gallery are never
-    held in memory at once.
+    The probability of a place is exp(scale × cosine − that logarithm), so the scores of a large gallery are
+    never held in memory at once.
     """
     check_k(k, len(places))
     rows = max(1 << 14, SCORES_AT_ONCE.get(places.device.type, 1 << 25) // max(1, len(query)))
@@ -187,7 +187,7 @@ def products(places: Float[Tensor, "m d"], query: Float[Tensor, "n d"]) -> Float
 
 
 def top(scores: Float[Tensor, "m n"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """The k best rows of each column. On a CPU, several times faster than topk: they lie in the k best groups."""
+    """The k best rows of each column, found on a CPU in the k best groups, which is faster than topk."""
     m, n = scores.shape
     groups = m // GROUP
     if scores.is_cuda or groups < 8 * k:

@@ -8,10 +8,10 @@ from geoclip import earth
 
 
 class GPSQueue(nn.Module):
-    """First in, first out, of the last `capacity` (lat, lon) seen in training; kept in checkpoints.
+    """A first-in, first-out queue of the last `capacity` places seen in training, stored in checkpoints.
 
-    initial: (capacity, 2) places in degrees that it starts with; none are needed for capacity 0.
-    Coordinates are kept raw: they are encoded again at every step, with gradient.
+    initial: (capacity, 2), the (lat, lon) degrees that it starts with; not needed for capacity 0. The queue
+    holds coordinates and not embeddings: they are encoded again at every step, with gradient.
     """
 
     def __init__(self, capacity: int, initial: Float[Tensor, "q 2"] | None = None):
@@ -28,23 +28,23 @@ class GPSQueue(nn.Module):
 
     def contents(self) -> Float[Tensor, "q 2"]:
         """The places in the queue, oldest first."""
-        # by index, and not roll(-int(oldest)), which would wait for the GPU in every step
+        # roll(-int(oldest)) would wait for the GPU at every step
         return self.places[
             (self.oldest + torch.arange(self.capacity, device=self.places.device)) % self.capacity
         ]
 
     @torch.no_grad()
     def push(self, latlon: Float[Tensor, "b 2"]) -> None:
-        """Put a batch in, over the oldest places; batches need not divide the capacity.
+        """Replaces the oldest places by a batch, whose size need not divide the capacity.
 
-        Raises ValueError for a batch larger than the queue: part of it would never be a negative.
+        Raises ValueError for a batch larger than the queue, part of which would never be a negative.
         """
         if self.capacity == 0:
             return
         if len(latlon) > self.capacity:
             raise ValueError(
-                f"a batch of {len(latlon)} does not fit a queue of {self.capacity}: enlarge the queue, or turn "
-                f"it off with queue 0"
+                f"a batch of {len(latlon)} does not fit a queue of {self.capacity}: enlarge the queue, or "
+                f"turn it off with queue 0"
             )
         rows = (self.oldest + torch.arange(len(latlon), device=self.places.device)) % self.capacity
         self.places[rows] = latlon.to(self.places)

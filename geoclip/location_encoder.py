@@ -15,9 +15,9 @@ from geoclip.config import LocationEncoderConfig
 
 
 class FourierLevel(nn.Module):
-    """One level: frequencies b ~ N(0, σ²), never trained, [cos 2πvbᵀ, sin 2πvbᵀ], then an MLP.
+    """One level: Fourier features [cos 2πvbᵀ, sin 2πvbᵀ] with fixed b ~ N(0, σ²), then an MLP.
 
-    σ = None leaves the Fourier features out.
+    With sigma None there are no Fourier features.
     """
 
     def __init__(self, inputs: int, sigma: float | None, config: LocationEncoderConfig, generator):
@@ -34,7 +34,7 @@ class FourierLevel(nn.Module):
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], config.dim))
 
     def features(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n f"]:
-        """Fourier features, in single precision whatever the autocast: bfloat16 phases destroy the embedding."""
+        """Fourier features, always in float32: a bfloat16 phase destroys the embedding."""
         if self.frequencies is None:
             return xy
         with torch.autocast(xy.device.type, enabled=False):
@@ -43,7 +43,7 @@ class FourierLevel(nn.Module):
 
     def forward(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
         features = self.features(xy)
-        if self.frequencies is None:  # in bfloat16 coordinates are 0.7 degrees apart
+        if self.frequencies is None:  # bfloat16 cannot distinguish coordinates closer than 0.7°
             with torch.autocast(xy.device.type, enabled=False):
                 features = self.mlp[0](features)
             return self.mlp[1:](features)
@@ -53,9 +53,9 @@ class FourierLevel(nn.Module):
 
 
 class LocationEncoder(nn.Module):
-    """Embeds (lat, lon) degrees: the sum of one embedding per level of Fourier features.
+    """Embeds (lat, lon) degrees: the sum over levels of Fourier features.
 
-    `generator` draws the frequencies and the initial weights, so that a seed fixes the encoder.
+    generator: draws the frequencies and the initial weights.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class LocationEncoder(nn.Module):
         initialise(self, generator)
 
     def project(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
-        """The coordinates that the frequencies see, single precision, within ±1."""
+        """The projected coordinates, within ±1, in float32."""
         with torch.autocast(latlon.device.type, enabled=False):
             latlon = latlon.float()
             if self.config.projection == "equal_earth":
@@ -82,20 +82,20 @@ class LocationEncoder(nn.Module):
             return latlon / 180
 
     def by_level(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "s n d"]:
-        """The embedding of each σ alone; their sum is the embedding."""
+        """The embedding of each σ; their sum is the embedding."""
         xy = self.project(latlon)
         return torch.stack([level(xy) for level in self.levels])
 
     def forward(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "n d"]:
-        """Embeddings (not normalised) of (lat, lon) degrees."""
+        """Embeddings, not normalised."""
         xy = self.project(latlon)
         return sum(level(xy) for level in self.levels)
 
     @classmethod
     def pretrained(cls) -> "LocationEncoder":
-        """The authors' released location encoder, in evaluation mode; fetched at first use, hash-checked.
+        """The authors' released location encoder, in evaluation mode; downloaded at first use.
 
-        Raises OSError that says what is missing where the weights are neither kept nor reachable.
+        Raises OSError, which says what is missing, if the weights cannot be downloaded.
         """
         from geoclip import pretrained
 
@@ -105,9 +105,9 @@ class LocationEncoder(nn.Module):
 
 
 def initialise(module: nn.Module, generator: torch.Generator | None) -> None:
-    """PyTorch's default initialisation of linear and convolution layers, drawn from `generator`.
+    """Draws PyTorch's default initialisation of linear and convolution layers from `generator`.
 
-    Does nothing without a generator: the layers then keep what the global state gave them.
+    Without a generator, the layers keep their initial weights.
     """
     if generator is None:
         return

@@ -1,7 +1,7 @@
 """Maps in one style: the world in Equal Earth, regions in an equal-area projection.
 
-Outlines come from data/natural_earth; nothing is downloaded, as cartopy's `coastlines()` would. Colours are safe for
-colour-blind readers and ordered by lightness, so maps can be read in grey.
+Outlines come from data/natural_earth; nothing is downloaded, as cartopy's `coastlines()` would. Colours are
+safe for colour-blind readers and ordered by lightness, so maps can be read in grey.
 """
 
 import dataclasses
@@ -62,7 +62,7 @@ KM = 1000.0  # the projections' metres
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The pixels of a map: `latlon` (n, 2), in degrees, of those on the Earth, and `inside` (rows, columns)."""
+    """The pixels of a map: `latlon` (n, 2) of those on the Earth, in degrees; `inside` (rows, columns)."""
 
     latlon: np.ndarray
     inside: np.ndarray
@@ -173,8 +173,8 @@ def density(axes: GeoAxes, latlon, cells: int = 120, label: str = "places") -> N
 def errors(axes: GeoAxes, truth, predicted, limit: int = 400) -> None:
     """A great-circle arc from each true place (dot) to the predicted one, coloured by the error in km.
 
-    Draws the first `limit` pairs. The legend's percentages count all of them; a missing prediction (NaN) counts as
-    furthest. Raises ValueError if the two have different lengths.
+    Draws the first `limit` pairs. The legend's percentages count all of them; a missing prediction (NaN)
+    counts as furthest. Raises ValueError if the two have different lengths.
     """
     import torch
 
@@ -209,10 +209,11 @@ def similarity(
     limits: tuple[float, float] | None = None,
     bar: bool = True,
 ) -> None:
-    """Heat map of `values` (n,), one per pixel of `grid(axes)`; the best places are numbered, the truth is ringed.
+    """Heat map of `values` (n,), one per pixel of `grid(axes)`; the best places are numbered, the truth is
+    ringed.
 
-    top_k: (k, 2), best first; truth: (2,); both (lat, lon) in degrees. limits: range of the colours, by default that of
-    the values.
+    top_k: (k, 2), best first; truth: (2,); both (lat, lon) in degrees. limits: range of the colours, by
+    default that of the values.
     """
     picture = pixels.image(_array(values))
     low, high = limits or (picture.min(), picture.max())
@@ -257,7 +258,7 @@ def plain(text: str) -> str:
 
 
 def great_circle(start, end, step_deg: float = 1.0) -> np.ndarray:
-    """Points (lat, lon) on the shortest way from `start` to `end`, both included, at most `step_deg` apart."""
+    """Points (lat, lon) on the shortest way from `start` to `end`, inclusive, at most `step_deg` apart."""
     a, b = (_vector(place) for place in (start, end))
     angle = np.arctan2(np.linalg.norm(np.cross(a, b)), a @ b)
     count = max(2, int(np.ceil(np.rad2deg(angle) / step_deg)) + 1)

@@ -56,9 +56,10 @@ class GeoCLIP(nn.Module):
     def pretrained(cls, clip_weights: Path | str | None = None, precision: str = "auto") -> "GeoCLIP":
         """The authors' released model with their 100 K gallery, in evaluation mode, on a GPU if there is one.
 
-        Downloads the authors' weights (40 MB) and CLIP ViT-L/14 (1.7 GB) at first use. clip_weights: a local file of
-        CLIP's weights instead. precision: see use_precision. Raises OSError, which names what is missing and where it
-        belongs, if a download fails, and ValueError for a file that is not the released one.
+        Downloads the authors' weights (40 MB) and CLIP ViT-L/14 (1.7 GB) at first use. clip_weights: a local
+        file of CLIP's weights instead. precision: see use_precision. Raises OSError, which names what is
+        missing and where it belongs, if a download fails, and ValueError for a file that is not the released
+        one.
         """
         from geoclip import pretrained
 
@@ -111,12 +112,12 @@ class GeoCLIP(nn.Module):
         return self
 
     def use_precision(self, precision: str = "auto") -> "GeoCLIP":
-        """Sets the arithmetic of the image tower, see ImageEncoder.use_precision; all else stays in float32."""
+        """Sets the arithmetic of the image tower (ImageEncoder.use_precision); the rest stays in float32."""
         self.image_encoder.use_precision(precision)
         return self
 
     def use_index(self, probes: int = 32) -> "GeoCLIP":
-        """Searches the gallery approximately from now on, see PlaceIndex. Raises ImportError without faiss."""
+        """Searches the gallery approximately from now on (PlaceIndex). Raises ImportError without faiss."""
         from geoclip.engines.place_index import PlaceIndex
 
         path = self._known_gallery().kept_at(self.location_encoder).with_suffix(".faiss")
@@ -151,13 +152,13 @@ class GeoCLIP(nn.Module):
         return torch.stack([preprocess(crop) for crop in crops])
 
     def encode_views(self, views: Float[Tensor, "n v 3 h w"]) -> Float[Tensor, "n d"]:
-        """One query per photo: the mean of its views' embeddings. Logits are linear in it, so they are averaged too."""
+        """One query per photo, the mean of its views' embeddings, which averages the views' logits too."""
         views = views.to(self.logit_scale.device)
         return self.encode_images(views.flatten(0, 1)).unflatten(0, views.shape[:2]).mean(1)
 
     @torch.inference_mode()
     def scores(self, query: Float[Tensor, "n d"] | Float[Tensor, "n v 3 h w"]) -> Float[Tensor, "n m"]:
-        """Logits, cosine × e^s, of all gallery places. query: as in `locate`; the result takes 4 n m bytes."""
+        """Logits, cosine × e^s, of all gallery places. query: as in `locate`. Takes 4 n m bytes."""
         query = self.encode_views(query) if query.ndim == 5 else query
         logits = self.logit_scale.exp() * galleries.products(self.places(), query).T
         galleries.check_finite(logits)
@@ -169,9 +170,10 @@ class GeoCLIP(nn.Module):
     ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
         """The k best places of each query, (lat, lon), and their probabilities, best first.
 
-        query: embeddings (encode_images, encode_text), or the views of n photos. Probabilities are the softmax over
-        the whole gallery, or with an index over the places found, which makes them upper bounds. They are not
-        calibrated, and duplicate places share theirs. Raises ValueError if k is larger than the gallery.
+        query: embeddings (encode_images, encode_text), or the views of n photos. Probabilities are the
+        softmax over the whole gallery, or with an index over the places found, which makes them upper bounds.
+        They are not calibrated, and duplicate places share theirs. Raises ValueError if k is larger than the
+        gallery.
         """
         query = self.encode_views(query) if query.ndim == 5 else query
         scale = self.logit_scale.exp().item()
@@ -188,9 +190,9 @@ class GeoCLIP(nn.Module):
     ) -> tuple[Float[Tensor, "*n k 2"], Float[Tensor, "*n k"]]:
         """The top_k places where photos were taken, (lat, lon), and their probabilities, best first.
 
-        photo: one path, PIL image or array gives (k, 2) and (k,); a list of them, or a folder of photos in the order of
-        their paths, gives (n, k, 2) and (n, k). The gallery's embeddings are computed once and stored on disk.
-        Raises photos.PhotoError for the first photo that cannot be used.
+        photo: one path, PIL image or array gives (k, 2) and (k,); a list of them, or a folder of photos in
+        the order of their paths, gives (n, k, 2) and (n, k). The gallery's embeddings are computed once and
+        stored on disk. Raises photos.PhotoError for the first photo that cannot be used.
         """
         several = isinstance(photo, list | tuple)
         if isinstance(photo, str | Path) and Path(photo).is_dir():
@@ -205,7 +207,7 @@ class GeoCLIP(nn.Module):
     def predict_text(
         self, text: str | Sequence[str], top_k: int = 5
     ) -> tuple[Float[Tensor, "*n k 2"], Float[Tensor, "*n k"]]:
-        """The top_k places that fit a text best, (k, 2) and (k,); a list of texts gives (n, k, 2) and (n, k)."""
+        """The top_k places that fit a text best, (k, 2) and (k,), or for a list (n, k, 2) and (n, k)."""
         self.places(keep=True)
         with torch.inference_mode():
             latlon, probability = self.locate(self.encode_text(text), top_k)
@@ -238,7 +240,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         checkpoint["geoclip_config"]["image"]  # of all models
     except Exception as error:  # torch's own message may advise to load the file unsafely
         raise ValueError(
-            f"{path} is not a checkpoint of `python -m geoclip train`, or it is damaged ({type(error).__name__})"
+            f"{path} is not a checkpoint of `python -m geoclip train`, or is damaged ({type(error).__name__})"
         ) from error
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():

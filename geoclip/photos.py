@@ -23,7 +23,7 @@ OVERSAMPLED = 4  # a reduced photo keeps at least this many times the needed sid
 
 
 class PhotoError(ValueError):
-    """A photo that cannot be used. The message names the file and the reason; `reason` is the reason alone."""
+    """A photo that cannot be used. The message is `name`, the file, and `reason`."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(name, reason)  # these arguments let it be pickled, to leave a worker process
@@ -37,11 +37,12 @@ class PhotoError(ValueError):
 def open_photo(photo, side: int | None = None) -> Image.Image:
     """The photo upright (EXIF orientation applied), in 8-bit RGB.
 
-    photo: a path, a PIL image, or an array of shape (h, w), (h, w, 3) or (h, w, 4), uint8 or float in [0, 1]. side: the
-    pixels that the short side will be resized to; a photo of more than 32 megapixels may then be returned at a reduced
-    size, at least four times as large, which saves memory. Transparent pixels become white, animations give their first
-    frame, and 16 bits are scaled to 8. Raises PhotoError, with the file and the reason, if the file is missing, empty,
-    not an image, truncated, a decompression bomb, or too narrow to be a photo.
+    photo: a path, a PIL image, or an array of shape (h, w), (h, w, 3) or (h, w, 4), uint8 or float in [0, 1].
+    side: the pixels that the short side will be resized to; a photo of more than 32 megapixels may then be
+    returned at a reduced size, at least four times as large, which saves memory. Transparent pixels become
+    white, animations give their first frame, and 16 bits are scaled to 8. Raises PhotoError, with the file
+    and the reason, if the file is missing, empty, not an image, truncated, a decompression bomb, or too
+    narrow to be a photo.
     """
     if isinstance(photo, str | Path):
         name = str(photo)
@@ -68,8 +69,8 @@ def is_large(photo) -> bool:
 def centre_crop(image: Image.Image, side: int) -> Image.Image:
     """The central side × side pixels; if the margin is odd, half a pixel towards the upper left.
 
-    This is how the authors' processor crops. torchvision rounds to even, which shifts the crop of many photos by one
-    pixel: for scikit-learn's china.jpg, CLIP's feature changes by 7 %.
+    This is how the authors' processor crops. torchvision rounds to even, which shifts the crop of many photos
+    by one pixel: for scikit-learn's china.jpg, CLIP's feature changes by 7 %.
     """
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
@@ -101,8 +102,8 @@ def resize(
 def exif_latlon(photo: str | Path | Image.Image) -> tuple[float, float] | None:
     """The position that EXIF records, (lat, lon) in degrees, or None if it records none.
 
-    Raises PhotoError if the record is unusable: a coordinate or hemisphere is missing, a denominator is 0, a value is
-    out of range, or the position is 0° N 0° E, which cameras write without a GPS fix.
+    Raises PhotoError if the record is unusable: a coordinate or hemisphere is missing, a denominator is 0, a
+    value is out of range, or the position is 0° N 0° E, which cameras write without a GPS fix.
     """
     if isinstance(photo, Image.Image):
         name = getattr(photo, "filename", "") or "image"
@@ -144,7 +145,7 @@ def find_photos(sources: Iterable[str | Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def _reasons(name: str) -> Iterator[None]:
-    """Turns any exception of a decoder into a PhotoError with the file's name; decoders raise almost anything."""
+    """Turns any exception of a decoder, which may be almost anything, into a PhotoError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # corrupt EXIF and large photos are handled here
         try:

@@ -57,9 +57,9 @@ def answer(
 ) -> Answers:
     """Locates photos: paths, PIL images or arrays.
 
-    ten_crop: average the logits over ten views of each photo instead of one. batch_size: number of views that the model
-    processes together. workers: processes that open photos; 0 opens them in this one. progress: show it on stderr.
-    strict: raise PhotoError for a photo that cannot be read, instead of listing it.
+    ten_crop: average the logits over ten views of each photo instead of one. batch_size: number of views that
+    the model processes together. workers: processes that open photos; 0 opens them in this one. progress:
+    show it on stderr. strict: raise PhotoError for a photo that cannot be read, instead of listing it.
     """
     batch_size = max(1, batch_size // 10) if ten_crop else batch_size
     opened = DataLoader(

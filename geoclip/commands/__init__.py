@@ -1,4 +1,4 @@
-"""The commands of `python -m geoclip`, one module each with `parser()` and `run(options)`; here, what two of them share."""
+"""The commands of `python -m geoclip`: one module each, with `parser()` and `run(options)`."""
 
 import sys
 from pathlib import Path
@@ -31,7 +31,7 @@ def load_model(options):
 
 
 class Baseline:
-    """A trained baseline as a predictor.Model: it answers with one place per photo and without a probability."""
+    """A trained baseline as a predictor.Model: one place per photo, without a probability."""
 
     gallery = None
 
@@ -62,7 +62,7 @@ class Baseline:
 
 
 def read_gallery(wanted: str):
-    """The Gallery that --gallery names: "official", a CSV file with latitudes and longitudes, or a benchmark."""
+    """The Gallery that --gallery names: "official", a CSV of latitudes and longitudes, or a benchmark."""
     import torch
 
     from geoclip.datasets import benchmarks, folder

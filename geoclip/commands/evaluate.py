@@ -9,11 +9,11 @@ from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 SPLITS = ("random", "blocked")
 EPILOG = """
-Writes one tidy table (default data/results/evaluate/NAME.csv, with its provenance in NAME.json): accuracy with its 95 %
-interval over photographers, accuracy without the test points that the gallery holds, the gallery's ceiling, random and
-constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with the photos that could not be read, which
-count as misses and make the exit status 1. Benchmarks are read from the folder that GEOCLIP_DATA names; its layout and
-where to get them are described in geoclip/datasets/benchmarks.py.
+Writes one tidy table (default data/results/evaluate/NAME.csv, with its provenance in NAME.json): accuracy
+with its 95 % interval over photographers, accuracy without the test points that the gallery holds, the
+gallery's ceiling, random and constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with the
+photos that could not be read, which count as misses and make the exit status 1. Benchmarks are read from the
+folder that GEOCLIP_DATA names; its layout and the sources are described in geoclip/datasets/benchmarks.py.
 """
 
 
@@ -42,8 +42,8 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--gallery",
-        help="official (the authors' 100 K), own (the checkpoint's), a benchmark's name or a CSV with latitudes and "
-        "longitudes; default: own if the checkpoint has one, else official",
+        help="official (the authors' 100 K), own (the checkpoint's), a benchmark's name or a CSV with "
+        "latitudes and longitudes; default: own if the checkpoint has one, else official",
     )
     parser.add_argument(
         "--gallery-size", type=PositiveInt, help="draw that many distinct places of it at random"
@@ -205,8 +205,8 @@ def read_photos(options):
     if photos.images is None and not options.coordinates_only:
         wanted = benchmarks.card(options.benchmark)
         raise FileNotFoundError(
-            f"{wanted.title}: its images are not in {benchmarks.data_folder() / 'images' / wanted.name}; put them "
-            f"there, name their folder with --images (source: {wanted.source}), or use --coordinates-only"
+            f"{wanted.title}: its images are not in {benchmarks.data_folder() / 'images' / wanted.name}; "
+            f"put them there, name their folder with --images (source: {wanted.source}), or use --coordinates-only"
         )
     return photos
 
@@ -260,9 +260,8 @@ def summary(table) -> list[str]:
         readable = "" if first.n_readable is None else f", {first.n_readable:,} readable"
         authors = "" if first.authors is None else f", {first.authors:,} photographers"
         lines.append(f"{first.data}, {split}: {first.n_expected:,} expected{readable}{authors}")
-        lines.append(
-            f"{first.n_leaked:,} of them are in the gallery to within 1 m; interval over {first.interval_over}"
-        )
+        leaked = f"{first.n_leaked:,} of them are in the gallery to within 1 m"
+        lines.append(f"{leaked}; interval over {first.interval_over}")
     unique = f"{first.gallery_n:,} places, {first.gallery_unique:,} of them distinct"
     return [*lines, f"gallery: {first.gallery}, {unique}"]
 
@@ -275,12 +274,9 @@ def pinned(options) -> list[str]:
         return []
     wanted = benchmarks.card(options.benchmark)
     csv = benchmarks.find_csv(wanted)
+    known = {None: "no SHA-256 is known for it", True: "the pinned file"}
     same = benchmarks.is_pinned(wanted, csv)
-    if same is None:
-        return [f"{csv.name}: no SHA-256 is known for it"]
-    return [
-        f"{csv.name}: " + ("the pinned file" if same else f"not the pinned file, SHA-256 {wanted.sha256}")
-    ]
+    return [f"{csv.name}: {known.get(same, f'not the pinned file, SHA-256 {wanted.sha256}')}"]
 
 
 def slug(about) -> str:

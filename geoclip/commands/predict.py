@@ -13,9 +13,9 @@ FORMATS = ("table", "json", "csv")
 MAP_SUFFIXES = (".png", ".pdf", ".svg")
 PROGRESS_FROM = 20  # photos
 EPILOG = """
-Photos that cannot be used are listed on stderr with the reason; the others are answered, and the exit status is 1. If
-EXIF records where a photo was taken, the output shows that position and the error of each answer in km; the model never
-sees it. Probabilities are shares of the gallery's places and are not calibrated.
+Photos that cannot be used are listed on stderr with the reason; the others are answered, and the exit status
+is 1. If EXIF records where a photo was taken, the output shows that position and the error of each answer in
+km; the model never sees it. Probabilities are shares of the gallery's places and are not calibrated.
 """
 
 
@@ -37,8 +37,8 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--gallery",
-        help="official (the authors' 100 K), a benchmark's name, or a CSV with latitudes and longitudes; default: the "
-        "checkpoint's own",
+        help="official (the authors' 100 K), a benchmark's name, or a CSV with latitudes and longitudes; "
+        "default: the checkpoint's own",
     )
     parser.add_argument(
         "--index", action="store_true", help="search approximately (faiss), for galleries above 2 M places"
@@ -102,7 +102,7 @@ def refuse_gallery(options) -> None:
 
 
 def prepare_gallery(model, options) -> None:
-    """Set the gallery and the index that the options name. Raises ValueError if --top-k is larger than the gallery."""
+    """Set the gallery and the index that the options name. Raises ValueError if --top-k is too large."""
     from geoclip.commands import read_gallery
     from geoclip.engines import place_index
 
@@ -113,8 +113,8 @@ def prepare_gallery(model, options) -> None:
     if options.index:
         recall = 100 * model.use_index().index.measured
         print(
-            f"geoclip: the index finds {recall:.1f} % of the five best places of synthetic queries; probabilities are "
-            "upper bounds",
+            f"geoclip: the index finds {recall:.1f} % of the five best places of synthetic queries; "
+            "probabilities are upper bounds",
             file=sys.stderr,
         )
         return
@@ -125,7 +125,7 @@ def prepare_gallery(model, options) -> None:
 
 
 def describe_all(found: list[Path], answers) -> list[dict]:
-    """For each photo that was answered: `file`, `truth` (lat, lon) or None, and `places`, dicts in order of rank."""
+    """For each answered photo: `file`, `truth` (lat, lon) or None, and `places`, dicts in order of rank."""
     import torch
 
     from geoclip import earth
@@ -207,7 +207,7 @@ def as_text(photo: dict) -> str:
 
 
 def draw(model, answered: list[dict], options) -> None:
-    """One photo: a similarity map and its numbered places. Several: the best place of each, and arcs to the truth."""
+    """One photo: a similarity map and its places. Several: the best place of each, and arcs to the truth."""
     from geoclip import maps, paths
 
     source = model.name if model.gallery is None else model.gallery.source

@@ -1,7 +1,8 @@
 """Approximate search with faiss for galleries of millions of places.
 
-An exact search (gallery.scan) reads every place for every block of queries. That takes milliseconds for 100,000 places
-and is limited by memory bandwidth; above a few million places, an index reads a small part of them.
+An exact search (gallery.scan) reads every place for every block of queries. That takes milliseconds for
+100,000 places and is limited by memory bandwidth; above a few million places, an index reads a small part of
+them.
 """
 
 import json
@@ -24,9 +25,10 @@ CANDIDATES = 64  # beyond k: found with 8-bit codes, then compared in float32
 class PlaceIndex:
     """An inverted-file index of 8-bit codes; the candidates that it finds are compared in full precision.
 
-    places: unit-norm embeddings. lists: number of inverted lists of a new index, by default about 2 √m. probes: lists
-    searched per query; recall grows with it. path: store the index there and memory-map it the next time. measured:
-    recall of the five best places, for synthetic queries. Raises ImportError, with what to install, without faiss.
+    places: unit-norm embeddings. lists: number of inverted lists of a new index, by default about 2 √m.
+    probes: lists searched per query; recall grows with it. path: store the index there and memory-map it the
+    next time. measured: recall of the five best places, for synthetic queries. Raises ImportError, with what
+    to install, without faiss.
     """
 
     def __init__(
@@ -66,9 +68,9 @@ class PlaceIndex:
     ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
         """Like gallery.scan, but over the places that the index finds.
 
-        The sum counts these places alone, so it is a lower bound, and a probability computed from it an upper bound.
-        A query whose lists hold fewer than k places is compared with all places. Runs on the CPU. Raises ValueError
-        if k is larger than the gallery.
+        The sum counts these places alone, so it is a lower bound, and a probability computed from it an upper
+        bound. A query whose lists hold fewer than k places is compared with all places. Runs on the CPU.
+        Raises ValueError if k is larger than the gallery.
         """
         gallery.check_k(k, len(self.places))
         query = query.float().cpu()
