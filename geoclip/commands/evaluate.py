@@ -11,8 +11,8 @@ SPLITS = ("random", "blocked")
 EPILOG = """
 Writes one tidy table (default data/results/evaluate/NAME.csv, with its provenance in NAME.json): accuracy
 with its 95 % interval over photographers, accuracy without the test points that the gallery holds, the
-gallery's ceiling, random and constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with the
-photos that could not be read, which count as misses and make the exit status 1. Benchmarks are read from the
+gallery's ceiling, random and constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with
+the photos that could not be read, which count as misses and make the exit status 1. Benchmarks are read from the
 folder that GEOCLIP_DATA names; its layout and the sources are described in geoclip/datasets/benchmarks.py.
 """
 
@@ -206,7 +206,8 @@ def read_photos(options):
         wanted = benchmarks.card(options.benchmark)
         raise FileNotFoundError(
             f"{wanted.title}: its images are not in {benchmarks.data_folder() / 'images' / wanted.name}; "
-            f"put them there, name their folder with --images (source: {wanted.source}), or use --coordinates-only"
+            f"put them there, name their folder with --images (source: {wanted.source}), or use "
+            "--coordinates-only"
         )
     return photos
 
