@@ -1,9 +1,11 @@
 """The nearest town: correct across ±180°, at the poles and far out at sea."""
 
 import numpy as np
+import pandas as pd
 import torch
 
 from geoclip import earth
+from geoclip.datasets import reverse_geocoding
 from geoclip.datasets.reverse_geocoding import _towns, describe, nearest_town
 
 
@@ -56,3 +58,14 @@ def test_words():
 
 def test_no_places():
     assert len(nearest_town(np.zeros((0, 2)))) == 0
+
+
+def test_the_table_is_cached_and_checked(tmp_path, monkeypatch):
+    monkeypatch.setattr(reverse_geocoding.paths, "CACHE", tmp_path)
+    first = reverse_geocoding._table()
+    [path] = (tmp_path / "towns").iterdir()
+    pd.testing.assert_frame_equal(reverse_geocoding._table(), first, check_exact=True)
+    path.write_bytes(path.read_bytes().replace(b"Paris", b"Pires"))
+    pd.testing.assert_frame_equal(reverse_geocoding._table(), first, check_exact=True)
+    monkeypatch.setattr(reverse_geocoding.paths, "CACHE", path)  # a file, so no folder can be made
+    assert len(reverse_geocoding._table()) == len(first)

