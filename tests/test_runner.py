@@ -3,16 +3,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import nbformat
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 import torch
 import yaml
 from PIL import Image
 
-from geoclip import earth, paths
+from geoclip import baselines, earth, paths
+from geoclip.baselines import geocells
 from geoclip.datasets import features, sources
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.reproduce import sweep
@@ -87,8 +90,8 @@ def test_each_setting_and_seed_is_trained_once_and_a_changed_one_alone_again(stu
 
 def test_errors_are_those_of_a_search_by_hand(study):
     run = runs.train(runner.changed(study.reference, {"seed": 3}))
-    module = runner.load(run)
-    found = runner.errors_km(module, study)["random"]
+    module = runs.load(run.checkpoint, with_tower=False)
+    found = runner.errors_km(module, study)["", "random"]
     tests, latlon = study.tests["random"]
     with torch.inference_mode():
         places = torch.nn.functional.normalize(module.model.location_encoder(study.gallery), dim=-1)
@@ -105,10 +108,11 @@ def test_scores_follow_the_tests_and_the_gallery(study, fitted):
     other = runner.run(smaller, {"paper": {}}, [0], workers=1)
     assert len(fitted) == 1  # another gallery asks for no other training
     assert other["mean_km"].iloc[0] != whole["mean_km"].iloc[0]
-    module = runner.load(runs.train(runner.changed(study.reference, {"seed": 0})))
-    errors_km = runner.errors_km(module, smaller)["random"]
+    run = runs.train(runner.changed(study.reference, {"seed": 0}))
+    module = runs.load(run.checkpoint, with_tower=False)
+    errors_km = runner.errors_km(module, smaller)["", "random"]
     assert other["mean_km"].iloc[0] == pytest.approx(errors_km.mean(), rel=1e-5)
-    assert study.hash() != smaller.hash()
+    assert study.key() != smaller.key()
 
 
 def test_two_workers_give_the_table_of_one(study, monkeypatch):
@@ -143,7 +147,7 @@ def test_features_of_another_tower_are_refused(mp16, tmp_path):
     reference = mp16 / "reference.yaml"
     with pytest.raises(ValueError, match=r"other \(random\) holds features of another tower"):
         runner.open_study(reference, mp16 / "features", {"random": tmp_path / "other"}, mp16 / "gallery.csv")
-    with pytest.raises(ValueError, match="name folders of test features too"):
+    with pytest.raises(ValueError, match="needs folders of test features too"):
         runner.open_study(reference, mp16 / "features")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         runner.open_study(reference, mp16 / "nowhere", {"random": mp16 / "test_features"})
@@ -185,7 +189,7 @@ def test_galleries_hold_the_smaller_ones(study, tile_config):
     for some in (tiles, study):
         large, small = runner.gallery_of(some, 400), runner.gallery_of(some, 100)
         assert torch.equal(large[:100], small) and len(large.unique(dim=0)) == 400
-    with pytest.raises(ValueError, match="there are 500 different places"):
+    with pytest.raises(ValueError, match="a gallery of 501 places was asked for; there are 500"):
         runner.gallery_of(study, 501)
 
 
@@ -194,37 +198,71 @@ def test_tiles_are_embedded_for_the_standard_split_alone(tile_config):
         runner.tile_folder(tile_config, 1)
 
 
-def summary():
-    rows = [
-        {"data": "made", "seeds": 3, "split": split, "setting": f"queue {queue}", "queue": queue}
-        | {
-            f"acc_{km}km{end}": 10.0 + change
-            for km in (1, 25, 200, 750, 2500)
-            for end, change in ENDS.items()
-        }
-        for split in ("random", "blocked")
-        for queue in (0, 256, 1024)
-    ]
-    return pd.DataFrame(rows)
+SMALL_TILES = {
+    "image": {"tower": "conv", "weights": None, "frozen": False, "hidden": 32, "dim": 16},
+    "splits": {"train": 300, "val": 20, "test": 60, "gallery": 500},
+    "batch_size": 64,
+    "epochs": 1,
+    "location": {"frequencies": 8, "width": 16, "dim": 16},
+    "queue": 64,
+}
 
 
-ENDS = {"": 0.0, "_low": -3.0, "_high": 2.0}
+def test_models_on_tiles_have_a_row_for_each_answer_and_are_trained_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    study = runner.Study(runner.blue_marble.LABEL, baselines.as_config(SMALL_TILES))
+    settings = {"GeoCLIP": {}, "cells": {"model": "geocells", "img_min": 3, "img_max": [60, 30, 15]}}
+    table, errors = runner.run(study, settings, [0, 1], workers=1, return_errors=True)
+    answers = ["GeoCLIP", *(f"cells, {way}" for way in (*geocells.LEVELS, "hierarchical"))]
+    assert table["setting"].unique().tolist() == answers and len(table) == len(answers) * 2 * 2
+    assert not table.duplicated(["setting", "split", "seed"]).any() and (table["n"] == 60).all()
+    assert set(errors) == set(table[["setting", "split", "seed"]].itertuples(index=False, name=None))
+    # "hierarchical" is what the trained classifier itself answers
+    config = runner.changed(study.reference, {**settings["cells"], "seed": 1})
+    module = runs.train(config, kind=geocells.GeocellsTraining).load()
+    assert np.allclose(errors["cells, hierarchical", "blocked", 1], runs.tile_errors(module, "blocked"))
+    assert not np.allclose(errors["cells, fine", "random", 0], errors["cells, fine", "random", 1])
+    monkeypatch.setattr(runs, "fit", None)  # a second training would call it
+    pd.testing.assert_frame_equal(runner.run(study, settings, [0, 1], workers=1), table)
 
 
-def test_figures_show_every_distance_and_its_interval():
-    curves = runner.draw_curves(summary(), "queue", "places in the queue")
-    assert [axis.get_title("left") for axis in curves.axes] == ["random", "blocked"]
-    for axis in curves.axes:
-        assert len(axis.lines) == 5 and len(axis.collections) == 5
-        band = axis.collections[0].get_paths()[0].vertices[:, 1]
-        assert (band.min(), band.max()) == (7.0, 12.0)
-        assert list(axis.lines[0].get_xdata()) == [0, 256, 1024]
-    assert curves.get_suptitle() == "made; means and 95 % intervals over 3 seeds"
-    settings = runner.draw_settings(summary())
-    labels = [text.get_text() for text in settings.axes[0].get_yticklabels()]
-    assert labels == ["queue 1024", "queue 256", "queue 0"]  # the first setting on top
-    segments = settings.axes[0].collections[0].get_segments()
-    assert np.allclose(segments[0][:, 0], [7.0, 12.0])
+def test_another_model_keeps_the_fields_that_both_have():
+    reference = baselines.as_config(SMALL_TILES)
+    cells = runner.changed(reference, {"model": "geocells", "img_min": 3})
+    assert isinstance(cells, geocells.GeocellsConfig) and (cells.img_min, cells.batch_size) == (3, 64)
+    assert cells.image == reference.image and cells.splits == reference.splits
+    with pytest.raises(ValueError, match="queue"):
+        runner.changed(reference, {"model": "geocells", "queue": 64})
+
+
+@pytest.mark.slow
+def test_workers_end_with_their_parent(tmp_path):
+    """The parent of two training workers is killed; both are gone seconds later, long before training ends."""
+    script = f"""
+from geoclip import baselines
+from geoclip.studies import runner
+
+if __name__ == "__main__":
+    config = baselines.as_config({SMALL_TILES | {"epochs": 100_000}!r})
+    runner.run(runner.Study("tiles", config), {{"a": {{}}}}, [0, 1], workers=2)
+"""
+    (tmp_path / "grid.py").write_text(script)
+    environment = os.environ | {"GEOCLIP_CACHE": str(tmp_path / "cache")}
+    parent = subprocess.Popen([sys.executable, tmp_path / "grid.py"], env=environment)
+    try:
+        deadline = time.monotonic() + 120
+        while len(list(tmp_path.glob("cache/runs/*/last.ckpt"))) < 2:  # both workers train
+            assert parent.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        workers = [p for child in psutil.Process(parent.pid).children() for p in [child, *child.children()]]
+        assert len(workers) >= 3  # the fork server, its workers and a tracker of resources
+    finally:
+        parent.kill()
+        parent.wait()
+    _, alive = psutil.wait_procs(workers, timeout=20)
+    for process in alive:
+        process.kill()
+    assert not alive
 
 
 def test_the_papers_profile_runs_on_500_photos_in_mp16s_format(mp16, tmp_path):

@@ -212,6 +212,13 @@ class GeocellsTraining(TrainingModule):
     def locate(self, images: Float[Tensor, "n s h w"]) -> Float[Tensor, "n 2"]:
         return self.model.locate(images)[0][:, 0].cpu()
 
+    @torch.inference_mode()
+    def answers(self, images: Float[Tensor, "n s h w"]) -> dict[str, Float[Tensor, "n 2"]]:
+        """Return the best places of each level alone, and those of all levels together ("hierarchical")."""
+        ways = {level: (level, False) for level in LEVELS} | {"hierarchical": ("fine", True)}
+        logits = self.model(images)
+        return {name: self.model.best(logits, 1, *way)[0][:, 0].cpu() for name, way in ways.items()}
+
     def test_tiles(self, split: str) -> tuple[Tensor, Tensor]:
         """Tiles of a split of the embedded data, with the land mask where the model has a second tower."""
         return samples.test_tiles(split, self.config, self.config.seg_channels)

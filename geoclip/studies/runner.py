@@ -1,7 +1,8 @@
-"""The paper's ablations: one setting changed at a time, the same seeds for each, on the image tower's features.
+"""Grids of settings and seeds: each combination is trained and scored once, in processes, into one table.
 
-As in the paper the tower is frozen. For the embedded tiles it is the one that notebook 03 trained; for photos
-it is CLIP's, which `python -m geoclip embed` has run before.
+The ablations (notebooks 04, 05, 06 and 09) train on features of a frozen tower, as the paper does: for Blue
+Marble tiles that of the tower that notebook 03 trains, for photos CLIP's. Notebook 12 trains each model
+whole, on tiles.
 """
 
 import dataclasses
@@ -9,7 +10,8 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,46 +24,192 @@ from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor
 
-from geoclip import earth, evaluation, gallery, paths
+from geoclip import baselines, earth, evaluation, gallery, paths
 from geoclip.datasets import blue_marble, features, folder, sources
 from geoclip.image_encoder import ImageEncoder
 from geoclip.training import runs
-from geoclip.training.config import TrainConfig, as_config, plain
+from geoclip.training.config import RunConfig, TrainConfig, plain
 from geoclip.training.data import seeded
-from geoclip.training.module import GeoCLIPTraining
+from geoclip.training.module import GeoCLIPTraining, TrainingModule
 
-QUERIES = 256  # images searched at once; bounds the memory of their similarities
+RECIPE = 1  # raise it when a change of the code changes the errors of a model that is trained already
+BATCH = 256  # images scored at once
+RESULTS = ("steps", "samples", "seconds", "parameters")  # columns from a run's result.json
+
 Crops = Literal["one", "five", "ten"]
-# One a distance: Okabe and Ito's colours, and shapes for those who see no colours.
-COLOURS = ("#000000", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
-MARKERS = ("o", "s", "^", "D", "v")
+Tests = Mapping[str, tuple[Float[Tensor, "n v c"], Float[Tensor, "n 2"]]]
+Errors = dict[tuple[str, str, int], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Study:
-    """What an ablation is run on.
+    """What a grid of settings is trained from and scored on.
 
-    label: the name of the data in tables. reference: the paper's setting at this size, training on a folder of
-    features. tests: split → features (n, v, c) of v views of each test image, and their (lat, lon). gallery: the
-    places (m, 2) to answer from, in degrees.
+    Args:
+        label: Name of the data in tables.
+        reference: The configuration that each setting changes.
+        tests: Split → features (n, v, c) of v views of each test image, and their places (n, 2). None scores
+            each model on the tiles of its configuration's test splits, from the places that it has learnt.
+        gallery: Places (m, 2) to answer from, in degrees; required with `tests`.
     """
 
     label: str
-    reference: TrainConfig
-    tests: Mapping[str, tuple[Float[Tensor, "n v c"], Float[Tensor, "n 2"]]]
-    gallery: Float[Tensor, "m 2"]
+    reference: RunConfig
+    tests: Tests | None = None
+    gallery: Float[Tensor, "m 2"] | None = None
 
-    def hash(self) -> str:
-        """16 hex digits of test features, places and gallery, and of the code that scores them."""
-        digest = hashlib.sha256()
-        for module in ("studies/runner.py", "evaluation.py", "gallery.py"):
-            digest.update((Path(__file__).parents[1] / module).read_bytes())
-        for split, tensors in self.tests.items():
+    def key(self) -> str:
+        """Return a hash of the test data and RECIPE: scores of a run with the same key are the same."""
+        digest = hashlib.sha256(str(RECIPE).encode())
+        for split, tensors in (self.tests or {}).items():
             digest.update(split.encode())
-            for tensor in tensors:
+            for tensor in (*tensors, self.gallery):
                 digest.update(tensor.numpy().tobytes())
-        digest.update(self.gallery.numpy().tobytes())
         return digest.hexdigest()[:16]
+
+
+def run(
+    study: Study,
+    settings: Mapping[str, Mapping[str, Any]],
+    seeds: Sequence[int],
+    workers: int | None = None,
+    return_errors: bool = False,
+) -> pd.DataFrame | tuple[pd.DataFrame, Errors]:
+    """Train and score every setting with every seed: one row for each setting, split and seed.
+
+    Runs and scores are kept in the cache, so nothing is trained or scored twice, in this notebook or another.
+
+    Args:
+        study: The data. settings: Name → the fields of study.reference that change; {} is the reference
+        itself. `model` may name
+            a baseline. A classifier over cells has four settings in the table: "NAME, coarse", "NAME,
+            middle", "NAME, fine" and "NAME, hierarchical".
+        seeds: Seeds of training.
+        workers: Processes, with one thread each; by default as many as cores, and one on a GPU.
+        return_errors: Also return (setting, split, seed) → error in km of each test image, (n,).
+
+    Returns the columns data, setting, split, seed, steps, samples, seconds (of training), parameters
+    (trained), and those of evaluation.summarize. Raises ValueError for a field that the configuration does
+    not have.
+    """
+    key = study.key()
+    jobs = []
+    for name, changes in settings.items():
+        for seed in seeds:
+            config = changed(study.reference, {**changes, "seed": seed})
+            jobs.append((name, config, paths.CACHE / "runs" / runs.run_key(config) / f"errors-{key}.npz"))
+    missing = {file: config for _, config, file in jobs if not file.is_file()}
+    if workers is None:
+        workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    if workers == 1:
+        for file, config in missing.items():
+            _train_and_score(study, config, file)
+    elif missing:
+        _in_processes(study, missing, min(workers, len(missing)))
+    rows, errors = [], {}
+    for name, config, file in jobs:
+        result = runs.Run(file.parent, config).result
+        with np.load(file) as scored:
+            for answer_and_split, error_km in scored.items():
+                answer, split = answer_and_split.split("/", 1)
+                setting = f"{name}, {answer}" if answer else name
+                errors[setting, split, config.seed] = error_km
+                row = {"data": study.label, "setting": setting, "split": split, "seed": config.seed}
+                row |= {column: result[column] for column in RESULTS}
+                rows.append(row | evaluation.summarize(torch.from_numpy(error_km)))
+    table = pd.DataFrame(rows)
+    return (table, errors) if return_errors else table
+
+
+def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
+    """Return `config` with some fields changed, nested ones by nested mappings.
+
+    If `model` changes, the fields that the two models share are kept. Raises ValueError for an unknown field.
+    """
+    kind = baselines.kind(changes.get("model", config.model))
+    shared = {field.name for field in dataclasses.fields(kind.config_class)} - {"model"}
+    values = {name: value for name, value in plain(dataclasses.asdict(config)).items() if name in shared}
+    return baselines.as_config(_merged({"model": config.model} | values, changes))
+
+
+def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for name, change in changes.items():
+        nested = isinstance(change, Mapping) and isinstance(values.get(name), Mapping)
+        merged[name] = _merged(values[name], change) if nested else change
+    return merged
+
+
+def _in_processes(study: Study, missing: Mapping[Path, RunConfig], workers: int) -> None:
+    """Train and score in processes, which end when this one ends, however it ends."""
+    context = multiprocessing.get_context("forkserver")  # a server without threads imports torch once for all
+    context.set_forkserver_preload([__name__])
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (study,))
+    try:
+        for job in [pool.submit(_in_worker, config, file) for file, config in missing.items()]:
+            job.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_study: Study | None = None  # of a worker process: sent once, not with every job
+
+
+def _start_worker(study: Study) -> None:
+    global _study
+    _study = study
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # checkpoints are written whole, so that the next run resumes from the last epoch
+
+
+def _in_worker(config: RunConfig, file: Path) -> None:
+    _train_and_score(_study, config, file)
+
+
+def _train_and_score(study: Study, config: RunConfig, file: Path) -> None:
+    """Train a model, unless it is kept, and write the errors of its answers as "ANSWER/SPLIT" to `file`."""
+    kind = baselines.kind(config.model)
+    trained = runs.train(config, kind=kind)
+    found = errors_km(runs.load(trained.checkpoint, kind, with_tower=study.tests is None), study)
+    with paths.atomic(file) as temporary:
+        np.savez(temporary, **{f"{answer}/{split}": error_km for (answer, split), error_km in found.items()})
+
+
+@torch.inference_mode()
+def errors_km(module: TrainingModule, study: Study) -> dict[tuple[str, str], np.ndarray]:
+    """Return (answer, split) → error in km (n,) of each test image; a model with one answer calls it ""."""
+    found = {}
+    for split in study.tests or ("random", "blocked"):
+        if study.tests is None:
+            images, latlon = module.test_tiles(split)
+            parts = [module.answers(part) for part in images.split(BATCH)]
+            answers = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        else:
+            views, latlon = study.tests[split]
+            answers = {"": answer_features(module, views, study.gallery)}
+        for name, places in answers.items():
+            found[name, split] = earth.haversine_km(places, latlon).numpy()
+    return found
+
+
+def answer_features(
+    module: GeoCLIPTraining, features: Float[Tensor, "n v c"], latlon: Float[Tensor, "m 2"]
+) -> Float[Tensor, "n 2"]:
+    """Return the place in the gallery `latlon` with the highest mean similarity to an image's v views."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = module.to(device).model
+    places = gallery.embed(model.location_encoder, latlon)
+    best = []
+    for part in features.split(BATCH):
+        views = model.encode_features(part.flatten(0, 1).float().to(device))
+        query = views.unflatten(0, part.shape[:2]).mean(1)
+        best.append(gallery.search(query, places, 1)[1][:, 0].cpu())
+    return latlon[torch.cat(best)]
 
 
 def open_study(
@@ -72,41 +220,35 @@ def open_study(
     tower: Path | str | None = None,
     views: int = 4,
 ) -> Study:
-    """The study that a notebook's parameters name.
+    """Open the study that a notebook's parameters name.
 
-    reference: YAML file of the fields of TrainConfig. data: folder of the training images' features, tests:
-    split → folder of features, gallery_csv: LAT, LON (default: the authors' 100 K gallery). Without `data`:
-    Blue Marble tiles, in `views` disturbed views of each, through the tower that the YAML file `tower` trains.
-    Raises FileNotFoundError for folders that are not there, ValueError for features of another tower.
+    Args:
+        reference: YAML file of the fields of TrainConfig. data: Folder of the training images' features. None
+        stands for Blue Marble tiles, `views` augmented views
+            of each, through the tower that the YAML file `tower` trains.
+        tests: Split → folder of features; required with `data`.
+        gallery_csv: CSV with LAT and LON to answer from; by default the authors' 100 K gallery.
+
+    Raises FileNotFoundError for missing folders, and ValueError for features of another tower.
     """
-    config = as_config(Path(reference))
+    config = baselines.as_config(Path(reference))
     if data is None:
-        return tile_study(
-            config, as_config(Path(tower or paths.NOTEBOOKS / "profiles/train_embedded.yaml")), views
-        )
+        tower = baselines.as_config(Path(tower or paths.profile("train_embedded")))
+        return tile_study(config, tower, views)
     if not tests:
-        raise ValueError(
-            "with a folder of training features, name folders of test features too (split → folder)"
-        )
+        raise ValueError("a folder of training features needs folders of test features too (split → folder)")
     config = dataclasses.replace(config, data=str(data))
-    training_data = features.FeatureData(data, config.image)
-    places = gallery.Gallery.official()
+    source = features.FeatureData(data, config.image).info.source
+    latlon = gallery.Gallery.official().latlon
     if gallery_csv:
-        places = gallery.Gallery(torch.from_numpy(folder.read_places(gallery_csv)), str(gallery_csv))
-    return Study(
-        label=training_data.info.source,
-        reference=config,
-        tests=folder_tests(tests, config),
-        gallery=places.latlon,
-    )
+        latlon = torch.from_numpy(folder.read_places(gallery_csv)).float()
+    return Study(source, config, folder_tests(tests, config), latlon)
 
 
-def folder_tests(
-    tests: Mapping[str, Path | str], config: TrainConfig
-) -> dict[str, tuple[Float[Tensor, "n v c"], Float[Tensor, "n 2"]]]:
-    """Split → features and places of a folder of features, made by the tower of the training folder `config.data`.
+def folder_tests(tests: Mapping[str, Path | str], config: TrainConfig) -> Tests:
+    """Return split → features and places of folders made by the same tower as the folder `config.data`.
 
-    Raises FileNotFoundError where there is no such folder, ValueError for features of another tower.
+    Raises FileNotFoundError for a missing folder, and ValueError for features of another tower.
     """
     trained_on = features.FeatureData(config.data, config.image).info.tower_hash
     opened = {split: features.FeatureData(folder, config.image) for split, folder in tests.items()}
@@ -119,246 +261,67 @@ def folder_tests(
 
 
 def gallery_of(study: Study, size: int) -> Float[Tensor, "m 2"]:
-    """`size` places to answer from, of which the first are the study's own gallery or lie in it.
+    """Return `size` places to answer from, so that a larger gallery contains the smaller ones.
 
-    For tiles, whose study takes part of the places that no test tile has; else the study's gallery, shuffled.
-    Raises ValueError where there are fewer.
+    For tiles they are drawn from all places without a test tile, of which the study's gallery is the first
+    part; otherwise from the study's gallery. Raises ValueError if there are fewer.
     """
     if study.label == blue_marble.LABEL:
         return blue_marble.splits(dataclasses.replace(study.reference.splits, gallery=size))["gallery"]
     places = study.gallery.unique(dim=0)
     if size > len(places):
-        raise ValueError(f"a gallery of {size:,} is wanted, and there are {len(places):,} different places")
+        raise ValueError(f"a gallery of {size:,} places was asked for; there are {len(places):,}")
     return places[torch.randperm(len(places), generator=seeded("gallery"))][:size]
 
 
 def tile_study(config: TrainConfig, tower: TrainConfig, views: int = 4) -> Study:
-    """The embedded study: Blue Marble tiles through the tower of the run `tower`, trained where it is not kept."""
+    """Return the study of Blue Marble tiles through the tower of the run `tower`; train it if needed."""
     checkpoint = runs.train(tower).checkpoint
     config = dataclasses.replace(config, image=dataclasses.replace(config.image, weights=str(checkpoint)))
-    return Study(
-        label=blue_marble.LABEL,
-        reference=dataclasses.replace(config, data=str(tile_folder(config, views))),
-        tests=tile_tests(config),
-        gallery=blue_marble.splits(config.splits)["gallery"],
-    )
+    config = dataclasses.replace(config, data=str(tile_folder(config, views)))
+    return Study(blue_marble.LABEL, config, tile_tests(config), blue_marble.splits(config.splits)["gallery"])
 
 
 def tile_folder(config: TrainConfig, views: int) -> Path:
-    """The folder of the training tiles' features, `views` disturbed views of each, made where it is not kept.
+    """Return the folder of the training tiles' features, `views` augmented views of each; make it if needed.
 
-    It lies in data/cache/features, named by the hash of what makes it. Raises ValueError where `config` asks
-    for other training places than the tiles' standard ones.
+    Raises ValueError if `config` asks for other training tiles than the standard ones.
     """
     encoder, source = ImageEncoder(config.image).eval(), sources.Tiles("train", config.tiles)
     if not torch.equal(blue_marble.splits(config.splits)["train"], source.latlon):
         raise ValueError(
-            "tiles are embedded for the standard split: leave splits.train, .test and .seed as they are"
+            "only the standard split is embedded: leave splits.train, splits.test and splits.seed "
+            "at their defaults"
         )
     how = sources.Views(number=views)
     info = dataclasses.asdict(features.FeatureInfo.of(source, encoder, how))
     key = hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()[:16]
     folder = paths.make_folder(paths.CACHE / "features") / key
     with FileLock(folder.with_suffix(".lock")):
-        # single precision wherever it is computed, so that machines with and without bf16 agree
+        # in single precision everywhere, so that machines with and without bf16 agree
         features.embed(source, encoder, folder, how, arithmetic="fp32")
     return folder
 
 
 @torch.inference_mode()
 def tile_tests(
-    config: TrainConfig, crops: Crops = "one", splits: Sequence[str] = ("random", "blocked")
-) -> dict[str, tuple[Float[Tensor, "n v c"], Float[Tensor, "n 2"]]]:
-    """Split → tower features of its test tiles, disturbed as in every evaluation, and their places.
+    config: TrainConfig, crops: Crops = "one", splits: Iterable[str] = ("random", "blocked")
+) -> Tests:
+    """Return split → tower features of its test tiles, augmented as in every evaluation, and their places.
 
-    crops: the whole tile; or, as prediction does with photos, the tile rendered at 256 / 224 of its pixels and
-    cut at the four corners and the centre ("five"), and each of these mirrored too ("ten").
+    crops: "one" takes whole tiles. "five" renders them at 256 / 224 of their pixels and cuts out the corners
+    and the centre, as prediction does with photos; "ten" adds the mirror image of each.
     """
     from torchvision.transforms import functional as transforms
 
     encoder, tiles, side = ImageEncoder(config.image).eval(), config.tiles, config.tiles.pixels
     if crops != "one":
         tiles = dataclasses.replace(tiles, pixels=side * 256 // 224)
-    cut = {"one": lambda images, side: [images], "five": transforms.five_crop, "ten": transforms.ten_crop}[
-        crops
-    ]
+    cuts = {"one": lambda images, side: [images], "five": transforms.five_crop, "ten": transforms.ten_crop}
     tests = {}
     for split in splits:
         images, latlon = blue_marble.test_tiles(split, tiles, config.splits)
-        views = torch.stack(list(cut(images, side)), 1)
-        made = torch.cat([encoder.features(part.flatten(0, 1)) for part in views.split(QUERIES)])
-        tests[split] = (made.unflatten(0, views.shape[:2]).clone(), latlon)
+        views = torch.stack(list(cuts[crops](images, side)), 1)
+        found = torch.cat([encoder.features(part.flatten(0, 1)) for part in views.split(BATCH)])
+        tests[split] = (found.unflatten(0, views.shape[:2]).clone(), latlon)
     return tests
-
-
-def changed(config: TrainConfig, changes: Mapping[str, Any]) -> TrainConfig:
-    """`config` with some fields changed, nested ones by nested mappings; ValueError names an unknown field."""
-    return as_config(_merged(plain(dataclasses.asdict(config)), changes))
-
-
-def _merged(values: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(values)
-    for name, change in changes.items():
-        nested = isinstance(change, Mapping) and isinstance(values.get(name), dict)
-        merged[name] = _merged(values[name], change) if nested else change
-    return merged
-
-
-def run(
-    study: Study, settings: Mapping[str, Mapping[str, Any]], seeds: Sequence[int], workers: int | None = None
-) -> pd.DataFrame:
-    """Train and score every setting with every seed: a row per setting, seed and split.
-
-    settings: name → changes of study.reference ({} for the paper's setting). What was trained before, in this
-    or another notebook, is not trained again. workers: processes, by default one a core with a thread each, on
-    a GPU one. Columns: data, model, setting, split, seed, steps, samples, and those of evaluation.summarize.
-    """
-    configs = {
-        (name, seed): changed(study.reference, {**changes, "seed": seed})
-        for name, changes in settings.items()
-        for seed in seeds
-    }
-    if workers is None:
-        workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
-    workers = min(workers, len(configs))
-    if workers == 1:
-        scored = [_score(study, config) for config in configs.values()]
-    else:
-        # a fork server has not yet started threads, and imports torch once for all workers
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        with ProcessPoolExecutor(workers, context, initializer=_start_worker, initargs=(study,)) as pool:
-            scored = list(pool.map(_score_in_worker, configs.values()))
-    rows = []
-    for (name, seed), (result, errors) in zip(configs, scored, strict=True):
-        for split, error_km in errors.items():
-            about = {"data": study.label, "model": "GeoCLIP, frozen tower", "setting": name, "split": split}
-            about |= {"seed": seed, "steps": result["steps"], "samples": result["samples"]}
-            rows.append(about | evaluation.summarize(torch.from_numpy(error_km)))
-    return pd.DataFrame(rows)
-
-
-_study: Study | None = None  # of a worker, so that it is sent once and not with each job
-
-
-def _start_worker(study: Study) -> None:
-    global _study
-    _study = study
-    torch.set_num_threads(1)
-
-
-def _score_in_worker(config: TrainConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    return _score(_study, config)
-
-
-def _score(study: Study, config: TrainConfig) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """What the training run says of itself, and the error in km of each test image; both kept with the run."""
-    trained = runs.train(config)
-    kept = trained.directory / f"errors-{study.hash()}.npz"
-    if not kept.is_file():
-        errors = errors_km(load(trained), study)
-        with paths.atomic(kept) as temporary:
-            np.savez(temporary, **errors)
-    with np.load(kept) as errors:
-        return trained.result, dict(errors)
-
-
-def load(trained: runs.Run) -> GeoCLIPTraining:
-    """The trained module in evaluation mode, without the tower: queries come as features."""
-    module = runs.load(trained.checkpoint, with_tower=False)
-    return module.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@torch.inference_mode()
-def errors_km(module: GeoCLIPTraining, study: Study) -> dict[str, np.ndarray]:
-    """Split → error in km of each test image; over several views the mean of their similarities counts."""
-    model = module.model
-    device = model.logit_scale.device
-    places = gallery.embed(model.location_encoder, study.gallery)
-    found = {}
-    for split, (tests, latlon) in study.tests.items():
-        best = []
-        for part in tests.split(QUERIES):
-            views = model.encode_features(part.flatten(0, 1).float().to(device))
-            query = views.unflatten(0, part.shape[:2]).mean(1)
-            best.append(gallery.search(query, places, 1)[1][:, 0].cpu())
-        found[split] = earth.haversine_km(study.gallery[torch.cat(best)], latlon).numpy()
-    return found
-
-
-def draw_settings(summary: pd.DataFrame):
-    """Figure: accuracy at the five distances of each setting, with intervals; a panel a split.
-
-    summary: of seeds.over_seeds, with columns data, split and setting.
-    """
-    import matplotlib.pyplot as plt
-
-    splits = list(summary["split"].unique())
-    names = list(summary["setting"].unique())[::-1]
-    with plt.rc_context(_style()):
-        size = (4.2 * len(splits) + 1, 0.34 * len(names) + 1.3)
-        figure, axes = plt.subplots(1, len(splits), figsize=size, sharey=True, squeeze=False)
-        for axis, split in zip(axes[0], splits, strict=True):
-            part = summary[summary["split"] == split].set_index("setting").loc[names]
-            for number, (column, km) in enumerate(evaluation.named_thresholds()):
-                middle = part[column].to_numpy()
-                ends = np.abs(part[[f"{column}_low", f"{column}_high"]].to_numpy().T - middle)
-                axis.errorbar(
-                    middle, np.arange(len(names)), xerr=np.nan_to_num(ends), fmt=MARKERS[number], markersize=4,
-                    linestyle="none", color=COLOURS[number], capsize=2, label=f"{km:,} km",
-                )  # fmt: skip
-            axis.set(title=f"{split} test split", xlabel="found within the distance, %", xlim=(-2, 102))
-            axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
-            axis.set_yticks(range(len(names)), names)
-        figure.suptitle(_about(summary), fontsize=8, color="#555555")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    return figure
-
-
-def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str] = ("split",)):
-    """Figure: accuracy at the five distances against the column `x`, intervals as bands; a panel per `panels`."""
-    import matplotlib.pyplot as plt
-
-    groups = list(summary.groupby(list(panels), sort=False))
-    columns = min(2, len(groups))
-    rows = -(-len(groups) // columns)
-    with plt.rc_context(_style()):
-        size = (3.7 * columns, 2.6 * rows + 0.5)
-        figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
-        for axis, (key, part) in zip(axes.flat, groups, strict=False):
-            part = part.sort_values(x)
-            values = part[x].to_numpy(float)
-            for number, (column, km) in enumerate(evaluation.named_thresholds()):
-                style = {"color": COLOURS[number], "marker": MARKERS[number], "markersize": 4}
-                axis.plot(values, part[column], label=f"{km:,} km", **style)
-                low, high = part[f"{column}_low"].to_numpy(float), part[f"{column}_high"].to_numpy(float)
-                axis.fill_between(values, low, high, color=COLOURS[number], alpha=0.25, linewidth=0)
-            positive = values[values > 0]
-            axis.set_xscale("symlog" if (values == 0).any() else "log", **_threshold(values, positive))
-            axis.set_xticks(values, [f"{value:,g}" for value in values])
-            axis.minorticks_off()
-            axis.set(title=", ".join(map(str, key)), xlabel=label, ylim=(-2, 102))
-            axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
-        for axis in axes[:, 0]:
-            axis.set_ylabel("found within the distance, %")
-        figure.suptitle(_about(summary), fontsize=8, color="#555555")
-        figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
-    return figure
-
-
-def _threshold(values: np.ndarray, positive: np.ndarray) -> dict[str, float]:
-    """Where a logarithmic axis that holds 0 turns linear: below the smallest value that is not 0."""
-    return {"linthresh": float(positive.min()), "linscale": 0.6} if (values == 0).any() else {}
-
-
-def _about(summary: pd.DataFrame) -> str:
-    """What a figure says of its data: their names, and over how many seeds its intervals are."""
-    return (
-        f"{', '.join(summary['data'].unique())}; means and 95 % intervals over {summary['seeds'].max()} seeds"
-    )
-
-
-def _style() -> dict[str, Any]:
-    from geoclip.maps import STYLE
-
-    return STYLE

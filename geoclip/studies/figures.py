@@ -1,0 +1,107 @@
+"""Figures of the studies: accuracy of settings with its intervals, and which model is best where."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from jaxtyping import Float
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from geoclip import evaluation
+from geoclip.maps import STYLE
+from geoclip.studies.probes import blocks
+
+# One colour and one marker for each distance; the colours are Okabe and Ito's, safe for colour-blind readers.
+COLOURS = ("#000000", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
+MARKERS = ("o", "s", "^", "D", "v")
+
+
+def draw_settings(summary: pd.DataFrame) -> Figure:
+    """Draw the accuracy of each setting at the five distances, with intervals, in one panel for each split.
+
+    summary: of statistics.over_seeds, with the columns data, split and setting.
+    """
+    splits = list(summary["split"].unique())
+    names = list(summary["setting"].unique())[::-1]
+    with plt.rc_context(STYLE):
+        size = (4.2 * len(splits) + 1, 0.34 * len(names) + 1.3)
+        figure, axes = plt.subplots(1, len(splits), figsize=size, sharey=True, squeeze=False)
+        for axis, split in zip(axes[0], splits, strict=True):
+            part = summary[summary["split"] == split].set_index("setting").loc[names]
+            for (column, km), colour, marker in zip(
+                evaluation.named_thresholds(), COLOURS, MARKERS, strict=True
+            ):
+                mean = part[column].to_numpy()
+                ends = np.abs(part[[f"{column}_low", f"{column}_high"]].to_numpy().T - mean)
+                style = {"fmt": marker, "markersize": 4, "linestyle": "none", "color": colour, "capsize": 2}
+                axis.errorbar(
+                    mean, np.arange(len(names)), xerr=np.nan_to_num(ends), label=f"{km:,} km", **style
+                )
+            axis.set(title=f"{split} test split", xlabel="found within the distance, %", xlim=(-2, 102))
+            axis.set_yticks(range(len(names)), names)
+        _finish(figure, axes, summary)
+    return figure
+
+
+def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str] = ("split",)) -> Figure:
+    """Draw the accuracy at the five distances against the column `x`, with intervals as bands.
+
+    summary: as in draw_settings. panels: columns; each combination of their values has its own panel.
+    """
+    groups = list(summary.groupby(list(panels), sort=False))
+    columns = min(2, len(groups))
+    rows = -(-len(groups) // columns)
+    with plt.rc_context(STYLE):
+        size = (3.7 * columns, 2.6 * rows + 0.5)
+        figure, axes = plt.subplots(rows, columns, figsize=size, sharex=True, sharey=True, squeeze=False)
+        for axis, (key, part) in zip(axes.flat, groups, strict=False):
+            part = part.sort_values(x)
+            values = part[x].to_numpy(float)
+            for (column, km), colour, marker in zip(
+                evaluation.named_thresholds(), COLOURS, MARKERS, strict=True
+            ):
+                axis.plot(values, part[column], label=f"{km:,} km", color=colour, marker=marker, markersize=4)
+                low, high = (part[f"{column}_{end}"].to_numpy(float) for end in ("low", "high"))
+                axis.fill_between(values, low, high, color=colour, alpha=0.25, linewidth=0)
+            if (values == 0).any():  # linear below the smallest value that is not 0
+                axis.set_xscale("symlog", linthresh=float(values[values > 0].min()), linscale=0.6)
+            else:
+                axis.set_xscale("log")
+            axis.set_xticks(values, [f"{value:,g}" for value in values])
+            axis.minorticks_off()
+            axis.set(title=", ".join(map(str, key)), xlabel=label, ylim=(-2, 102))
+        for axis in axes[:, 0]:
+            axis.set_ylabel("found within the distance, %")
+        _finish(figure, axes, summary)
+    return figure
+
+
+def _finish(figure: Figure, axes: np.ndarray, summary: pd.DataFrame) -> None:
+    for axis in axes.flat:
+        axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
+    about = (
+        f"{', '.join(summary['data'].unique())}; means and 95 % intervals over {summary['seeds'].max()} seeds"
+    )
+    figure.suptitle(about, fontsize=8, color="#555555")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
+
+
+def best_model(
+    errors: Mapping[str, Float[np.ndarray, "s n"]],
+    latlon: Float[Tensor, "n 2"],
+    pixels: Float[np.ndarray, "m 2"],
+    block_deg: float = 10,
+    fewest: int = 10,
+) -> np.ndarray:
+    """Return for each pixel (m,) the number of the model with the lowest median error in the pixel's block.
+
+    errors: error in km of n tests with s seeds, by model. latlon: places of the tests. A block with fewer
+    than `fewest` tests has no best model: −1. Blocks are those of probes.blocks.
+    """
+    table = pd.DataFrame({name: np.median(np.atleast_2d(km), axis=0) for name, km in errors.items()})
+    groups = table.groupby(blocks(latlon, block_deg))
+    median = groups.median()[groups.size() >= fewest]
+    best = pd.Series(median.to_numpy().argmin(axis=1), index=median.index)
+    return best.reindex(blocks(pixels, block_deg)).fillna(-1).to_numpy(int)
