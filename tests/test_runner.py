@@ -18,7 +18,8 @@ from geoclip import baselines, earth, paths
 from geoclip.baselines import geocells
 from geoclip.datasets import features, sources
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
-from geoclip.reproduce import sweep
+from geoclip.reproduce import notebooks, sweep
+from geoclip.reproduce.profiles import Profile
 from geoclip.studies import runner
 from geoclip.training import runs
 from geoclip.training.config import as_config
@@ -265,11 +266,11 @@ if __name__ == "__main__":
     assert not alive
 
 
+@pytest.mark.slow
 def test_the_papers_profile_runs_on_500_photos_in_mp16s_format(mp16, tmp_path):
-    """Notebook 04 as the paper's profile runs it, but for the sizes, without data before and with data after."""
-    notebook = sweep.find_notebook("04")
-    profile = sweep.load_profile("paper")
-    jobs = sweep.plan(notebook, profile, seeds=2, results=tmp_path)
+    """Notebook 04 in the paper's profile: planned without its data, then run on small features."""
+    notebook, profile = notebooks.find("04"), Profile.load("paper")
+    jobs = sweep.plan(notebook, profile, seeds=2)
     said = "\n".join(sweep.describe(notebook, profile, jobs))
     assert f"{len(jobs)} runs, 0 kept" in said and len(jobs) % 2 == 0
     assert "4,700,000 samples" in said and "25,600 samples" in said
@@ -278,25 +279,13 @@ def test_the_papers_profile_runs_on_500_photos_in_mp16s_format(mp16, tmp_path):
     changes = {
         "REFERENCE": str(mp16 / "reference.yaml"),
         "DATA": str(mp16 / "features"),
-        "TESTS": {"Im2GPS3k": str(mp16 / "test_features")},
+        "TESTS": dict.fromkeys(("Im2GPS3k", "YFCC26k"), str(mp16 / "test_features")),
         "SETTINGS": {"σ 2²": {"location": {"sigmas": [4]}}},
     }
-    jobs = sweep.plan(notebook, profile, seeds=2, changes=changes, results=tmp_path)
-    said = "\n".join(sweep.describe(notebook, profile, jobs))
-    assert "500 samples in" in said and "100 samples in" in said
+    jobs = sweep.plan(notebook, profile, seeds=2, changes=changes)
+    assert "MISSING" not in "\n".join(sweep.describe(notebook, profile, jobs))
     arguments = [f"--set={name}={json.dumps(value)}" for name, value in changes.items()]
-    command = [
-        sys.executable,
-        "-m",
-        "geoclip",
-        "sweep",
-        str(notebook),
-        "--profile",
-        "paper",
-        "--seeds",
-        "1",
-        *arguments,
-    ]
+    command = [sys.executable, "-m", "geoclip", "sweep", str(notebook), "--seeds", "1", *arguments]
     environment = os.environ | {
         "GEOCLIP_RESULTS": str(tmp_path),
         "GEOCLIP_CACHE": str(tmp_path / "cache"),
@@ -306,7 +295,7 @@ def test_the_papers_profile_runs_on_500_photos_in_mp16s_format(mp16, tmp_path):
     tidy = pd.read_csv(tmp_path / f"{notebook.stem}_sweep.csv")
     assert set(tidy["setting"]) == {"σ 2²", "σ 2⁰ 2⁴ 2⁸ (paper)"}
     assert set(tidy["threshold_km"]) == {1, 25, 200, 750, 2500} and set(tidy["n"]) == {100}
-    executed = nbformat.read(jobs[0].output, as_version=4)
+    executed = nbformat.read(tmp_path / jobs[0].out.relative_to(paths.RESULTS), as_version=4)
     assert all(
         output["output_type"] != "error" for cell in executed.cells for output in cell.get("outputs", [])
     )
