@@ -1,15 +1,20 @@
-"""The image encoder: an image tower, then a two-layer head into the space of the location embeddings.
+"""The image encoder: a frozen image tower, then a two-layer head into the space of the location embeddings.
 
-Paper, section 3.1: CLIP ViT-L/14, frozen, and a trainable head. The embedded profile trains a small
-convolutional tower from scratch instead, since CLIP's weights are not at hand everywhere.
+Paper, section 3.1: CLIP ViT-L/14 and a trainable head. The embedded profile trains a small convolutional tower
+from scratch instead, since CLIP's weights are not available everywhere.
 """
 
 import contextlib
 import copy
+import functools
+import hashlib
 import itertools
 import logging
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,12 +22,17 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from geoclip import photos
+from geoclip import photos, pretrained
 from geoclip.config import ImageEncoderConfig
+from geoclip.engines import openvino_tower
 from geoclip.location_encoder import initialise
 
 CONV_TOWER = "conv"
 TIMM = "timm/"
+OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
+OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
+Precision = Literal["auto", "fp32", "bf16", "int8"]
+PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -54,6 +64,10 @@ class Preprocessing:
             known = timm.models.get_pretrained_cfg(timm_name(config.tower))
             data = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
             return cls(data["input_size"][-1], data["interpolation"], tuple(data["mean"]), tuple(data["std"]))
+        if config.tower == pretrained.CLIP_TOWER and config.weights == "openai":
+            return cls(
+                224, "bicubic", OPENAI_MEAN, OPENAI_STD
+            )  # without importing open_clip, which takes seconds
         import open_clip
 
         clip_feature_dim(config.tower)
@@ -88,7 +102,7 @@ class Preprocessing:
 
 
 class ConvTower(nn.Module):
-    """Four strided convolutions for tiles of 32 to 64 px; on two cores as good as small ResNets, 3× as fast."""
+    """Four strided convolutions for tiles of 32 to 64 px; as accurate as small ResNets here and 3 times as fast."""
 
     feature_dim = 4 * 256
 
@@ -97,9 +111,9 @@ class ConvTower(nn.Module):
         widths = [3, 32, 64, 128, 256]
         layers: list[nn.Module] = []
         for before, after in itertools.pairwise(widths):
-            # normalised over groups of channels, not over the batch: an image's feature is its own
+            # normalised over groups of channels and not over the batch, so that a feature depends on its image alone
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.ReLU()]
-        # 32 px come out as 2 × 2; what lies in which corner is kept
+        # 32 px become 2 × 2, which keeps what lies in which corner
         self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten())
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c"]:
@@ -107,11 +121,11 @@ class ConvTower(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """Embeds images: tower (n, 3, h, w) → (n, c), head (n, c) → (n, d), not normalised.
+    """Embeds images: tower (n, 3, p, p) → (n, c), head (n, c) → (n, d), not normalised.
 
-    preprocess: PIL image → (3, h, w) for the tower (CLIP: bicubic to 224, centre crop, CLIP's statistics; "conv":
-        bicubic to 32, centre crop, RGB in [-1, 1], as its tiles are rendered).
-    feature_dim: c, 768 for ViT-L/14.
+    preprocess: PIL image → (3, p, p) for the tower. feature_dim: c, 768 for ViT-L/14. tower: the PyTorch tower,
+    None until it is needed when the encoder was made with `with_tower=False` (for training on features, or for
+    an engine that needs no PyTorch weights).
     """
 
     def __init__(
@@ -120,12 +134,12 @@ class ImageEncoder(nn.Module):
         generator: torch.Generator | None = None,
         with_tower: bool = True,
     ):
-        """with_tower: False leaves the tower out until load_tower, for training on features."""
         super().__init__()
         self.config = config = config or ImageEncoderConfig()
         self.preprocess = Preprocessing.of(config)
         self.tower: nn.Module | None = None
-        self.dtype = torch.float32  # of a CLIP tower's arithmetic
+        self.engine: Callable[[Tensor], Tensor] | None = None  # replaces the tower in inference
+        self.precision: Precision = "fp32"
         conv = config.tower == CONV_TOWER
         self.feature_dim = ConvTower.feature_dim if conv else clip_feature_dim(config.tower)
         if with_tower:
@@ -137,70 +151,113 @@ class ImageEncoder(nn.Module):
         if conv and with_tower and config.weights is None:
             initialise(self.tower, generator)
 
-    def load_tower(self) -> None:
-        """Make the tower and its preprocessing, with the weights that the configuration names.
+    def load_tower(self) -> nn.Module:
+        """Return the PyTorch tower, building it with the configured weights at the first call.
 
-        Raises as load_clip and load_conv do, and ValueError for a frozen "conv" without weights.
+        Raises what load_clip and load_conv raise, and ValueError for a frozen "conv" tower without weights.
         """
-        config = self.config
-        if config.tower != CONV_TOWER:
-            self.tower = load_clip(config.tower, config.weights)
-        elif config.weights is not None:
-            self.tower = load_conv(config.weights)
-        elif config.frozen:
-            raise ValueError('the "conv" tower has no released weights: train it with frozen=False')
-        else:
-            self.tower = ConvTower()
-        self.tower.requires_grad_(not config.frozen)
+        if self.tower is None:
+            config = self.config
+            if config.tower != CONV_TOWER:
+                self.tower = load_clip(config.tower, config.weights)
+            elif config.weights is not None:
+                self.tower = load_conv(config.weights)
+            elif config.frozen:
+                raise ValueError('the "conv" tower has no released weights: train it with frozen=False')
+            else:
+                self.tower = ConvTower()
+            self.tower.requires_grad_(not config.frozen)
+            if hasattr(self, "head"):
+                self.tower.to(self.head[0].weight.device)
+        return self.tower
 
-    def use_precision(self, chosen: str = "auto") -> None:
-        """Replace a CLIP tower by itself in bfloat16 (in_bf16); it can be asked, and no longer trained.
+    def use_precision(self, chosen: str = "auto") -> "ImageEncoder":
+        """Choose the arithmetic and the engine of the tower for inference.
 
-        "conv" stays as it is: rounding it saves no time and moves one answer in twenty (LOG).
+        "fp32" is plain PyTorch. "bf16" and "int8" run on a CPU through OpenVINO, and "bf16" on a GPU through
+        PyTorch. "auto" takes bf16 where the hardware multiplies it, else fp32, through OpenVINO on a CPU, and
+        reports once what it chose. The "conv" tower and the head always stay in fp32. int8 has been checked on
+        random weights only. Raises ValueError for a precision that the device does not have, ImportError for
+        int8 without nncf.
         """
-        from geoclip import precision
+        if chosen not in PRECISIONS:
+            raise ValueError(f"no precision {chosen!r}: give one of {', '.join(PRECISIONS)}")
+        device = self.head[0].weight.device
+        self.engine, automatic = None, chosen == "auto"
+        if self.config.tower == CONV_TOWER:
+            self.precision = "fp32"
+            return self
+        has_engine = device.type == "cpu" and openvino_tower.is_available()
+        if automatic:
+            fast = openvino_tower.has_bf16() if has_engine else device.type == "cuda" and _gpu_has_bf16()
+            chosen = "bf16" if fast else "fp32"
+        if device.type == "cuda" and chosen != "fp32":
+            if chosen == "int8" or not _gpu_has_bf16():
+                raise ValueError(f"precision {chosen} is not available on this GPU; use fp32 or auto")
+            visual = copy.deepcopy(self.load_tower().visual).bfloat16()
+            self.engine = lambda images: visual(images.bfloat16()).to(images.dtype)
+        elif has_engine and (automatic or chosen != "fp32"):
+            self.engine = self._openvino(chosen)
+        elif chosen != "fp32":
+            raise ValueError(
+                f"precision {chosen} on this device needs OpenVINO: pip install openvino, or use fp32"
+            )
+        if self.engine is None:
+            self.load_tower()
+        if automatic:
+            through = " through OpenVINO" if has_engine and self.engine else ""
+            _report_once(f"precision auto: the image tower runs in {chosen}{through}")
+        self.precision = chosen
+        return self
 
-        dtype = precision.choose(chosen, self.head[0].weight.device)
-        if dtype == torch.float32 and self.dtype != dtype:
-            raise ValueError("the model's tower is in bfloat16; load the model again to answer in float32")
-        if self.config.tower != CONV_TOWER and self.dtype != dtype:
-            self.tower.visual = in_bf16(self.tower.visual, self.head[0].weight.device)
-            self.dtype = torch.bfloat16
+    def _openvino(self, arithmetic: openvino_tower.Arithmetic) -> Callable[[Tensor], Tensor] | None:
+        """Open the kept OpenVINO model of this tower, converting it first if needed; None if it cannot be converted."""
+        # a file's hash is known without loading the weights, but they may have been trained since
+        digest = clip_digest(self.config) if self.config.frozen else None
+        key = f"{self.config.tower}-{(digest or tower_hash(self.load_tower()))[:16]}"
+        if openvino_tower.kept(key, arithmetic) is None:
+            visual, pixels = self.load_tower().visual, self.preprocess.pixels
+            try:
+                openvino_tower.convert(visual, key, arithmetic, self._calibration(), pixels)
+            except RuntimeError as error:  # a tower that OpenVINO cannot express
+                reason = str(error).strip().splitlines()[0]
+                _report_once(f"{self.config.tower} runs in PyTorch: OpenVINO cannot convert it ({reason})")
+                return None
+        return openvino_tower.OpenVINOTower(key, arithmetic)
+
+    def _calibration(self) -> list[Tensor]:
+        """Preprocessed crops of three real photos, (10, 3, p, p) each."""
+        from sklearn.datasets import load_sample_images
+
+        images = [Image.fromarray(array) for array in load_sample_images().images]
+        images.append(photos.open_photo(pretrained.kauai()))
+        crops = [photos.ten_crop(image, self.preprocess.pixels) for image in images]
+        return [torch.stack([self.preprocess(crop) for crop in ten]) for ten in crops]
 
     def train(self, mode: bool = True) -> "ImageEncoder":
-        """As nn.Module.train, but a frozen tower stays in evaluation mode."""
+        """As nn.Module.train, except that a frozen tower stays in evaluation mode."""
         super().train(mode)
         if self.config.frozen and self.tower is not None:
             self.tower.eval()
         return self
 
     def features(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n c"]:
-        """What the tower says of the images, before the head; for CLIP the projected, unnormalised feature."""
+        """Backbone features: the tower's output before the head. CLIP's are projected and not normalised."""
+        if self.engine is not None:
+            return self.engine(images)
+        tower = self.load_tower()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
-            if hasattr(self.tower, "encode_image"):
-                return self.tower.encode_image(images.to(self.dtype)).to(images.dtype)
-            return self.tower(images)
+            return tower.encode_image(images) if hasattr(tower, "encode_image") else tower(images)
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
-        """Embeddings (not normalised) of preprocessed images."""
+        """Embeddings of preprocessed images, not normalised."""
         return self.head(self.features(images))
 
 
-def in_bf16(visual: nn.Module, device: torch.device) -> nn.Module:
-    """The tower in bfloat16, for answering and embedding: (n, 3, h, w) bfloat16 → (n, c).
-
-    All of it: under autocast, with sums and norms in float32, a GPU took 1.4 times as long and the cosine to
-    float32 was no better. On a CPU a CLIP tower runs as cpu_bf16 lays it out. The given one keeps its weights.
-    """
-    from geoclip import cpu_bf16, precision
-
-    if precision.packs(device) and cpu_bf16.is_plain(visual):
-        return cpu_bf16.Tower(visual)
-    return copy.deepcopy(visual).to(torch.bfloat16)
-
-
 def clip_feature_dim(tower: str) -> int:
-    """Width of an open_clip model's projected feature; ValueError for a name open_clip does not know."""
+    """Width c of an open_clip tower's projected feature. Raises ValueError for a name that open_clip does not know."""
+    if tower == pretrained.CLIP_TOWER:
+        return 768  # without importing open_clip, which takes seconds
     import open_clip
 
     config = open_clip.get_model_config(tower)
@@ -209,10 +266,29 @@ def clip_feature_dim(tower: str) -> int:
     return config["embed_dim"]
 
 
-def load_conv(checkpoint: str) -> ConvTower:
-    """The "conv" tower of a checkpoint of `python -m geoclip train`; nothing in the file is executed.
+def timm_name(tower: str) -> str:
+    """The name after "timm/". Raises ValueError if timm has no such model."""
+    import timm
 
-    Raises FileNotFoundError, or ValueError for a file without such a tower.
+    name = tower.removeprefix(TIMM)
+    if not timm.is_model(name):
+        raise ValueError(f"no tower {tower!r}: {TIMM!r} may be followed by any of timm.list_models()")
+    return name
+
+
+def tower_hash(tower: nn.Module) -> str:
+    """Hash of the weights that make image features; a CLIP model's text half does not count."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(getattr(tower, "visual", tower).state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def load_conv(checkpoint: str) -> ConvTower:
+    """The "conv" tower in a checkpoint of `geoclip train`; nothing in the file is executed.
+
+    Raises FileNotFoundError, and ValueError for a file without such a tower.
     """
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(
@@ -224,38 +300,40 @@ def load_conv(checkpoint: str) -> ConvTower:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         tower.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
     except Exception as error:
-        raise ValueError(f'{checkpoint} holds no "conv" tower of a training run') from error
+        raise ValueError(f'{checkpoint} does not hold the "conv" tower of a training run') from error
     return tower
 
 
-def timm_name(tower: str) -> str:
-    """The name after "timm/"; ValueError where timm has no such model."""
-    import timm
+def clip_digest(config: ImageEncoderConfig) -> str | None:
+    """SHA-256 of the file that a CLIP tower's weights come from; None for an open_clip tag or random weights."""
+    if config.weights == "openai" and config.tower == pretrained.CLIP_TOWER:
+        pretrained.clip_file()
+        return pretrained.CLIP_SHA256
+    return (
+        pretrained.clip_sha256(config.weights) if config.weights and _is_file_name(config.weights) else None
+    )
 
-    name = tower.removeprefix(TIMM)
-    if not timm.is_model(name):
-        raise ValueError(f"no tower {tower!r}: {TIMM!r} may be followed by any of timm.list_models()")
-    return name
+
+def _is_file_name(weights: str) -> bool:
+    return "/" in weights or Path(weights).suffix != ""
 
 
 def load_clip(tower: str, weights: str | None) -> nn.Module:
     """An open_clip model in evaluation mode.
 
-    weights: "openai" (for the paper's tower the pinned file of geoclip.clip, downloaded at first use with
-    progress, then kept), another of open_clip's tags, a local file in Hugging Face's or open_clip's naming, or
-    None for random weights. Raises ValueError for an unknown tower or a file that does not fit it, and
-    OSError, saying what still works, where weights cannot be had.
+    weights: "openai" (for the paper's tower, the pinned file of pretrained.clip_file), another open_clip tag, a
+    local file with Hugging Face's or open_clip's names, or None for random weights. Raises ValueError for an
+    unknown tower or a file that does not fit it, and OSError, which says what still works, if the weights
+    cannot be had.
     """
     import open_clip
 
-    from geoclip import clip
-
     clip_feature_dim(tower)
     state, tag = None, weights
-    if weights == "openai" and tower == clip.TOWER:
-        state, tag = clip.read(clip.released_file()), None
-    elif weights is not None and ("/" in weights or Path(weights).suffix):
-        state, tag = clip.read(weights), None
+    if weights == "openai" and tower == pretrained.CLIP_TOWER:
+        state, tag = pretrained.read_clip(pretrained.clip_file()), None
+    elif weights is not None and _is_file_name(weights):
+        state, tag = pretrained.read_clip(weights), None
     try:
         with quiet_root(), torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # random weights are the same in every process
@@ -263,22 +341,37 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
     except (OSError, RuntimeError) as error:  # open_clip wraps a failed download in a RuntimeError
         if tag is None:
             raise
-        raise missing_clip(tower, weights, error) from error
+        raise OSError(
+            f"the {weights!r} weights of CLIP {tower} are not in the cache and could not be downloaded "
+            f"({str(error).strip().splitlines()[0]}). They are downloaded at first use; without a network, copy the "
+            "file and pass its path as weights. The location encoder, the gallery, probes, maps and the embedded "
+            "profile work without them"
+        ) from error
     if state is not None:
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         unlike = [name for name in shapes if name not in state or state[name].shape != shapes[name]]
         if unlike:
             raise ValueError(
-                f"{weights} does not fit CLIP {tower}: {len(unlike)} of {len(shapes)} tensors are missing or of "
+                f"{weights} does not fit CLIP {tower}: {len(unlike)} of {len(shapes)} tensors are missing or have "
                 f"another shape, such as {unlike[0]}"
             )
         model.load_state_dict(state)
     return model.eval()
 
 
+def warn_unless_released(weights: Path | str) -> None:
+    """Warn, with the file's hash, if a local CLIP file is not the one that the released model was trained with."""
+    found = pretrained.clip_sha256(weights)
+    if found != pretrained.CLIP_SHA256:
+        _report_once(
+            f"{weights} (SHA-256 {found[:16]}…) is not the released CLIP ViT-L/14 ({pretrained.CLIP_SHA256[:16]}…): "
+            "with other weights, the released model's answers mean nothing"
+        )
+
+
 @contextlib.contextmanager
 def quiet_root():
-    """Without open_clip's warning that a model was built with random weights, which is meant here."""
+    """Without open_clip's warning that a model has random weights, which is intended here."""
     root, level = logging.getLogger(), logging.getLogger().level
     root.setLevel(logging.ERROR)
     try:
@@ -287,10 +380,10 @@ def quiet_root():
         root.setLevel(level)
 
 
-def missing_clip(tower: str, weights: str | None, error: Exception) -> OSError:
-    """The error for weights of another CLIP that are neither kept nor reachable."""
-    return OSError(
-        f"the {weights!r} weights of CLIP {tower} are not kept here and could not be downloaded "
-        f"({str(error).splitlines()[0]}). With a network they are fetched at first use; without one, copy them "
-        f"over and give their path as weights. Without them the location encoder, gallery, probes, maps and the embedded profile still work."
-    )
+@functools.cache
+def _report_once(message: str) -> None:
+    print(f"geoclip: {message}", file=sys.stderr)
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -17,7 +17,7 @@ from torch.nn import functional
 from geoclip import gallery as galleries
 from geoclip import photos, predictor
 from geoclip.gallery import Gallery
-from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, warn_unless_released
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 
 if TYPE_CHECKING:
@@ -64,7 +64,9 @@ class GeoCLIP(nn.Module):
         from geoclip import pretrained
 
         config = ImageEncoderConfig(weights=str(clip_weights) if clip_weights else "openai")
-        model = cls(ImageEncoder(config), LocationEncoder.pretrained(), Gallery.official())
+        if clip_weights:
+            warn_unless_released(clip_weights)
+        model = cls(ImageEncoder(config, with_tower=False), LocationEncoder.pretrained(), Gallery.official())
         model.image_encoder.head.load_state_dict(pretrained.head_state())
         model.logit_scale.data.fill_(pretrained.logit_scale())
         return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().use_precision(precision)
@@ -88,7 +90,7 @@ class GeoCLIP(nn.Module):
         """
         import open_clip
 
-        tower, name = self.image_encoder.tower, self.image_encoder.config.tower
+        tower, name = self.image_encoder.load_tower(), self.image_encoder.config.tower
         if not hasattr(tower, "encode_text"):
             raise ValueError(f"the tower {name!r} cannot read text; only CLIP models can")
         tokens = open_clip.get_tokenizer(name)([text] if isinstance(text, str) else list(text))

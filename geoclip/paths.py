@@ -7,6 +7,8 @@ and profiles inside itself, caches in the user's cache folder and writes results
 import contextlib
 import errno
 import glob
+import hashlib
+import json
 import os
 import tempfile
 import time
@@ -121,3 +123,24 @@ def atomic(path: Path | str) -> Iterator[Path]:
     finally:
         if temporary:
             temporary.unlink(missing_ok=True)
+
+
+def sha256(path: Path | str) -> str:
+    """Return the SHA-256 of a file as hexadecimal digits.
+
+    The digest is remembered in the cache while the file's size and time of change stay the same, so that
+    weights of gigabytes are read for it once.
+    """
+    path = Path(path).resolve()
+    state = path.stat()
+    stamp = [str(path), state.st_size, state.st_mtime_ns]
+    note = CACHE / "sha256" / f"{hashlib.sha256(str(path).encode()).hexdigest()[:24]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        *seen, digest = json.loads(note.read_text())
+        if seen == stamp:
+            return digest
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(OSError), atomic(note) as temporary:
+        temporary.write_text(json.dumps([*stamp, digest]))
+    return digest

@@ -1,23 +1,30 @@
-"""The authors' released weights and gallery: fetched once, checked by SHA-256, read without pickle.
+"""Released weights: the authors' package and OpenAI's CLIP, fetched once, checked by SHA-256, read without pickle.
 
-Their package carries the location encoder, the image head, the temperature and the 100 K gallery. Its import
-name is ours too, so it is unpacked into a folder of its own and never installed beside us.
+The authors' package carries the location encoder, the image head, the temperature and the 100 K gallery. Its
+import name is ours too, so it is unpacked into a folder of its own and never installed beside this package.
+CLIP ViT-L/14 comes from the file that their package uses too, at a fixed revision.
 """
 
+import errno
 import hashlib
 import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import filelock
 import numpy as np
-import pandas as pd
 
 from geoclip import paths
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAME, VERSION = "geoclip", "1.3.0"
 WHEEL = f"{NAME}-{VERSION}-py3-none-any.whl"
@@ -55,26 +62,52 @@ MEMBERS = {
 # Positions in the released nn.Sequential → positions in ours (Linear, ReLU, … from 0).
 LAYERS = {"capsule.1": "mlp.0", "capsule.3": "mlp.2", "capsule.5": "mlp.4", "head.0": "mlp.6"}
 
+CLIP_TOWER = "ViT-L-14-quickgelu"  # open_clip's name; without QuickGELU the same weights give other features
+CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
+CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
+CLIP_FILE = "model.safetensors"
+CLIP_SHA256 = "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"
+
+# Hugging Face's names of CLIP's tensors → open_clip's.
+CLIP_PARTS = {
+    "vision_model.embeddings.class_embedding": "visual.class_embedding",
+    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
+    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
+    "vision_model.pre_layrnorm": "visual.ln_pre",  # so spelled there
+    "vision_model.post_layernorm": "visual.ln_post",
+    "vision_model.encoder.layers": "visual.transformer.resblocks",
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.embeddings.position_embedding.weight": "positional_embedding",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "text_model.final_layer_norm": "ln_final",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.out_proj": "attn.out_proj",
+}
+CLIP_TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
+
 
 def authors_wheel() -> Path:
-    """The authors' released package (a 40 MB wheel) in the cache, downloaded at the first call.
+    """Return the authors' released package (a wheel of 40 MB) in the cache, downloading it at the first call.
 
-    Raises FileNotFoundError where it is absent and cannot be downloaded, ValueError where its SHA-256 differs.
+    Raises FileNotFoundError if it is absent and cannot be downloaded, ValueError if its SHA-256 differs.
     """
     wheel = AUTHORS / WHEEL
     if not wheel.exists():
         paths.make_folder(AUTHORS)
         with filelock.FileLock(AUTHORS / ".lock"):
-            if not wheel.exists():  # another process may have fetched it while this one waited
+            if not wheel.exists():  # another process may have fetched it in the meantime
                 _download(wheel)
-    _check(wheel, wheel.read_bytes(), WHEEL_SHA256)
+    _check(wheel, paths.sha256(wheel), WHEEL_SHA256)
     return wheel
 
 
 def authors_package() -> Path:
-    """The folder that holds the authors' package `geoclip/`, every file of it checked against its SHA-256.
+    """Return the folder that holds the authors' package `geoclip/`, with every file checked.
 
-    For a process that runs their code: put it on that process's path, never on that of one that imports ours.
+    It is for a separate process that runs their code; never put it on the path of one that imports ours.
     """
     for name in MEMBERS:
         _read(name)
@@ -82,13 +115,13 @@ def authors_package() -> Path:
 
 
 def kauai() -> Path:
-    """The authors' example photo, `Kauai.png` (the island in Hawaii), checked."""
+    """Return the authors' example photo, `Kauai.png` (an island of Hawaii), checked."""
     _read(KAUAI)
     return _unpacked() / KAUAI
 
 
 def location_encoder_state() -> dict:
-    """The released location encoder: tensors under the keys of `geoclip.location_encoder.LocationEncoder`."""
+    """Return the released location encoder's tensors under the keys of `LocationEncoder`."""
     state = {}
     for name, tensor in _load(LOCATION_ENCODER).items():
         level, _, rest = name.removeprefix("LocEnc").partition(".")
@@ -99,41 +132,139 @@ def location_encoder_state() -> dict:
 
 
 def head_state() -> dict:
-    """The released image head, 768 → 768 → 512: tensors under the keys `0.*` and `2.*`."""
+    """Return the released image head, 768 → 768 → 512: tensors under the keys `0.*` and `2.*`."""
     return dict(_load(HEAD))
 
 
 def logit_scale() -> float:
-    """The released s; similarities are multiplied by exp(s)."""
+    """Return the released s; similarities are multiplied by exp(s)."""
     return float(_load(TEMPERATURE))
 
 
 def official_gallery() -> np.ndarray:
-    """The authors' gallery: float64 (100000, 2), lat and lon in degrees; 94,123 of the points are distinct."""
-    table = pd.read_csv(io.BytesIO(_read(GALLERY)))
-    return table[["LAT", "LON"]].to_numpy(np.float64)
+    """Return the authors' gallery, float64 (100000, 2) in (lat, lon) degrees; 94,123 of the points are distinct."""
+    header, _, rows = _read(GALLERY).partition(b"\n")
+    if header.strip() != b"LAT,LON":
+        raise ValueError(f"{GALLERY} has the columns {header.decode()!r} instead of LAT,LON")
+    return np.loadtxt(io.BytesIO(rows), delimiter=",")
+
+
+def clip_file() -> Path:
+    """Return OpenAI's CLIP ViT-L/14 (1.7 GB) in the Hugging Face cache, downloading it at the first call.
+
+    Raises FileNotFoundError if it is absent and cannot be downloaded (the message says what still works),
+    OSError if the disk is full, and ValueError if its SHA-256 is not the pinned one.
+    """
+    import huggingface_hub as hub
+
+    options = {"repo_id": CLIP_REPOSITORY, "filename": CLIP_FILE, "revision": CLIP_REVISION}
+    try:
+        path = Path(hub.hf_hub_download(**options, local_files_only=True))
+    except OSError:
+        try:
+            # ask once: without a network, the download itself would retry for half a minute
+            hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
+            path = Path(hub.hf_hub_download(**options))
+        except Exception as error:  # each HTTP library raises its own
+            _raise_if_full(error, Path(hub.constants.HF_HUB_CACHE))
+            raise FileNotFoundError(
+                f"CLIP ViT-L/14 ({CLIP_REPOSITORY}, {CLIP_FILE}, 1.7 GB) is not in {hub.constants.HF_HUB_CACHE} and "
+                f"could not be downloaded ({_first_line(error)}). It is downloaded at first use; without a network, "
+                "copy the file and pass its path as clip_weights. The location encoder, the gallery, probes, maps "
+                "and models with the small tower work without it"
+            ) from error
+    _check(path, paths.sha256(path), CLIP_SHA256)
+    return path
+
+
+def has_clip_file() -> bool:
+    """Return whether clip_file() needs no network."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # its progress bar looks for notebook widgets
+        from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(CLIP_REPOSITORY, CLIP_FILE, revision=CLIP_REVISION), str)
+
+
+def clip_sha256(path: Path | str) -> str:
+    """Return the SHA-256 of a local CLIP file. Raises FileNotFoundError."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no CLIP weights at {path}; give a .safetensors or .pt file")
+    return paths.sha256(path)
+
+
+def read_clip(path: Path | str) -> "dict[str, Tensor]":
+    """Return the tensors of a local CLIP file under open_clip's names, without executing anything in it.
+
+    Takes .safetensors, or PyTorch files of plain tensors, with Hugging Face's or open_clip's names. Raises
+    FileNotFoundError, and ValueError for any other file, such as OpenAI's TorchScript archive.
+    """
+    import torch
+
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"no CLIP weights at {path}; give a .safetensors or .pt file")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, pickle and zip readers each raise their own
+        raise ValueError(
+            f"{path} cannot be read as tensors without executing it ({_first_line(error)}); give a .safetensors "
+            f"file, such as {CLIP_FILE} of {CLIP_REPOSITORY}"
+        ) from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise ValueError(f"{path} does not hold a dictionary of tensors; give a .safetensors file of CLIP")
+    return _from_hugging_face(state) if "visual_projection.weight" in state else state
+
+
+def _from_hugging_face(state: "dict[str, Tensor]") -> "dict[str, Tensor]":
+    """Rename a Hugging Face CLIPModel's tensors as open_clip does; q, k and v become one matrix."""
+    import torch
+
+    renamed = {}
+    for name, tensor in state.items():
+        if re.search(r"position_ids$|\.[kv]_proj\.(weight|bias)$", name):
+            continue  # counters, and what is joined with the q of its layer
+        if name in CLIP_TRANSPOSED:
+            renamed[CLIP_TRANSPOSED[name]] = tensor.T.contiguous()
+            continue
+        ours = name
+        for theirs, part in CLIP_PARTS.items():
+            ours = ours.replace(theirs, part)
+        if match := re.fullmatch(r"(.*)\.self_attn\.q_proj\.(weight|bias)", ours):
+            ours = f"{match[1]}.attn.in_proj_{match[2]}"
+            tensor = torch.cat(
+                [state[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
+            )
+        renamed[ours] = tensor
+    return renamed
 
 
 def _load(member: str):
-    import torch  # seconds to import; the set-up downloads without it
+    import torch  # takes seconds to import, and the set-up downloads without it
 
     return torch.load(io.BytesIO(_read(member)), map_location="cpu", weights_only=True)
 
 
 def _read(member: str) -> bytes:
-    """The bytes of one unpacked file, checked before anything parses them."""
+    """Return the bytes of one unpacked file, checked before anything parses them."""
     path = _unpacked() / member
     content = path.read_bytes()
-    _check(path, content, MEMBERS[member])
+    _check(path, hashlib.sha256(content).hexdigest(), MEMBERS[member])
     return content
 
 
-def _check(path: Path, content: bytes, expected: str) -> None:
-    found = hashlib.sha256(content).hexdigest()
+def _check(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise ValueError(
-            f"{path} is not the released file: its SHA-256 is {found}, expected {expected}; "
-            f"delete {AUTHORS} and run again to fetch it anew"
+            f"{path} is not the released file: its SHA-256 is {found}, expected {expected}; delete it and run again "
+            "to fetch it anew"
         )
 
 
@@ -147,31 +278,53 @@ def _unpacked() -> Path:
             path = folder / name
             if not path.exists():
                 content = archive.read(name)
-                _check(path, content, expected)
+                _check(path, hashlib.sha256(content).hexdigest(), expected)
                 with paths.atomic(path) as temporary:
                     temporary.write_bytes(content)
     return folder
 
 
 def _download(wheel: Path) -> None:
-    """Fetch the wheel with pip, which reaches it wherever the dependencies could be installed from."""
+    """Fetch the wheel with pip, which works wherever the dependencies could be installed from."""
     print(f"geoclip: fetching the authors' released weights (40 MB) into {wheel.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".fetch.") as folder:
         requirements = Path(folder) / "requirements.txt"
-        requirements.write_text(f"{NAME}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+        try:
+            requirements.write_text(f"{NAME}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
+        except OSError as error:
+            _raise_if_full(error, wheel.parent)
+            raise
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
-        # Our own distribution has another name, and a wheel runs no code while it is fetched.
-        command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input"]
+        # a wheel runs no code while it is fetched
+        command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
         command += ["--retries=2", "--timeout=20", "--requirement", str(requirements), "--dest", folder]
-        ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+        # pip keeps its temporary files there too, so that a full disk is the one that is named
+        environment = os.environ | {"TMPDIR": folder}
+        ran = subprocess.run(
+            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment
+        )
         fetched = Path(folder) / WHEEL
         if ran.returncode or not fetched.exists():
+            if os.strerror(errno.ENOSPC) in ran.stderr + ran.stdout:
+                _raise_if_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), wheel.parent)
             lines = [line for line in ran.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
             raise FileNotFoundError(
-                f"the authors' released package is not at {wheel} and could not be downloaded "
-                f"(pip: {lines[0].removeprefix('ERROR: ').strip()}); connect to a package index once, or put "
-                f"{WHEEL} there yourself. Everything that does not ask for the released weights or the official "
-                f"gallery still works: training, evaluation and prediction with your own checkpoints"
+                f"the authors' released package is not at {wheel} and could not be downloaded (pip: "
+                f"{lines[0].removeprefix('ERROR: ').strip()}); connect to a package index once, or put {WHEEL} there "
+                "yourself. Everything that needs neither the released weights nor the official gallery still works: "
+                "training, evaluation and prediction with your own checkpoints"
             )
-        _check(fetched, fetched.read_bytes(), WHEEL_SHA256)
+        _check(fetched, paths.sha256(fetched), WHEEL_SHA256)
         os.replace(fetched, wheel)
+
+
+def _raise_if_full(error: BaseException | None, folder: Path) -> None:
+    """Raise OSError that names the folder if a full disk is what lies behind `error`."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(error.errno, "the disk is full; make room and run again", str(folder)) from error
+        error = error.__cause__ or error.__context__
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

@@ -90,7 +90,7 @@ def test_a_corrupt_file_is_refused_before_it_is_parsed(own_cache, monkeypatch, m
         raise AssertionError("the file was parsed before it was checked")
 
     monkeypatch.setattr(torch, "load", parsed)
-    monkeypatch.setattr(pretrained.pd, "read_csv", parsed)
+    monkeypatch.setattr(pretrained.np, "loadtxt", parsed)
     read = {
         pretrained.LOCATION_ENCODER: pretrained.location_encoder_state,
         pretrained.GALLERY: pretrained.official_gallery,

@@ -25,13 +25,13 @@ import numpy as np
 import torch
 from filelock import FileLock
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 from tqdm import tqdm
 
-from geoclip import paths, precision
+from geoclip import paths
 from geoclip.datasets.sources import Chunk, Source, Tiles, Views
-from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, in_bf16
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Precision, Preprocessing, tower_hash
 
 INFO, SHARD, UNREADABLE = "features.json", "shard.json", "unreadable.csv"
 # Raised by hand whenever the same photo, tower and views no longer give the same features.
@@ -114,15 +114,6 @@ class EmbedReport:
     seconds: float
 
 
-def tower_hash(tower: nn.Module) -> str:
-    """Hash of the weights that make image features, without the text half of a CLIP model."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(getattr(tower, "visual", tower).state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
-
-
 def rank_and_world() -> tuple[int, int, int]:
     """(rank, number of processes, rank on this machine) under torchrun or SLURM, otherwise (0, 1, 0)."""
     from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
@@ -141,7 +132,7 @@ def embed(
     views: Views | None = None,
     batch_size: int = 256,
     workers: int = 0,
-    arithmetic: precision.Precision = "auto",
+    arithmetic: Precision = "auto",
     rank: int = 0,
     world: int = 1,
     compiled: bool = False,
@@ -173,7 +164,7 @@ def embed(
     for part in wanted:  # temporary folders of a killed run
         for left in out.glob(f".{shard_folder(out, part).name}.*"):
             shutil.rmtree(left)
-    tower = Tower(encoder, info.preprocessing, batch_size, arithmetic, compiled)
+    tower = Tower(encoder, batch_size, arithmetic, compiled)
     stream = DataLoader(
         _Parts(source, wanted, info, max(1, batch_size // views.number)),
         batch_size=None,
@@ -201,7 +192,7 @@ def embed(
                     f"{source.name}: none of the first {len(shard.unreadable):,} photos can be read ({name}: "
                     f"{reason}); is the image folder right?"
                 )
-            shard.write(out, info, tower.dtype)
+            shard.write(out, info, tower.arithmetic)
             unreadable += len(shard.unreadable)
     merge_unreadable(out)
     return EmbedReport(embedded, found, unreadable, tuple(failed), time.perf_counter() - began)
@@ -210,32 +201,26 @@ def embed(
 class Tower:
     """The image tower on its device, in one arithmetic and in batches of bounded size."""
 
-    def __init__(self, encoder, preprocessing, batch_size, arithmetic: precision.Precision, compiled: bool):
-        self.device = next(encoder.tower.parameters()).device
-        self.dtype = precision.choose(arithmetic, self.device)
-        tower = getattr(encoder.tower, "visual", encoder.tower).eval()
-        if self.dtype != torch.float32:
-            tower = in_bf16(tower, self.device)
-        self.features = torch.compile(tower) if compiled else tower
-        self.batch_size = batch_size
-        self.preprocessing = preprocessing
+    def __init__(self, encoder: ImageEncoder, batch_size: int, arithmetic: Precision, compiled: bool):
+        encoder.eval().use_precision(arithmetic)
+        self.arithmetic = encoder.precision
+        self.device = encoder.head[0].weight.device
+        self.preprocessing, self.batch_size = encoder.preprocess, batch_size
+        self.features = torch.compile(encoder.features) if compiled else encoder.features
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Float[Tensor, "n c"]:
         """float16 features on the CPU of images (n, 3, p, p): uint8, or floats that are already normalised."""
-        parts = [self.features(self.prepared(part)) for part in images.split(self.batch_size)]
+        parts = []
+        for part in images.split(self.batch_size):
+            part = part.to(self.device, non_blocking=True)  # bytes are copied, not floats
+            part = self.preprocessing.normalise(part) if part.dtype == torch.uint8 else part
+            parts.append(self.features(part))
         return torch.cat(parts).half().cpu()
-
-    def prepared(self, images: Tensor) -> Tensor:
-        """Normalise the images on the device, so that bytes are copied to it, not floats."""
-        images = images.to(self.device, non_blocking=True)
-        if images.dtype == torch.uint8:
-            images = self.preprocessing.normalise(images)
-        return images.to(self.dtype)
 
 
 class Shard:
-    """Collect the features of one part and writes them to a folder."""
+    """Collects the features of one part and writes them to a folder."""
 
     def __init__(self, part: int):
         self.part = part
@@ -245,7 +230,7 @@ class Shard:
         self.unreadable: list[tuple[str, str]] = []
 
     def add(self, chunk: Chunk, tower: Tower) -> None:
-        """Embed a chunk and keeps its features."""
+        """Embed a chunk and keep its features."""
         self.unreadable += chunk.unreadable
         if not chunk.ids:
             return
@@ -254,8 +239,8 @@ class Shard:
         self.ids += chunk.ids
         self.latlon += chunk.latlon
 
-    def write(self, out: Path, info: FeatureInfo, dtype: torch.dtype) -> None:
-        """Write the shard to a temporary folder, then renames it.
+    def write(self, out: Path, info: FeatureInfo, arithmetic: str) -> None:
+        """Write the shard to a temporary folder, then rename it.
 
         Raises ValueError for features that are not finite, OSError if the disk is full; neither leaves
         anything.
@@ -281,7 +266,7 @@ class Shard:
                 "shard": self.part,
                 "n": len(self.ids),
                 "unreadable": len(self.unreadable),
-                "arithmetic": str(dtype).removeprefix("torch."),
+                "arithmetic": arithmetic,
                 "sampled_sha256": file_hash(temporary / "features.npy", BLOCKS),
                 "sha256": {name: file_hash(temporary / name) for name in HASHED},
             }

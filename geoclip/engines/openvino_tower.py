@@ -1,0 +1,134 @@
+"""OpenVINO as the CPU engine of a frozen image tower.
+
+A tower is converted once and kept in the cache under a key of its weights. Later processes map the kept model
+into memory in about a second, without importing open_clip or reading the PyTorch weights.
+"""
+
+import importlib.util
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import torch
+from filelock import FileLock
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from geoclip import paths
+
+Arithmetic = Literal["fp32", "bf16", "int8"]
+IMAGES_AT_ONCE = 8  # larger batches are no faster on a CPU and need more memory
+
+
+def is_available() -> bool:
+    """Return whether OpenVINO is installed."""
+    return importlib.util.find_spec("openvino") is not None
+
+
+def has_bf16() -> bool:
+    """Return whether OpenVINO multiplies bfloat16 in hardware on this CPU (AVX-512 BF16 or AMX)."""
+    import openvino
+
+    return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+
+
+class OpenVINOTower:
+    """A kept tower as a function: images (n, 3, p, p) float32 → features (n, c) float32, on the CPU.
+
+    key: identifies the weights; arithmetic: "fp32", "bf16", or "int8", which needs a tower converted to int8.
+    Raises FileNotFoundError if no intact model of that key is kept.
+    """
+
+    def __init__(self, key: str, arithmetic: Arithmetic):
+        import openvino
+
+        self.arithmetic = arithmetic
+        path = kept(key, arithmetic)
+        if path is None:
+            raise FileNotFoundError(f"no converted tower {key} is kept in {_folder(key, arithmetic)}")
+        hint = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}[arithmetic]
+        options = {
+            "INFERENCE_PRECISION_HINT": hint,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        }
+        self.compiled = openvino.Core().compile_model(path, "CPU", options)
+
+    def __call__(self, images: Float[Tensor, "n 3 p p"]) -> Float[Tensor, "n c"]:
+        parts = images.detach().cpu().float().split(IMAGES_AT_ONCE)
+        return torch.cat([torch.from_numpy(self.compiled(part.numpy())[0].copy()) for part in parts])
+
+
+def kept(key: str, arithmetic: Arithmetic) -> Path | None:
+    """Return the kept model of a key, or None. A damaged one is reported and removed."""
+    folder = _folder(key, arithmetic)
+    try:
+        expected = json.loads((folder / "sha256.json").read_text())
+        damaged = [name for name, digest in expected.items() if paths.sha256(folder / name) != digest]
+    except (OSError, ValueError):
+        damaged = ["sha256.json"] if folder.exists() else None
+    if damaged == []:
+        return folder / "tower.xml"
+    if damaged:
+        warnings.warn(f"{folder / damaged[0]} is damaged: the tower is converted again", stacklevel=2)
+        shutil.rmtree(folder, ignore_errors=True)
+    return None
+
+
+def convert(
+    visual: nn.Module, key: str, arithmetic: Arithmetic, calibration: Iterable[Tensor], pixels: int
+) -> None:
+    """Convert a tower (n, 3, p, p) → (n, c) and keep it, unless it is kept already.
+
+    calibration: batches of preprocessed photos, from which int8 takes its ranges. Weights are stored in half
+    precision, as OpenAI released them, unless that would change them in fp32. Raises ImportError for int8
+    without nncf.
+    """
+    import openvino
+
+    folder = _folder(key, arithmetic)
+    paths.make_folder(folder.parent)
+    with FileLock(folder.with_suffix(".lock")):
+        if kept(key, arithmetic) is not None:
+            return
+        model = openvino.convert_model(_traced(visual, pixels), input=[-1, 3, pixels, pixels])
+        if arithmetic == "int8":
+            model = _to_int8(model, calibration)
+        halved = arithmetic != "fp32" or all(torch.equal(w, w.half().float()) for w in visual.parameters())
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        try:
+            openvino.save_model(model, temporary / "tower.xml", compress_to_fp16=halved)
+            digests = {name: paths.sha256(temporary / name) for name in ("tower.xml", "tower.bin")}
+            (temporary / "sha256.json").write_text(json.dumps(digests))
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _folder(key: str, arithmetic: Arithmetic) -> Path:
+    return paths.CACHE / "towers" / f"{key}-{arithmetic}"
+
+
+def _traced(visual: nn.Module, pixels: int):
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # OpenVINO does not know the fused operator
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # tracing is deprecated, and fixes shapes that are constant here
+            return torch.jit.trace(visual, torch.zeros(1, 3, pixels, pixels), check_trace=False)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _to_int8(model, calibration: Iterable[Tensor]):
+    try:
+        import nncf
+    except ImportError as error:
+        raise ImportError("int8 needs nncf: pip install nncf") from error
+    images = nncf.Dataset([batch.numpy() for batch in calibration])
+    return nncf.quantize(model, images, model_type=nncf.ModelType.TRANSFORMER)
