@@ -632,7 +632,9 @@ def test_train_command_trains_on_features_without_the_tower(photos, tmp_path, en
         by_feature = model.encode_features(data.tensor()[:, 0].float())
     assert torch.cosine_similarity(by_image, by_feature).min() > 0.999
     with pytest.raises(ValueError, match="features of tower conv"):
-        train(dataclasses.replace(config, image=ImageEncoderConfig("ViT-B-32", None)), tmp_path / "other")
+        train(
+            dataclasses.replace(config, image=ImageEncoderConfig("ViT-B-32", None, dim=4)), tmp_path / "other"
+        )
 
 
 def test_smaller_fractions_lie_within_larger_ones(photos, tmp_path, encoder):
