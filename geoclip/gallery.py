@@ -129,10 +129,10 @@ def embed(
     Raises ValueError if an embedding is not finite: then the weights are damaged.
     """
     device = next(location_encoder.parameters()).device
-    rows = None
+    rows = torch.empty(0)
     for start in range(0, len(latlon), block):
         part = functional.normalize(location_encoder(latlon[start : start + block].to(device)), dim=-1)
-        if rows is None:
+        if start == 0:
             rows = torch.empty(len(latlon), part.shape[1], device=device)
         rows[start : start + block] = part
     if not rows.sum().isfinite():

@@ -302,7 +302,7 @@ def _framed(axes: GeoAxes, title: str) -> GeoAxes:
     return axes
 
 
-def _show(axes: GeoAxes, pixels: Grid, picture: np.ma.MaskedArray, **colours):
+def _show(axes: GeoAxes, pixels: Grid, picture: np.ndarray, **colours):
     """Draws a picture of the map's pixels; imshow would change the limits of the axes."""
     drawn = axes.imshow(
         picture,

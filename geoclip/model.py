@@ -30,6 +30,10 @@ class GeoCLIP(nn.Module):
     logit_scale: s; a logit is cosine × e^s. It starts at ln(1 / 0.07), as in CLIP.
     """
 
+    gallery: Gallery | None
+    index: "PlaceIndex | None"  # see use_index
+    _places: Tensor | None  # the gallery's embeddings, computed at first use
+
     def __init__(
         self, image_encoder: ImageEncoder, location_encoder: LocationEncoder, gallery: Gallery | None = None
     ):
@@ -109,8 +113,7 @@ class GeoCLIP(nn.Module):
     def use_gallery(self, gallery: Gallery | None) -> "GeoCLIP":
         """Answers from `gallery` from now on."""
         self.gallery = gallery
-        self._places: Tensor | None = None  # the gallery's embeddings, computed at first use
-        self.index: PlaceIndex | None = None  # see use_index
+        self._places = self.index = None
         return self
 
     def use_precision(self, precision: str = "auto") -> "GeoCLIP":
@@ -122,8 +125,9 @@ class GeoCLIP(nn.Module):
         """Searches the gallery approximately from now on (PlaceIndex). Raises ImportError without faiss."""
         from geoclip.engines.place_index import PlaceIndex
 
-        path = self._known_gallery().kept_at(self.location_encoder).with_suffix(".faiss")
-        self.index = PlaceIndex(self.gallery.embed(self.location_encoder, keep=True), probes, path=path)
+        gallery = self._known_gallery()
+        path = gallery.kept_at(self.location_encoder).with_suffix(".faiss")
+        self.index = PlaceIndex(gallery.embed(self.location_encoder, keep=True), probes, path=path)
         return self
 
     def places(self, keep: bool = False) -> Float[Tensor, "m d"]:
@@ -131,10 +135,10 @@ class GeoCLIP(nn.Module):
 
         keep: store them on disk, see Gallery.embed. Raises ValueError without a gallery.
         """
-        if self._places is None:
-            self._places = self._known_gallery().embed(self.location_encoder, keep)
-        device = self.logit_scale.device
-        self._places = self._places.to(device, torch.float16 if device.type == "cuda" else torch.float32)
+        places, device = self._places, self.logit_scale.device
+        if places is None:
+            places = self._known_gallery().embed(self.location_encoder, keep)
+        self._places = places.to(device, torch.float16 if device.type == "cuda" else torch.float32)
         return self._places
 
     def _known_gallery(self) -> Gallery:
@@ -185,7 +189,7 @@ class GeoCLIP(nn.Module):
             score, index, total = galleries.scan(query, self.places(), k, scale)
         probability = (score * scale - total[:, None]).exp()
         galleries.check_finite(probability)
-        return self.gallery.latlon[index.cpu()], probability
+        return self._known_gallery().latlon[index.cpu()], probability
 
     def predict(
         self, photo, top_k: int = 5, ten_crop: bool = False, batch_size: int = 16

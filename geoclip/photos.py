@@ -194,15 +194,16 @@ def _upright_rgb(image: Image.Image, name: str, side: int | None = None) -> Imag
     short, long = sorted(image.size)
     if short == 0 or long > LONGEST_SIDES * short:
         raise PhotoError(name, f"{image.width} × {image.height} px, too narrow to be a photo")
-    reduce = side is not None and image.width * image.height > LARGE_PIXELS
-    if reduce:
-        times = max(1, short // (OVERSAMPLED * side))
-        image.draft(None, (image.width // times, image.height // times))  # JPEG only: decodes 1/2, 1/4 or 1/8
+    large = image.width * image.height > LARGE_PIXELS
+    kept = OVERSAMPLED * side if side and large else short  # least pixels to keep of the short side
+    if (times := short // kept) > 1:  # JPEG only: decodes 1/2, 1/4 or 1/8
+        image.draft(None, (image.width // times, image.height // times))
     image.load()  # raises if the file is truncated
     with contextlib.suppress(Exception):  # a photo with garbage in its EXIF is still usable
         image = ImageOps.exif_transpose(image)
-    if reduce and image.mode in ("RGB", "RGBA", "L", "LA", "CMYK", "YCbCr"):
-        image = image.reduce(max(1, min(image.size) // (OVERSAMPLED * side)))
+    times = min(image.size) // kept
+    if times > 1 and image.mode in ("RGB", "RGBA", "L", "LA", "CMYK", "YCbCr"):
+        image = image.reduce(times)
     if image.mode.startswith(("I", "F")):
         image = _to_8_bit(image)
     if image.has_transparency_data:
