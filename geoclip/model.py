@@ -17,7 +17,13 @@ from torch.nn import functional
 from geoclip import gallery as galleries
 from geoclip import photos, predictor
 from geoclip.gallery import Gallery
-from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, warn_unless_released
+from geoclip.image_encoder import (
+    ImageEncoder,
+    ImageEncoderConfig,
+    Preprocessing,
+    tower_hash,
+    warn_unless_released,
+)
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 
 if TYPE_CHECKING:
@@ -284,6 +290,11 @@ def from_checkpoint(
         raise ValueError(f"the checkpoint's weights do not fit its configuration: {error}") from error
     if with_tower and not brings_tower:
         encoder.load_tower()
+        if checkpoint.get("geoclip_tower") not in (None, tower_hash(encoder.tower)):
+            raise ValueError(
+                f"weights {weights_file!r} of {image.tower} are not those that the model was trained with: name the "
+                f"right file with --clip-weights"
+            )
     if kept := checkpoint.get("geoclip_gallery"):
         model.use_gallery(Gallery(kept["latlon"], kept["source"]))
     return model.eval()

@@ -352,3 +352,26 @@ def test_a_timm_tower_takes_maps_of_many_channels():
     assert Preprocessing.of(config).pixels == 224
     with pytest.raises(ValueError, match="no tower 'timm/vit_of_nobody'"):
         Preprocessing.of(ImageEncoderConfig("timm/vit_of_nobody"))
+
+
+def test_a_batch_may_be_larger_than_geoclips_queue():
+    assert changed(batch_size=8192).batch_size == 8192
+    assert not hasattr(SMALL, "queue") and not hasattr(SMALL, "location")
+
+
+def test_a_checkpoint_brings_its_tower_and_asks_for_no_pretrained_weights(tmp_path, monkeypatch):
+    import timm
+
+    image = ImageEncoderConfig("timm/resnet10t", None, frozen=False)
+    module = GeocellsTraining(changed(image=image), training_places(SMALL))
+    kept = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(kept)
+    kept["geoclip_config"]["image"]["weights"] = "pretrained"
+    torch.save(kept, tmp_path / "cells.ckpt")
+    create, asked = timm.create_model, []
+    monkeypatch.setattr(
+        timm, "create_model", lambda *args, **options: asked.append(options) or create(*args, **options)
+    )
+    loaded = baselines.load(tmp_path / "cells.ckpt")
+    assert loaded.config.image.weights == "pretrained" and not any(options["pretrained"] for options in asked)
+    assert all(torch.equal(*pair) for pair in shared(module, loaded))

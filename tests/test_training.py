@@ -22,7 +22,7 @@ from geoclip import __main__ as command_line
 from geoclip import earth
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
 from geoclip.datasets.folder import Geotagged
-from geoclip.image_encoder import ImageEncoderConfig
+from geoclip.image_encoder import ImageEncoderConfig, tower_hash
 from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.model import load_checkpoint
 from geoclip.training import runs
@@ -285,6 +285,24 @@ def test_a_checkpoint_brings_its_gallery_and_needs_no_training_data(unbroken, mo
     assert len(model.gallery) == 500 and model.gallery.source == "500 MP-16 places" and not model.training
     kept = weights_of(unbroken.checkpoint)
     assert all(torch.equal(kept[f"model.{name}"], value) for name, value in model.state_dict().items())
+
+
+def test_a_checkpoint_without_its_tower_knows_the_right_weights(unbroken, tmp_path):
+    whole = load_checkpoint(unbroken.checkpoint)
+    kept = torch.load(unbroken.checkpoint, weights_only=True)
+    kept["state_dict"] = {name: value for name, value in kept["state_dict"].items() if ".tower." not in name}
+    kept["geoclip_config"]["image"] |= {"frozen": True, "weights": "gone.ckpt"}
+    kept["geoclip_tower"] = tower_hash(whole.image_encoder.tower)
+    path = tmp_path / "on_features.ckpt"
+    torch.save(kept, path)
+    with pytest.raises(FileNotFoundError, match=r"gone\.ckpt"):
+        load_checkpoint(path)
+    images = torch.rand(2, 3, 32, 32)
+    answers = [model.encode_images(images) for model in (whole, load_checkpoint(path, unbroken.checkpoint))]
+    assert torch.equal(*answers)
+    torch.save(kept | {"geoclip_tower": "0" * 16}, path)
+    with pytest.raises(ValueError, match=r"on_features\.ckpt: weights .* are not those .* --clip-weights"):
+        load_checkpoint(path, unbroken.checkpoint)
 
 
 def test_a_checkpoint_of_nan_is_refused(unbroken, tmp_path):

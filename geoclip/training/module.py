@@ -15,6 +15,7 @@ from geoclip.datasets import blue_marble
 from geoclip.datasets.features import FeatureData
 from geoclip.gallery import Gallery
 from geoclip.gps_queue import GPSQueue
+from geoclip.image_encoder import tower_hash
 from geoclip.loss import contrastive_loss
 from geoclip.model import GeoCLIP
 from geoclip.training import data
@@ -123,6 +124,7 @@ class GeoCLIPTraining(TrainingModule):
         super().__init__(config)
         self.model = geoclip
         self.queue = GPSQueue(config.queue, queue)
+        self.tower_hash: str | None = None  # of a frozen tower
 
     @classmethod
     def training_set(cls, config: TrainConfig) -> Dataset:
@@ -138,7 +140,10 @@ class GeoCLIPTraining(TrainingModule):
             gallery=None if places is None else gallery_of(config, places),
             with_tower=not isinstance(data, FeatureData),
         )
-        return cls(config, geoclip, initial_queue(config, places))
+        module = cls(config, geoclip, initial_queue(config, places))
+        if isinstance(data, FeatureData):
+            module.tower_hash = data.info.tower_hash
+        return module
 
     @classmethod
     def restore(cls, checkpoint: dict[str, Any], with_tower: bool = True) -> "GeoCLIPTraining":
@@ -150,7 +155,10 @@ class GeoCLIPTraining(TrainingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        gallery = self.model.gallery
+        gallery, encoder = self.model.gallery, self.model.image_encoder
+        if self.tower_hash is None and encoder.config.frozen:
+            self.tower_hash = tower_hash(encoder.load_tower())
+        checkpoint["geoclip_tower"] = self.tower_hash  # identifies its weights on another machine
         checkpoint["geoclip_gallery"] = gallery and {"latlon": gallery.latlon, "source": gallery.source}
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:

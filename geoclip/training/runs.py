@@ -1,6 +1,7 @@
 """Training runs: each is kept in a folder, found again by what it is made from, and resumed if it was interrupted."""
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -278,7 +279,10 @@ class Checkpoints(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint, path, storage_options=None) -> None:
         with paths.atomic(path) as temporary:
-            torch.save(checkpoint, temporary)
+            try:
+                torch.save(checkpoint, temporary)
+            except RuntimeError as error:  # all that torch says about a full disk is "unexpected pos"
+                raise OSError(errno.ENOSPC, "cannot be saved (is the disk full?)", str(path)) from error
             if Path(path).is_file():
                 os.replace(path, previous(path))
 
