@@ -12,8 +12,8 @@ EPILOG = """
 Writes one tidy table (default data/results/evaluate/NAME.csv, with its provenance in NAME.json): accuracy
 with its 95 % interval over photographers, accuracy without the test points that the gallery holds, the
 gallery's ceiling, random and constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with
-the photos that could not be read, which count as misses and make the exit status 1. Benchmarks are read from the
-folder that GEOCLIP_DATA names; its layout and the sources are described in geoclip/datasets/benchmarks.py.
+the photos that could not be read, which count as misses and make the exit status 1. Benchmarks are read from
+the folder that GEOCLIP_DATA names; its layout and sources are described in geoclip/datasets/benchmarks.py.
 """
 
 
@@ -53,7 +53,7 @@ def parser() -> ArgumentParser:
         "--precision",
         choices=["fp32", "bf16", "int8", "auto"],
         default="fp32",
-        help="arithmetic of the image tower; auto: bf16 if the processor computes it faster; int8: fastest on a CPU",
+        help="arithmetic of the image tower; auto: bf16 if that is faster; int8: fastest on a CPU",
     )
     parser.add_argument(
         "--seed", type=NonNegativeInt, default=0, help="of the gallery's draw, random floor and bootstrap"

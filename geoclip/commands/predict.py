@@ -47,7 +47,7 @@ def parser() -> ArgumentParser:
         "--precision",
         choices=["auto", "fp32", "bf16", "int8"],
         default="auto",
-        help="arithmetic of the image tower; auto: bf16 if the processor computes it faster; int8: fastest on a CPU",
+        help="arithmetic of the image tower; auto: bf16 if that is faster; int8: fastest on a CPU",
     )
     return parser
 
