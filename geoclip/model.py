@@ -139,7 +139,7 @@ class GeoCLIP(nn.Module):
     def places(self, keep: bool = False) -> Float[Tensor, "m d"]:
         """The gallery's unit-norm embeddings, computed once: float32 on a CPU, float16 on a GPU.
 
-        In float16 the best place is within 1 km of that in float32 for 99.9 % of queries, and the same for 99 %.
+        The best place in float16 is that in float32 for 99 % of queries, and within 1 km of it for 99.9 %.
         keep: store them on disk, see Gallery.embed. Raises ValueError without a gallery.
         """
         places, device = self._places, self.logit_scale.device
