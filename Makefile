@@ -42,7 +42,7 @@ lab: weights  ## open JupyterLab on the first notebook
 	$(BIN) -m jupyterlab notebooks/00_where_is_this.ipynb
 
 bench: weights  ## measure speed beside the authors' package (minutes); the table is data/results/11_bench.csv
-	$(BIN) -m geoclip bench
+	$(BIN) bench.py
 
 accept: weights  ## make the results of notebook NB the expected ones: make accept NB=04
 	@test -n "$(NB)" || { echo 'make accept needs the number of a notebook: make accept NB=04' >&2; exit 2; }
