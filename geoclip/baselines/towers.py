@@ -1,4 +1,4 @@
-"""Image towers for the baselines: the small convolutional one, any of timm's, any of open_clip's."""
+"""Image towers of the baselines: the small convolutional one, or any of timm or open_clip."""
 
 import torch
 from jaxtyping import Float
@@ -19,15 +19,15 @@ from geoclip.location_encoder import initialise
 class Tower(nn.Module):
     """Images (n, channels, h, w) → features (n, c).
 
-    config.tower is "conv", "timm/NAME" or an open_clip name; weights "pretrained" are timm's own. `channels`
-    other than 3 are for segmentation maps. Raises OSError where weights cannot be had, ValueError for a tower
-    that is not known.
+    config.tower: "conv", "timm/NAME" or an open_clip name. config.weights: for timm, "pretrained" or None.
+    channels: other numbers than 3 are for segmentation maps. Raises ValueError for an unknown tower, and
+    OSError for weights that cannot be downloaded.
     """
 
     def __init__(self, config: ImageEncoderConfig, generator: torch.Generator, channels: int = 3):
         super().__init__()
         self.frozen = config.frozen
-        # A map of other than three channels is mixed into three, which every tower can take.
+        # every tower takes three channels; maps with more are mixed into three
         self.mix = nn.Conv2d(channels, 3, 1) if channels != 3 else nn.Identity()
         if config.tower == CONV_TOWER:
             self.body = ConvTower()
@@ -53,10 +53,7 @@ class Tower(nn.Module):
 
 
 def timm_tower(config: ImageEncoderConfig) -> tuple[nn.Module, int]:
-    """A timm model without its classifier, and the width of its features.
-
-    Raises ValueError for an unknown name, OSError where its weights cannot be had.
-    """
+    """Return a timm model without its classifier, and the width of its features; raises as Tower does."""
     import timm
 
     name = timm_name(config.tower)
@@ -64,7 +61,7 @@ def timm_tower(config: ImageEncoderConfig) -> tuple[nn.Module, int]:
         body = timm.create_model(name, pretrained=config.weights is not None, num_classes=0)
     except (OSError, RuntimeError) as error:
         raise OSError(
-            f"the weights of {config.tower} are not kept here and could not be downloaded; connect to the "
-            f"network once, or start from random weights with image.weights null"
+            f"the weights of {config.tower} are not cached and could not be downloaded: connect to the "
+            f"network once, or set image.weights to null for random weights"
         ) from error
     return body, body.num_features

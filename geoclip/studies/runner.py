@@ -224,8 +224,8 @@ def open_study(
 
     Args:
         reference: YAML file of the fields of TrainConfig.
-        data: Folder of the training images' features. None stands for Blue Marble tiles, `views` augmented views
-            of each, through the tower that the YAML file `tower` trains.
+        data: Folder of the training images' features. None stands for Blue Marble tiles, `views` augmented
+            views of each, through the tower that the YAML file `tower` trains.
         tests: Split → folder of features; required with `data`.
         gallery_csv: CSV with LAT and LON to answer from; by default the authors' 100 K gallery.
 

@@ -1,4 +1,4 @@
-"""Training data: rendered tiles, photos of a CSV or features, in an order that depends on the seed and epoch alone."""
+"""Training data: rendered tiles, photos or features, in an order that depends on seed and epoch alone."""
 
 import dataclasses
 import hashlib
@@ -6,13 +6,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lightning
+import numpy as np
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from geoclip import earth, photos
-from geoclip.datasets import blue_marble, features, folder
+from geoclip import earth
+from geoclip.datasets import blue_marble, features, folder, sources
 from geoclip.datasets.blue_marble import TileConfig
 from geoclip.datasets.features import FeatureData
 from geoclip.datasets.folder import Geotagged
@@ -58,7 +60,7 @@ class EpochSampler(Sampler):
 
 
 class TileTraining(Dataset):
-    """Blue Marble tiles, rendered anew in each epoch: batches of `image` (b, v, 3, p, p), `latlon` and `index`."""
+    """Blue Marble tiles, rendered anew each epoch: batches of `image` (b, v, 3, p, p), `latlon`, `index`."""
 
     def __init__(self, latlon: Float[Tensor, "n 2"], tiles: TileConfig, views: int = 1, seed: int = 0):
         self.latlon, self.tiles, self.views, self.seed = latlon, tiles, views, seed
@@ -69,7 +71,7 @@ class TileTraining(Dataset):
 
     def at(self, latlon: Float[Tensor, "n 2"]) -> "TileTraining":
         """Return the same data set at other places."""
-        return TileTraining(latlon, self.tiles, self.views, self.seed)
+        return type(self)(latlon, self.tiles, self.views, self.seed)
 
     def augmentation(self, epoch: int) -> Float[Tensor, "n v 9"]:
         """Return the random draws of an epoch."""
@@ -88,71 +90,80 @@ class TileTraining(Dataset):
 
 
 class PhotoTraining(Dataset):
-    """Photos of a CSV with IMG_FILE, LAT, LON: batches of `image` (b, v, 3, p, p), `latlon` (b, 2) and `index`.
+    """Geotagged photos: batches of `image` (b, v, 3, p, p), `latlon` (b, 2) and `index`.
 
     A view is a random crop of 0.6 to 1 of the area, resized to p × p, mirrored in half of the cases and
-    normalised as the tower requires. It depends on seed, epoch and photo alone, not on the batch or the
+    normalised as the tower requires. It depends on seed, epoch, view and photo alone, not on the batch or the
     worker. Training the head on many photos is faster on features, which `python -m geoclip embed` makes.
     """
 
     def __init__(
         self,
-        csv: Path | str,
-        images: Path | str | None,
+        photos: Geotagged,
         preprocessing: Preprocessing,
         views: int = 1,
-        fraction: float = 1.0,
         seed: int = 0,
-        holdout: float = 0.0,
+        held_out: Geotagged | None = None,
     ):
-        """Raises ValueError as folder.read does, and FileNotFoundError if photos that the CSV names are missing."""
-        from torchvision.transforms import v2
-
-        every = folder.read(csv, images if images is not None else Path(csv).parent)
-        self.photos, self.held_out = hold_out(every, holdout)
-        if missing := self.photos.missing():
+        """held_out: photos left for evaluation. Raises FileNotFoundError if photos are missing."""
+        if missing := photos.missing():
             raise FileNotFoundError(
-                f"{csv}: {len(missing):,} of {len(self.photos):,} photos are not in {self.photos.images}, the "
+                f"{photos.name}: {len(missing):,} of {len(photos):,} photos are not in {photos.images}, the "
                 f"first is {missing[0]}: add them, or remove their rows"
             )
-        order = torch.randperm(len(self.photos), generator=torch.Generator().manual_seed(seed))
-        self.rows = order[: max(1, round(fraction * len(order)))]
-        self.latlon = earth.check_latlon(torch.from_numpy(self.photos.latlon), str(csv)).float()[self.rows]
+        self.photos, self.held_out, self.preprocessing = photos, held_out, preprocessing
+        self.latlon = earth.check_latlon(torch.from_numpy(photos.latlon), photos.name).float()
         self.views, self.seed = views, seed
-        # differs 2: the released loader crops to 8 % and more, and normalises by ImageNet's statistics though
-        # CLIP was trained with its own; these are the ranges of the same lab's later code
-        crop = v2.RandomResizedCrop(
-            preprocessing.pixels,
-            scale=(0.6, 1),
-            interpolation=v2.InterpolationMode(preprocessing.resample),
-            antialias=True,
-        )
-        to_float = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-        normalise = v2.Normalize(preprocessing.mean, preprocessing.std)
-        self.augment = v2.Compose([crop, v2.RandomHorizontalFlip(), *to_float, normalise])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.photos)
 
-    def view(self, epoch: int, index: int) -> Float[Tensor, "v 3 p p"]:
-        """Return the augmented views of one photo; raises PhotoError for a photo that cannot be read."""
-        image = photos.open_photo(self.photos.path(int(self.rows[index])))
-        with torch.random.fork_rng(devices=[]):  # torchvision draws from the global generator
-            torch.manual_seed(hash((self.seed, epoch, index)) & 0x7FFF_FFFF_FFFF_FFFF)
-            return torch.stack([self.augment(image) for _ in range(self.views)])
+    def view(self, epoch: int, row: int, number: int) -> Float[Tensor, "c p p"]:
+        """Return one view of a photo; raises PhotoError for a photo that cannot be read."""
+        # differs 2: the released loader crops to 8 % and more, and normalises by ImageNet's statistics though
+        # CLIP was trained with its own; the ranges of sources.Views are those of the same lab's later code
+        generator = np.random.default_rng([self.seed, epoch, number, row])
+        path = self.photos.path(row)
+        photo = sources.decode(path, str(path), sources.DRAFT_MARGIN * self.preprocessing.pixels)
+        box = sources.random_box(photo.size, sources.Views(), generator)
+        return self.crop(row, photo, box, generator.random() < 0.5)
+
+    def crop(
+        self, row: int, photo: Image.Image, box: tuple[float, ...], mirror: bool
+    ) -> Float[Tensor, "c p p"]:
+        """Return the part of a photo in `box` (left, top, right, bottom) as the tower's input."""
+        image = crop(photo, box, self.preprocessing.pixels, self.preprocessing.filter, mirror)
+        return self.preprocessing.normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
-        index = torch.tensor([index for _, index in keys])
-        images = torch.stack([self.view(epoch, index) for epoch, index in keys])
-        return {"image": images, "latlon": self.latlon[index], "index": index}
+        index = torch.tensor([row for _, row in keys])
+        images = [
+            torch.stack([self.view(epoch, row, number) for number in range(self.views)])
+            for epoch, row in keys
+        ]
+        return {"image": torch.stack(images), "latlon": self.latlon[index], "index": index}
 
 
-def hold_out(photos: Geotagged, part: float) -> tuple[Geotagged, Geotagged]:
-    """Split photos into a training set and a hold-out of at least this part, by photographer or by place.
+def crop(
+    image: Image.Image, box: tuple[float, ...], side: int, how: Image.Resampling, mirror: bool
+) -> Image.Image:
+    """Return `box` (left, top, right, bottom) of an image, resized to a square of `side` pixels."""
+    square = image.resize((side, side), how, box=tuple(box))
+    return square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else square
 
-    Whole photographers are held out where ten or more are known, else whole places (0.01°, about 1 km). They are
-    taken in one fixed random order, so that larger parts contain smaller ones. Raises ValueError if no training
-    photo is left.
+
+def part(n: int, fraction: float, seed: int) -> np.ndarray:
+    """Return the rows of a random part of n samples, in order; fractions are nested."""
+    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
+    return order[: max(1, round(fraction * n))].sort().values.numpy()
+
+
+def hold_out(photos: Geotagged, share: float) -> tuple[Geotagged, Geotagged]:
+    """Split photos into a training set and a hold-out of at least this share, by photographer or by place.
+
+    Whole photographers are held out where ten or more are known, else whole places (0.01°, about 1 km). They
+    are taken in one fixed random order, so that larger parts contain smaller ones. Raises ValueError if no
+    training photo is left.
     """
     table = photos.table
     group = table["author"]
@@ -160,9 +171,9 @@ def hold_out(photos: Geotagged, part: float) -> tuple[Geotagged, Geotagged]:
         group = table["lat"].round(2).astype(str) + " " + table["lon"].round(2).astype(str)
     sizes = group.value_counts().sort_index()
     sizes = sizes.iloc[torch.randperm(len(sizes), generator=seeded("holdout")).numpy()]
-    held = group.isin(sizes.index[(sizes.cumsum() - sizes) < part * len(table)])
+    held = group.isin(sizes.index[(sizes.cumsum() - sizes) < share * len(table)])
     if held.all():
-        raise ValueError(f"{photos.name}: holdout {part} of {len(table):,} photos leaves none for training")
+        raise ValueError(f"{photos.name}: holdout {share} of {len(table):,} photos leaves none for training")
     parts = (table[~held], table[held])
     return tuple(dataclasses.replace(photos, table=rows.reset_index(drop=True)) for rows in parts)
 
@@ -179,19 +190,14 @@ def training_set(config: TrainConfig) -> Dataset:
     if on_features(config):
         return FeatureData(config.data, config.image, config.views, config.fraction, config.seed)
     if Path(config.data).is_file():
-        preprocessing = Preprocessing.of(config.image)
-        return PhotoTraining(
-            config.data,
-            config.images,
-            preprocessing,
-            config.views,
-            config.fraction,
-            config.seed,
-            config.holdout,
-        )
+        every = folder.read(config.data, config.images or Path(config.data).parent)
+        kept, held_out = hold_out(every, config.holdout)
+        rows = part(len(kept), config.fraction, config.seed)
+        kept = dataclasses.replace(kept, table=kept.table.iloc[rows].reset_index(drop=True))
+        return PhotoTraining(kept, Preprocessing.of(config.image), config.views, config.seed, held_out)
     raise FileNotFoundError(
-        f'data {config.data!r} is neither "blue_marble" nor a folder of features (`python -m geoclip embed`) nor a '
-        f"CSV of photos (`python -m geoclip dataset` makes one from a folder of geotagged photos)"
+        f'data {config.data!r} is neither "blue_marble" nor a folder of features (`python -m geoclip embed`) '
+        f"nor a CSV of photos (`python -m geoclip dataset` makes one from a folder of geotagged photos)"
     )
 
 
