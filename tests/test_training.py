@@ -457,7 +457,7 @@ def test_a_photo_that_is_missing_or_unreadable_is_named(photo_csv, tmp_path):
     with pytest.raises(ValueError, match=r"7\.png"):
         runs.train(config, tmp_path / "unreadable")
     (photo_csv.parent / "7.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"mine\.csv: 1 of 40 photos.*7\.png"):
+    with pytest.raises(FileNotFoundError, match=r"mine: 1 of 40 photos.*7\.png"):
         runs.train(config, tmp_path / "missing")
 
 
