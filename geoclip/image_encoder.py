@@ -139,7 +139,7 @@ class ImageEncoder(nn.Module):
         self.preprocess = Preprocessing.of(config)
         self.tower: nn.Module | None = None
         self.engine: Callable[[Tensor], Tensor] | None = None  # replaces the tower in inference
-        self.precision: Precision = "fp32"
+        self.precision: str = "fp32"
         conv = config.tower == CONV_TOWER
         self.feature_dim = ConvTower.feature_dim if conv else clip_feature_dim(config.tower)
         if with_tower:
@@ -210,15 +210,16 @@ class ImageEncoder(nn.Module):
         self.precision = chosen
         return self
 
-    def _openvino(self, arithmetic: openvino_tower.Arithmetic) -> Callable[[Tensor], Tensor] | None:
+    def _openvino(self, arithmetic: str) -> Callable[[Tensor], Tensor] | None:
         """Open the kept OpenVINO model of this tower, converting it first if needed; None if it cannot be converted."""
         # a file's hash is known without loading the weights, but they may have been trained since
         digest = clip_digest(self.config) if self.config.frozen else None
         key = f"{self.config.tower}-{(digest or tower_hash(self.load_tower()))[:16]}"
         if openvino_tower.kept(key, arithmetic) is None:
             visual, pixels = self.load_tower().visual, self.preprocess.pixels
+            calibration = self._calibration() if arithmetic == "int8" else []
             try:
-                openvino_tower.convert(visual, key, arithmetic, self._calibration(), pixels)
+                openvino_tower.convert(visual, key, arithmetic, calibration, pixels)
             except RuntimeError as error:  # a tower that OpenVINO cannot express
                 reason = str(error).strip().splitlines()[0]
                 _report_once(f"{self.config.tower} runs in PyTorch: OpenVINO cannot convert it ({reason})")

@@ -31,6 +31,7 @@ def cosine(one, other):
     return torch.cosine_similarity(one, other).min().item()
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_engine_equals_the_tower_at_any_batch_size(encoder, cache, capsys):
     given = images(encoder, 11)  # more than are computed at once
@@ -46,6 +47,7 @@ def test_engine_equals_the_tower_at_any_batch_size(encoder, cache, capsys):
     assert encoder.engine is None and torch.equal(encoder.features(given), expected)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_kept_model_is_opened_without_the_torch_tower(encoder, cache, tmp_path, monkeypatch):
     from safetensors.torch import save_file
@@ -61,6 +63,7 @@ def test_kept_model_is_opened_without_the_torch_tower(encoder, cache, tmp_path, 
     assert torch.equal(again.features(given), first) and again.tower is None
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 @pytest.mark.parametrize("name", ["tower.xml", "tower.bin", "sha256.json"])
 def test_damaged_model_is_reported_and_converted_again(encoder, cache, name):

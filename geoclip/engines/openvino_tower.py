@@ -12,7 +12,6 @@ import tempfile
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
 
 import torch
 from filelock import FileLock
@@ -21,7 +20,6 @@ from torch import Tensor, nn
 
 from geoclip import paths
 
-Arithmetic = Literal["fp32", "bf16", "int8"]
 IMAGES_AT_ONCE = 8  # larger batches are no faster on a CPU and need more memory
 
 
@@ -44,7 +42,7 @@ class OpenVINOTower:
     Raises FileNotFoundError if no intact model of that key is kept.
     """
 
-    def __init__(self, key: str, arithmetic: Arithmetic):
+    def __init__(self, key: str, arithmetic: str):
         import openvino
 
         self.arithmetic = arithmetic
@@ -64,25 +62,26 @@ class OpenVINOTower:
         return torch.cat([torch.from_numpy(self.compiled(part.numpy())[0].copy()) for part in parts])
 
 
-def kept(key: str, arithmetic: Arithmetic) -> Path | None:
+def kept(key: str, arithmetic: str) -> Path | None:
     """Return the kept model of a key, or None. A damaged one is reported and removed."""
     folder = _folder(key, arithmetic)
+    if not folder.exists():
+        return None
     try:
         expected = json.loads((folder / "sha256.json").read_text())
-        damaged = [name for name, digest in expected.items() if paths.sha256(folder / name) != digest]
-    except (OSError, ValueError):
-        damaged = ["sha256.json"] if folder.exists() else None
-    if damaged == []:
+        damaged = [
+            name for name in ("tower.xml", "tower.bin") if paths.sha256(folder / name) != expected[name]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        damaged = ["sha256.json"]
+    if not damaged:
         return folder / "tower.xml"
-    if damaged:
-        warnings.warn(f"{folder / damaged[0]} is damaged: the tower is converted again", stacklevel=2)
-        shutil.rmtree(folder, ignore_errors=True)
+    warnings.warn(f"{folder / damaged[0]} is damaged: the tower is converted again", stacklevel=2)
+    shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
-def convert(
-    visual: nn.Module, key: str, arithmetic: Arithmetic, calibration: Iterable[Tensor], pixels: int
-) -> None:
+def convert(visual: nn.Module, key: str, arithmetic: str, calibration: Iterable[Tensor], pixels: int) -> None:
     """Convert a tower (n, 3, p, p) → (n, c) and keep it, unless it is kept already.
 
     calibration: batches of preprocessed photos, from which int8 takes its ranges. Weights are stored in half
@@ -110,7 +109,7 @@ def convert(
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _folder(key: str, arithmetic: Arithmetic) -> Path:
+def _folder(key: str, arithmetic: str) -> Path:
     return paths.CACHE / "towers" / f"{key}-{arithmetic}"
 
 
