@@ -7,6 +7,7 @@ import os
 import random
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -542,19 +543,24 @@ def test_twenty_kills_end_in_the_weights_of_the_unbroken_run(unbroken, tmp_path,
     monkeypatch.setenv("TMPDIR", str(temporary))  # another file system than the run's
     context, draw = multiprocessing.get_context("forkserver"), random.Random(0)
     context.set_forkserver_preload(["geoclip.training.runs"])
-    kills, folder = 0, tmp_path / "0"
-    while kills < 20 or not (folder / "result.json").is_file():
-        process = context.Process(target=runs.train, args=(TINY, folder))
+    kills = runs_ended = 0
+    while kills < 20:
+        folder = tmp_path / str(runs_ended)
+        process, began = context.Process(target=runs.train, args=(TINY, folder)), time.monotonic()
         process.start()
-        process.join(draw.uniform(0.5, 8) if kills < 20 else None)
+        if runs_ended < 2:  # the first starts the server, the second shows how long a run takes
+            process.join()
+            duration = time.monotonic() - began
+        process.join(draw.uniform(0, duration))
         if process.is_alive():
             process.kill()
-            process.join()
             kills += 1
-        else:
-            assert process.exitcode == 0
+        process.join()
         if (folder / "result.json").is_file():
             assert same_weights(unbroken, runs.Run(folder, TINY))
-            folder = tmp_path / str(kills) if kills < 20 else folder
-    assert not list(temporary.iterdir())
-    temporary.rmdir()
+            runs_ended += 1
+    assert runs.train(TINY, folder).result["steps"] == 30 and same_weights(unbroken, runs.Run(folder, TINY))
+    assert not [
+        left for left in temporary.iterdir() if not left.name.startswith("pymp-")
+    ]  # of the fork server
+    shutil.rmtree(temporary)
