@@ -188,6 +188,7 @@ def test_land_map_lies_under_the_tile_in_its_own_geometry():
     assert (maps != samples.land_maps(latlon, config)).any()
 
 
+@pytest.mark.slow
 def test_checkpoint_brings_its_cells_and_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
     config = changed(scene=True)
     whole = runs.train(config, tmp_path / "whole", GeocellsTraining)

@@ -116,6 +116,7 @@ def test_scores_follow_the_tests_and_the_gallery(study, fitted):
     assert study.key() != smaller.key()
 
 
+@pytest.mark.slow
 def test_two_workers_give_the_table_of_one(study, monkeypatch):
     settings = {"paper": {}, "σ 4": {"location": {"sigmas": [4.0]}}}
     alone = runner.run(study, settings, [0, 1], workers=1)
@@ -209,6 +210,7 @@ SMALL_TILES = {
 }
 
 
+@pytest.mark.slow
 def test_models_on_tiles_have_a_row_for_each_answer_and_are_trained_once(tmp_path, monkeypatch):
     monkeypatch.setattr(paths, "CACHE", tmp_path)
     study = runner.Study(runner.blue_marble.LABEL, baselines.as_config(SMALL_TILES))

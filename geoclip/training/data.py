@@ -132,7 +132,7 @@ class PhotoTraining(Dataset):
         self, row: int, photo: Image.Image, box: tuple[float, ...], mirror: bool
     ) -> Float[Tensor, "c p p"]:
         """Return the part of a photo in `box` (left, top, right, bottom) as the tower's input."""
-        image = crop(photo, box, self.preprocessing.pixels, self.preprocessing.filter, mirror)
+        image = sources.crop(photo, box, self.preprocessing.pixels, self.preprocessing.filter, mirror)
         return self.preprocessing.normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
@@ -142,14 +142,6 @@ class PhotoTraining(Dataset):
             for epoch, row in keys
         ]
         return {"image": torch.stack(images), "latlon": self.latlon[index], "index": index}
-
-
-def crop(
-    image: Image.Image, box: tuple[float, ...], side: int, how: Image.Resampling, mirror: bool
-) -> Image.Image:
-    """Return `box` (left, top, right, bottom) of an image, resized to a square of `side` pixels."""
-    square = image.resize((side, side), how, box=tuple(box))
-    return square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else square
 
 
 def part(n: int, fraction: float, seed: int) -> np.ndarray:
