@@ -1,0 +1,388 @@
+"""The posterior: where on the sphere an image was taken, as a density, and the best answers that it gives.
+
+Each gallery place carries a von Mises–Fisher kernel, the Gaussian of the sphere, with the softmax of the scores as
+its weight. An answer is a Bayes decision: the place p with the largest expected utility,
+
+    argmax_p ∫ u(d(p, q)) posterior(q) dq = argmax_p Σ_i w_i U(d(p, x_i)),
+
+where U is u smoothed by the kernel, a function of one distance. It need not be a place of the gallery.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from geoclip import earth
+from geoclip.earth import EARTH_RADIUS_KM
+
+GEOSCORE_KM = 1492.7  # geoscore = 5000 exp(−d / 1492.7 km)
+KNOTS, NODES = 4096, 96  # of a table of U: distances, and points of the quadrature at each
+PAIRS = 1 << 17  # pairs of a place and a kernel that are computed at once; they fit in a CPU's cache
+HEAVIEST, STARTS, ASCENTS, STEPS = 512, 128, 4, 12  # of a search, see _search
+DRAWS = 256  # places drawn from each posterior, for regions and entropy
+
+# h = 1 − cos d → (U, −dU / dh), in float32
+Profile = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class Layer(NamedTuple):
+    """Kernels of one width: unit vectors, weights, and the standard deviation in km in each direction."""
+
+    xyz: Float[Tensor, "n k 3"]  # or (1, k, 3), shared by all
+    weight: Float[Tensor, "n k"]
+    kernel_km: float
+
+
+class Posterior:
+    """n mixtures of kernels on the sphere: layers of one kernel width each, whose weights add up to 1.
+
+    Places are (lat, lon) degrees. Methods take one place (n, 2) or q places (n, q, 2) for each image.
+    """
+
+    def __init__(self, layers: list[Layer]):
+        self.layers = layers
+
+    @classmethod
+    def at(
+        cls, latlon: Float[Tensor, "... k 2"], log_weight: Float[Tensor, "n k"], kernel_km: float
+    ) -> "Posterior":
+        """Kernels of `kernel_km` at `latlon`, (k, 2) for all or (n, k, 2), weighted by exp(log_weight).
+
+        A weight may be 0 (−inf). Raises ValueError for NaN, rows without a positive weight, coordinates out
+        of range, and a kernel_km that is not positive.
+        """
+        xyz = earth.unit_sphere(earth.check_latlon(latlon, "places of the posterior").double())
+        if xyz.shape[-2] == 0 or xyz.shape[-2] != log_weight.shape[-1]:
+            raise ValueError(f"{log_weight.shape[-1]} weights for {xyz.shape[-2]} places")
+        _check_positive(kernel_km=kernel_km)
+        return cls([Layer(xyz if xyz.ndim == 3 else xyz[None], _softmax(log_weight), float(kernel_km))])
+
+    def __len__(self) -> int:
+        return max(len(layer.weight) for layer in self.layers)
+
+    def __getitem__(self, rows) -> "Posterior":
+        """The posteriors of some images; rows: a slice, a mask or indices."""
+        return Posterior([Layer(x if len(x) == 1 else x[rows], w[rows], km) for x, w, km in self.layers])
+
+    def mixed_with(self, other: "Posterior", share: float) -> "Posterior":
+        """The mixture (1 − share) × this + share × other, for share in [0, 1]."""
+        scaled = [(self.layers, 1 - share), (other.layers, share)]
+        return Posterior([Layer(x, w * part, km) for layers, part in scaled for x, w, km in layers])
+
+    def times(self, other: "Posterior", background: float = 1e-3) -> "Posterior":
+        """The product of the two densities, renormalised; `other` is taken at the centres of these kernels.
+
+        background: part of `other` that is spread over the whole Earth, so that it rules nothing out.
+        """
+        floor = math.log(background / (4 * math.pi * EARTH_RADIUS_KM**2))
+        logs = []
+        for xyz, weight, _ in self.layers:
+            density = other.log_density(earth.from_unit_sphere(xyz.expand(len(self), -1, -1)))
+            density = torch.logaddexp(density + math.log1p(-background), torch.full_like(density, floor))
+            logs.append(weight.log() + density)
+        weights = _softmax(torch.cat(logs, -1)).split([log.shape[-1] for log in logs], -1)
+        return Posterior([Layer(x, new, km) for (x, _, km), new in zip(self.layers, weights, strict=True)])
+
+    def log_density(self, latlon: Float[Tensor, "n ... 2"]) -> Float[Tensor, "n ..."]:
+        """Logarithm of the density in nats per km²; uniform on the Earth it is −20.05."""
+
+        def log_sum(vector, layers):
+            terms = [w.log()[:, None] + _log_kernel(1 - vector @ x.mT, km) for x, w, km in layers]
+            return torch.cat(terms, -1).logsumexp(-1)
+
+        return self._at(latlon, log_sum)
+
+    def mass_within(self, latlon: Float[Tensor, "n ... 2"], km: float) -> Float[Tensor, "n ..."]:
+        """Probability, in [0, 1], that the image was taken within `km` of a place."""
+        return self._expected(latlon, "disc", km)
+
+    def expected_km(self, latlon: Float[Tensor, "n ... 2"]) -> Float[Tensor, "n ..."]:
+        """Expected great-circle distance from a place, in km."""
+        return -self._expected(latlon, "distance")
+
+    def expected_geoscore(self, latlon: Float[Tensor, "n ... 2"]) -> Float[Tensor, "n ..."]:
+        """Expected geoscore of answering with a place, in [0, 5000]."""
+        return self._expected(latlon, "geoscore")
+
+    def mode(self) -> Float[Tensor, "n 2"]:
+        """The place of the highest density."""
+        return self.modes(1)[:, 0]
+
+    def modes(self, k: int, apart_km: float = 25.0) -> Float[Tensor, "n k 2"]:
+        """The k highest modes at least `apart_km` from each other, best first; NaN where there are fewer."""
+        return self._search([_density(layer.kernel_km) for layer in self.layers], k, apart_km)
+
+    def best_disc(self, km: float) -> Float[Tensor, "n 2"]:
+        """The centre of the disc of `km` with the largest probability: the best answer for accuracy@km."""
+        return self._search(self._tables("disc", km))[:, 0]
+
+    def geometric_median(self) -> Float[Tensor, "n 2"]:
+        """The place of the least expected distance: the best answer for the mean error."""
+        return self._search(self._tables("distance"))[:, 0]
+
+    def best_geoscore(self) -> Float[Tensor, "n 2"]:
+        """The place of the largest expected geoscore."""
+        return self._search(self._tables("geoscore"))[:, 0]
+
+    @functools.cached_property
+    def drawn(self) -> tuple[Float[Tensor, "n 256 2"], Float[Tensor, "n 256"]]:
+        """Places drawn from each posterior, always the same, and the log density at each in nats per km²."""
+        steps = torch.arange(DRAWS, dtype=torch.double) + 0.5
+        u, turn = (steps / 1.324717957244746**power % 1 for power in (1, 2))  # evenly spread pairs
+        cumulative = torch.cat([layer.weight for layer in self.layers], 1).cumsum(1)
+        chosen = torch.searchsorted(cumulative, steps / DRAWS * cumulative[:, -1:])
+        chosen = chosen.clamp_max(cumulative.shape[1] - 1)
+        widths = [torch.full((x.shape[1],), km, dtype=torch.double) for x, _, km in self.layers]
+        kappa = (EARTH_RADIUS_KM / torch.cat(widths)[chosen]) ** 2
+        h = -torch.log(u + (1 - u) * torch.exp(-2 * kappa)) / kappa
+        distance = 2 * EARTH_RADIUS_KM * (h / 2).clamp(0, 1).sqrt().asin()
+        xyz = torch.cat([layer.xyz.expand(len(self), -1, -1) for layer in self.layers], 1)
+        angle = 2 * math.pi * turn
+        centre = earth.from_unit_sphere(_take(xyz, chosen))
+        places = earth.destination(centre, distance * angle.sin(), distance * angle.cos())
+        profiles = [_density(layer.kernel_km) for layer in self.layers]
+        return places, self._at(places, lambda *at: _utility(*at, profiles)[0]).log()
+
+    @property
+    def entropy(self) -> Float[Tensor, " n"]:
+        """Entropy in nats, relative to 1 km²; uniform on the Earth it is 20.05. An estimate from draws."""
+        return -self.drawn[1].mean(1)
+
+    def level(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, " n"]:
+        """Probability of the smallest region that holds a place, in [0, 1]; an estimate from draws."""
+        return (self.drawn[1] > self.log_density(latlon)[:, None]).double().mean(1)
+
+    def region(self, level: float) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """The smallest region of probability `level` in (0, 1): (its least log density, its area in km²).
+
+        A place belongs to it if its log_density is at least that. Estimates from draws.
+        """
+        if not 0 < level < 1:
+            raise ValueError(f"the level of a region must be in (0, 1), got {level}")
+        density = self.drawn[1]
+        least = density.quantile(1 - level, dim=1)
+        # the area is ∫ 1 = E[1 / density] over the region
+        return least, torch.where(density >= least[:, None], (-density).exp(), 0).mean(1)
+
+    def mass_by(self, label: Callable[[Tensor], Tensor], labels: int) -> Float[Tensor, "n l"]:
+        """Probability of each of `labels` areas, such as countries; an estimate from draws.
+
+        label: places (m, 2) → the area of each (m,), an integer from 0, or −1 for none.
+        """
+        found = label(self.drawn[0].flatten(0, 1)).view(len(self), -1)
+        return (found[..., None] == torch.arange(labels)).double().mean(1)
+
+    def _tables(self, utility: str, km: float = 0.0) -> list[Profile]:
+        return [_table(utility, km, layer.kernel_km) for layer in self.layers]
+
+    def _expected(self, latlon: Tensor, utility: str, km: float = 0.0) -> Tensor:
+        profiles = self._tables(utility, km)
+        return self._at(latlon, lambda *at: _utility(*at, profiles)[0])
+
+    def _at(self, latlon: Tensor, compute) -> Tensor:
+        """compute(unit vectors (b, q, 3), layers) of one or q places for each image, in chunks."""
+        if len(latlon) != len(self):
+            raise ValueError(f"{len(latlon)} places for {len(self)} posteriors")
+        vector = earth.unit_sphere(latlon.double()).view(len(latlon), -1, 3)
+        parts = [compute(vector[rows], layers) for rows, layers in self._chunks(vector.shape[1])]
+        return torch.cat(parts).view(latlon.shape[:-1])
+
+    def _chunks(self, places: int):
+        """(rows, their layers), of few enough images that `places` of each make at most PAIRS pairs."""
+        step = max(1, PAIRS // (places * sum(layer.weight.shape[1] for layer in self.layers)))
+        for start in range(0, len(self), step):
+            rows = slice(start, start + step)
+            yield rows, self[rows].layers
+
+    def _search(self, profiles: list[Profile], k: int = 1, apart_km: float = 0.0) -> Tensor:
+        """The k best places (n, k, 2) that are apart_km apart.
+
+        The places of the heaviest kernels are compared; the best of them ascend, among the heaviest kernels at
+        first, then the k best among all.
+        """
+        found = torch.full((len(self), k, 2), math.nan, dtype=torch.double)
+        h_apart = 1 - math.cos(min(apart_km / EARTH_RADIUS_KM, math.pi))
+        for rows, layers in self._chunks(ASCENTS + 2 * k):
+            heavy = [_heaviest(layer, HEAVIEST) for layer in layers]
+            starts = torch.cat([_heaviest(layer, STARTS).xyz for layer in heavy], 1)
+            value = _utility(starts, heavy, profiles)[0]
+            place, value = _distinct(starts, value, ASCENTS + 2 * (k - 1), h_apart)
+            place, value = _distinct(*_ascend(place, heavy, profiles, STEPS), k, h_apart)
+            none = value.isneginf()
+            place, value = _ascend(place, layers, profiles, STEPS // 2)
+            place, value = _distinct(place, value.masked_fill(none, -math.inf), k, h_apart)
+            place = earth.from_unit_sphere(place).masked_fill(value.isneginf()[..., None], math.nan)
+            found[rows, : place.shape[1]] = place
+        return found
+
+
+class Places:
+    """Gallery places, prepared for posteriors.
+
+    A posterior keeps the `keep` heaviest places. What the others weigh is pooled in cells of `pooled_km`, each
+    with a wider kernel at the mean of its places, so that no mass is lost.
+    """
+
+    def __init__(self, latlon: Float[Tensor, "m 2"], keep: int = 2048, pooled_km: float = 200.0):
+        self.latlon = earth.check_latlon(latlon, "gallery").double()
+        self.xyz = earth.unit_sphere(self.latlon)
+        self.keep, self.pooled_km = keep, pooled_km
+        height = math.degrees(pooled_km / EARTH_RADIUS_KM)
+        row = ((self.latlon[:, 0] + 90) / height).floor()
+        width = height / torch.deg2rad((row + 0.5) * height - 90).cos().clamp_min(height / 360)
+        column = ((self.latlon[:, 1] + 180) / width).floor()
+        self.cell: Int[Tensor, " m"] = torch.unique(row * 1e6 + column, return_inverse=True)[1]
+        total = torch.zeros(int(self.cell.max()) + 1, 3, dtype=torch.double)
+        self.centre = normalize(total.index_add_(0, self.cell, self.xyz), dim=-1)
+
+    def posterior(
+        self, logits: Float[Tensor, "n m"], kernel_km: float, temperature: float = 1.0
+    ) -> Posterior:
+        """The posteriors of n images from the logits, cosine × e^s, of all places.
+
+        temperature: divides the logits. kernel_km: standard deviation of each place's kernel, in each direction.
+        Raises ValueError as Posterior.at does.
+        """
+        if logits.shape[1] != len(self.xyz):
+            raise ValueError(f"{logits.shape[1]} scores for {len(self.xyz)} places")
+        _check_positive(temperature=temperature, kernel_km=kernel_km)
+        if len(self.xyz) <= self.keep:
+            return Posterior.at(self.latlon, logits / temperature, kernel_km)
+        weight = _softmax(logits / temperature, torch.float)
+        kept, index = weight.topk(self.keep, dim=1)
+        pooled = torch.zeros(len(weight), len(self.centre)).index_add_(1, self.cell, weight)
+        pooled = pooled.scatter_add_(1, self.cell[index], -kept).clamp_min(0).double()
+        total = kept.double().sum(1, keepdim=True) + pooled.sum(1, keepdim=True)
+        wide_km = math.hypot(kernel_km, self.pooled_km / math.sqrt(12))
+        near, far = (
+            Layer(self.xyz[index], kept / total, kernel_km),
+            Layer(self.centre[None], pooled / total, wide_km),
+        )
+        return Posterior([near, far])
+
+
+def _check_positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _softmax(logits: Tensor, dtype: torch.dtype = torch.double) -> Tensor:
+    top = logits.amax(-1, keepdim=True)  # NaN if one is
+    if not top.isfinite().all():
+        raise ValueError(
+            "the scores are NaN or infinite: the model's weights or the image's values are damaged"
+        )
+    return (logits - top).to(dtype).softmax(-1)
+
+
+def _log_kernel(h: Tensor, kernel_km: float) -> Tensor:
+    """Log density of the kernel per km² where 1 − cos of the distance is h."""
+    kappa = (EARTH_RADIUS_KM / kernel_km) ** 2
+    return -kappa * h - math.log(-math.expm1(-2 * kappa) * 2 * math.pi * kernel_km**2)
+
+
+def _density(kernel_km: float) -> Profile:
+    """The kernel itself: its expectation is the density."""
+    kappa = (EARTH_RADIUS_KM / kernel_km) ** 2
+
+    def profile(h):
+        value = _log_kernel(h.float(), kernel_km).exp_()
+        return value, kappa * value
+
+    return profile
+
+
+@functools.lru_cache(maxsize=64)
+def _table(utility: str, km: float, kernel_km: float) -> Profile:
+    """A utility of the distance d, smoothed by the kernel: tabulated over the chord, linear in h between knots.
+
+    utility: "disc" (1 within `km`, else 0), "distance" (−d) or "geoscore".
+    """
+    from scipy.special import i0e
+
+    kappa, radius = (EARTH_RADIUS_KM / kernel_km) ** 2, min(km / EARTH_RADIUS_KM, math.pi)
+    reach = 9 * kernel_km / EARTH_RADIUS_KM
+    varies = (max(0, radius - reach), min(math.pi, radius + reach)) if utility == "disc" else (0, math.pi)
+    chord = 2 * np.linspace(*np.sin(np.divide(varies, 2)), KNOTS)
+    delta = 2 * np.arcsin(np.clip(chord / 2, 0, 1))[:, None]
+    # A kernel at the distance δ has at the distance θ, all around, the density
+    # κ / (1 − e^(−2κ)) · exp(κ (cos(θ − δ) − 1)) · e^(−z) I₀(z) · sin θ, with z = κ sin θ sin δ.
+    start, end = np.maximum(0, delta - reach), np.minimum(math.pi, delta + reach)
+    if utility == "disc":
+        end = np.clip(radius, start, end)
+    nodes, weights = np.polynomial.legendre.leggauss(NODES)
+    theta = start + (end - start) * (nodes + 1) / 2
+    density = kappa / -math.expm1(-2 * kappa) * np.exp(-2 * kappa * np.sin((theta - delta) / 2) ** 2)
+    density *= i0e(kappa * np.sin(theta) * np.sin(delta)) * np.sin(theta)
+    d = theta * EARTH_RADIUS_KM
+    worth = {"disc": np.ones_like(d), "distance": -d, "geoscore": 5000 * np.exp(-d / GEOSCORE_KM)}[utility]
+    value = (density * worth * weights).sum(1) * (end - start)[:, 0] / 2
+    knots_h = chord**2 / 2
+    fall = -np.diff(value) / np.diff(knots_h)
+    # from entry 1 on, U = base − fall · h after each knot; the first and the last entry are constant
+    base = np.concatenate([value[:1], value[:-1] + fall * knots_h[:-1], value[-1:]])
+    base, fall = (torch.from_numpy(column).float() for column in (base, np.pad(fall, 1)))
+    per = (KNOTS - 1) / (chord[-1] - chord[0])
+
+    def profile(h):
+        h = h.clamp_min(0).float()
+        entry = (2 * h).sqrt_().sub_(chord[0]).mul_(per).add_(1).clamp_(0, KNOTS).int()
+        slope = fall[entry]
+        return base[entry] - slope * h, slope
+
+    return profile
+
+
+def _utility(vector: Tensor, layers: list[Layer], profiles: list[Profile]) -> tuple[Tensor, Tensor]:
+    """Expected utility (b, q) at unit vectors (b, q, 3), and its gradient in space (b, q, 3)."""
+    value = pull = 0
+    for (xyz, weight, _), profile in zip(layers, profiles, strict=True):
+        worth, fall = (part.double() for part in profile(1 - vector @ xyz.mT))
+        value = value + (worth @ weight[..., None])[..., 0]
+        pull = pull + fall @ (weight[..., None] * xyz)
+    return value, pull
+
+
+def _ascend(place: Tensor, layers: list[Layer], profiles: list[Profile], steps: int) -> tuple[Tensor, Tensor]:
+    """Mean shift from (b, q, 3), in longer steps while they improve and shorter ones after one did not."""
+    value, pull = _utility(place, layers, profiles)
+    step = torch.ones_like(value)
+    for _ in range(steps):
+        aim = normalize(pull, dim=-1) - place
+        there = normalize(place + step[..., None] * aim, dim=-1)
+        reached, pulls = _utility(there, layers, profiles)
+        better = reached > value
+        value, step = torch.where(better, reached, value), torch.where(better, step * 1.5, step / 2)
+        place, pull = (torch.where(better[..., None], *pair) for pair in ((there, place), (pulls, pull)))
+    return place, value
+
+
+def _distinct(place: Tensor, value: Tensor, k: int, h_apart: float) -> tuple[Tensor, Tensor]:
+    """The k best of the places (b, q, 3) that are at least h_apart = 1 − cos d apart; the value −inf means none."""
+    chosen, values = [], []
+    for _ in range(min(k, place.shape[1])):
+        best, index = value.max(1, keepdim=True)
+        chosen.append(_take(place, index))
+        values.append(best)
+        near = 1 - (place * chosen[-1]).sum(-1) < h_apart
+        value = value.masked_fill(near.scatter(1, index, True), -math.inf)
+    return torch.cat(chosen, 1), torch.cat(values, 1)
+
+
+def _heaviest(layer: Layer, count: int) -> Layer:
+    """The `count` heaviest kernels of each image."""
+    xyz, weight, km = layer
+    weight, index = weight.topk(min(count, weight.shape[1]), dim=1)
+    return Layer(_take(xyz.expand(len(weight), -1, -1), index), weight, km)
+
+
+def _take(xyz: Tensor, index: Tensor) -> Tensor:
+    return xyz.gather(1, index[..., None].expand(-1, -1, 3))
