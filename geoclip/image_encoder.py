@@ -212,8 +212,8 @@ class ImageEncoder(nn.Module):
 
     def _openvino(self, arithmetic: str) -> Callable[[Tensor], Tensor] | None:
         """Open the kept OpenVINO model of this tower, converting it first if needed; None if it cannot be converted."""
-        # a file's hash is known without loading the weights, but they may have been trained since
-        digest = clip_digest(self.config) if self.config.frozen else None
+        # a file's hash is known without loading it; a loaded tower may come from a checkpoint
+        digest = clip_digest(self.config) if self.tower is None else None
         key = f"{self.config.tower}-{(digest or tower_hash(self.load_tower()))[:16]}"
         if openvino_tower.kept(key, arithmetic) is None:
             visual, pixels = self.load_tower().visual, self.preprocess.pixels
