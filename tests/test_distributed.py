@@ -95,6 +95,7 @@ def free_port():
         return found.getsockname()[1]
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_weights_queue_and_loss_of_one(config, tmp_path):
     one, *others = (trained(config, tmp_path / ranks.replace(" ", "-"), ranks) for ranks in RANKS)
     start = GeoCLIPTraining.build(config, training_set(config)).state_dict()
