@@ -13,8 +13,8 @@ class ImageEncoderConfig:
     """Image tower and head; the defaults are the paper's.
 
     Args:
-        tower: Name of an open_clip model, "timm/NAME", or "conv", the small tower for 32 px tiles. CLIP's OpenAI
-            weights need the QuickGELU variant: "ViT-L-14" without it gives other features.
+        tower: Name of an open_clip model, "timm/NAME", or "conv", the small tower for 32 px tiles. CLIP's
+            OpenAI weights need the QuickGELU variant: "ViT-L-14" without it gives other features.
         weights: An open_clip tag ("openai"), the path of a local CLIP file, or None for random weights; for
             "conv", the checkpoint of a training run whose tower is used.
         frozen: Whether the tower stays untrained, as in the paper; "conv" without weights must be trained.
@@ -37,13 +37,14 @@ class LocationEncoderConfig:
     """Shape of the location encoder; the defaults are the paper's (9,447,936 trainable parameters).
 
     Args:
-        sigmas: One level per σ of the random Fourier features, in cycles per unit of the projected plane, which
-            is 2 units wide; () uses no Fourier features but one MLP on the projected coordinates.
+        sigmas: One level per σ of the random Fourier features, in cycles per unit of the projected plane,
+            which is 2 units wide; () uses no Fourier features but one MLP on the projected coordinates.
         frequencies: Frequencies f drawn per level; each gives a cosine and a sine.
         width: Hidden units of each level's MLP.
         hidden_layers: Hidden layers of each level's MLP.
         dim: Dimension d of the embedding.
-        projection: Input of the levels: "equal_earth" (x, y), "degrees" (lat, lon) / 180, or "sphere" (x, y, z).
+        projection: Input of the levels: "equal_earth" (x, y), "degrees" (lat, lon) / 180, or "sphere" (x, y,
+            z).
     """
 
     sigmas: tuple[float, ...] = (2.0**0, 2.0**4, 2.0**8)

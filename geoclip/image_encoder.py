@@ -1,7 +1,7 @@
 """The image encoder: a frozen image tower, then a two-layer head into the space of the location embeddings.
 
-Paper, section 3.1: CLIP ViT-L/14 and a trainable head. The embedded profile trains a small convolutional tower
-from scratch instead, since CLIP's weights are not available everywhere.
+Paper, section 3.1: CLIP ViT-L/14 and a trainable head. The embedded profile trains a small convolutional
+tower from scratch instead, since CLIP's weights are not available everywhere.
 """
 
 import contextlib
@@ -39,8 +39,9 @@ PRECISIONS = ("auto", "fp32", "bf16", "int8")
 class Preprocessing:
     """What a tower expects of an image: the one preprocessing behind training, embedding, prediction and evaluation.
 
-    pixels: side p of the square input. resample: "bicubic" or "bilinear". mean, std: of the RGB channels in [0, 1].
-    resize: "shortest" resizes the short side to p and cuts out the centre; "squash" resizes both sides to p.
+    pixels: side p of the square input. resample: "bicubic" or "bilinear". mean, std: of the RGB channels in
+    [0, 1]. resize: "shortest" resizes the short side to p and cuts out the centre; "squash" resizes both
+    sides to p.
     """
 
     pixels: int = 224
@@ -53,8 +54,8 @@ class Preprocessing:
     def of(cls, config: ImageEncoderConfig) -> "Preprocessing":
         """The preprocessing of a tower, without loading it. Raises ValueError for an unknown tower.
 
-        "conv" takes RGB in [-1, 1], as tiles are rendered. Local files and random weights of a CLIP tower take
-        OpenAI's statistics, open_clip's default.
+        "conv" takes RGB in [-1, 1], as tiles are rendered. Local files and random weights of a CLIP tower
+        take OpenAI's statistics, open_clip's default.
         """
         if config.tower == CONV_TOWER:
             return cls(32)
@@ -123,9 +124,9 @@ class ConvTower(nn.Module):
 class ImageEncoder(nn.Module):
     """Embeds images: tower (n, 3, p, p) → (n, c), head (n, c) → (n, d), not normalised.
 
-    preprocess: PIL image → (3, p, p) for the tower. feature_dim: c, 768 for ViT-L/14. tower: the PyTorch tower,
-    None until it is needed when the encoder was made with `with_tower=False` (for training on features, or for
-    an engine that needs no PyTorch weights).
+    preprocess: PIL image → (3, p, p) for the tower. feature_dim: c, 768 for ViT-L/14. tower: the PyTorch
+    tower, None until it is needed when the encoder was made with `with_tower=False` (for training on
+    features, or for an engine that needs no PyTorch weights).
     """
 
     def __init__(
@@ -176,9 +177,9 @@ class ImageEncoder(nn.Module):
 
         "fp32" is plain PyTorch. "bf16" and "int8" run on a CPU through OpenVINO, and "bf16" on a GPU through
         PyTorch. "auto" takes bf16 where the hardware multiplies it, else fp32, through OpenVINO on a CPU, and
-        reports once what it chose. The "conv" tower and the head always stay in fp32. int8 has been checked on
-        random weights only. Raises ValueError for a precision that the device does not have, ImportError for
-        int8 without nncf.
+        reports once what it chose. The "conv" tower and the head always stay in fp32. int8 has been checked
+        on random weights only. Raises ValueError for a precision that the device does not have, ImportError
+        for int8 without nncf.
         """
         if chosen not in PRECISIONS:
             raise ValueError(f"no precision {chosen!r}: give one of {', '.join(PRECISIONS)}")
@@ -322,9 +323,9 @@ def _is_file_name(weights: str) -> bool:
 def load_clip(tower: str, weights: str | None) -> nn.Module:
     """An open_clip model in evaluation mode.
 
-    weights: "openai" (for the paper's tower, the pinned file of pretrained.clip_file), another open_clip tag, a
-    local file with Hugging Face's or open_clip's names, or None for random weights. Raises ValueError for an
-    unknown tower or a file that does not fit it, and OSError, which says what still works, if the weights
+    weights: "openai" (for the paper's tower, the pinned file of pretrained.clip_file), another open_clip tag,
+    a local file with Hugging Face's or open_clip's names, or None for random weights. Raises ValueError for
+    an unknown tower or a file that does not fit it, and OSError, which says what still works, if the weights
     cannot be had.
     """
     import open_clip

@@ -1,7 +1,7 @@
 """The posterior: where on the sphere an image was taken, as a density, and the best answers that it gives.
 
-Each gallery place carries a von Mises–Fisher kernel, the Gaussian of the sphere, with the softmax of the scores as
-its weight. An answer is a Bayes decision: the place p with the largest expected utility,
+Each gallery place carries a von Mises–Fisher kernel, the Gaussian of the sphere, with the softmax of the
+scores as its weight. An answer is a Bayes decision: the place p with the largest expected utility,
 
     argmax_p ∫ u(d(p, q)) posterior(q) dq = argmax_p Σ_i w_i U(d(p, x_i)),
 
@@ -204,8 +204,8 @@ class Posterior:
     def _search(self, profiles: list[Profile], k: int = 1, apart_km: float = 0.0) -> Tensor:
         """The k best places (n, k, 2) that are apart_km apart.
 
-        The places of the heaviest kernels are compared; the best of them ascend, among the heaviest kernels at
-        first, then the k best among all.
+        The places of the heaviest kernels are compared; the best of them ascend, among the heaviest kernels
+        at first, then the k best among all.
         """
         found = torch.full((len(self), k, 2), math.nan, dtype=torch.double)
         h_apart = 1 - math.cos(min(apart_km / EARTH_RADIUS_KM, math.pi))
@@ -226,8 +226,8 @@ class Posterior:
 class Places:
     """Gallery places, prepared for posteriors.
 
-    A posterior keeps the `keep` heaviest places. What the others weigh is pooled in cells of `pooled_km`, each
-    with a wider kernel at the mean of its places, so that no mass is lost.
+    A posterior keeps the `keep` heaviest places. What the others weigh is pooled in cells of `pooled_km`,
+    each with a wider kernel at the mean of its places, so that no mass is lost.
     """
 
     def __init__(self, latlon: Float[Tensor, "m 2"], keep: int = 2048, pooled_km: float = 200.0):
@@ -247,8 +247,8 @@ class Places:
     ) -> Posterior:
         """The posteriors of n images from the logits, cosine × e^s, of all places.
 
-        temperature: divides the logits. kernel_km: standard deviation of each place's kernel, in each direction.
-        Raises ValueError as Posterior.at does.
+        temperature: divides the logits. kernel_km: standard deviation of each place's kernel, in each
+        direction. Raises ValueError as Posterior.at does.
         """
         if logits.shape[1] != len(self.xyz):
             raise ValueError(f"{logits.shape[1]} scores for {len(self.xyz)} places")

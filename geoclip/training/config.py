@@ -67,8 +67,9 @@ class TrainConfig(RunConfig):
     """Training of GeoCLIP.
 
     Args:
-        holdout: Part of the photos of a CSV that training leaves out and lists in holdout.csv, for `evaluate`; whole
-            photographers where ten or more are known, else whole places. Larger parts contain smaller ones.
+        holdout: Part of the photos of a CSV that training leaves out and lists in holdout.csv, for
+            `evaluate`; whole photographers where ten or more are known, else whole places. Larger parts
+            contain smaller ones.
         model: The model to train: geoclip, or the baselines geocells and context, which have further options.
         location: Location encoder.
         queue: Length of the GPS queue; 0 turns it off.

@@ -28,8 +28,8 @@ GALLERY = 100_000  # places of a gallery made of training places, as in the rele
 class TrainingModule(lightning.LightningModule):
     """What all trained models share: optimiser, step decay, random draws of each step, logging, checkpoints.
 
-    A subclass names its configuration in `config_class` and implements loss(batch, generator), locate(images),
-    training_set(config) and build(config, data).
+    A subclass names its configuration in `config_class` and implements loss(batch, generator),
+    locate(images), training_set(config) and build(config, data).
     """
 
     config_class: type[RunConfig]
@@ -164,8 +164,9 @@ class GeoCLIPTraining(TrainingModule):
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return the loss, the share of images that find their place (top1) and e^s (scale).
 
-        batch: `image` (b, v, 3, h, w) or `feature` (b, v, c), and `latlon` (b, 2). Negatives are the places of
-        the batch, those of the other ranks, and the queue, all with GPS noise. The loss is the mean over views.
+        batch: `image` (b, v, 3, h, w) or `feature` (b, v, c), and `latlon` (b, 2). Negatives are the places
+        of the batch, those of the other ranks, and the queue, all with GPS noise. The loss is the mean over
+        views.
         """
         b = len(batch["latlon"])
         latlon = gather(batch["latlon"], self)
