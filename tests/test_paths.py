@@ -71,12 +71,13 @@ def test_geoclip_data_is_a_folder_an_error_or_none(tmp_path, monkeypatch):
 
 
 def make(*arguments, **variables):
+    """Run make as from a shell: under `make test` pytest inherits variables that would make it a sub-make."""
+    ours = (*paths.VARIABLES, "MFLAGS")
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in ours and not name.startswith("MAKE")
+    }
     return subprocess.run(
-        ["make", *arguments],
-        cwd=paths.ROOT,
-        capture_output=True,
-        text=True,
-        env={name: value for name, value in os.environ.items() if name not in paths.VARIABLES} | variables,
+        ["make", *arguments], cwd=paths.ROOT, capture_output=True, text=True, env=inherited | variables
     )
 
 
