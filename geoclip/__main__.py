@@ -4,6 +4,7 @@ The paper's authors publish a package that is also imported as `geoclip`, and an
 one of the two. The command `geoclip-reproduced` always runs this one.
 """
 
+import argparse
 import ast
 import contextlib
 import importlib
@@ -69,10 +70,23 @@ def _run(arguments: list[str]) -> int:
     paths.make_variables_absolute()
     command = importlib.import_module(f"geoclip.commands.{name}")
     parser = command.parser()
-    parser.prog = f"python -m geoclip {name}"
-    options = parser.parse_args(rest)
+    parser.prog, parser.exit_on_error = f"python -m geoclip {name}", False
+    try:
+        options = parser.parse_args(rest)
+    except argparse.ArgumentError as error:
+        message = _options_as_typed(str(error), rest)
+        raise ValueError(f"{message}\n  {parser.prog} --help lists the options") from error
     paths.geoclip_data()  # raises if the folder is missing, before any work is done
     return command.run(options) or 0
+
+
+def _options_as_typed(message: str, arguments: list[str]) -> str:
+    """`message` with each option named as it was typed: jsonargparse names --top-k "top_k"."""
+    for argument in arguments:
+        option = argument.partition("=")[0]
+        key = option.lstrip("-").replace("-", "_")
+        message = message.replace(f'Parser key "{key}":\n ', f"{option}:")
+    return message
 
 
 def _terminate(signum, frame):

@@ -4,6 +4,25 @@ import sys
 from pathlib import Path
 
 
+def add_model_options(parser, precision: str) -> None:
+    """The options that `load_model` reads, and --ten-crop; `precision` is the default of --precision."""
+    parser.add_argument(
+        "--checkpoint", help="a model trained with `train`; default: the authors' released weights with CLIP"
+    )
+    parser.add_argument(
+        "--clip-weights", help="a local file of CLIP's weights, for machines that cannot download them"
+    )
+    parser.add_argument(
+        "--ten-crop", action="store_true", help="average the logits over ten crops: slower, more accurate"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=["auto", "fp32", "bf16", "int8"],
+        default=precision,
+        help="arithmetic of the image tower; auto: bf16 if that is faster; int8: fastest on a CPU",
+    )
+
+
 def load_model(options):
     """The model that --checkpoint names, or the authors' released one, on a GPU if there is one.
 

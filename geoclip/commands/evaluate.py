@@ -7,6 +7,8 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
+from geoclip.commands import Baseline, add_model_options, load_model, model_name, read_gallery
+
 SPLITS = ("random", "blocked")
 EPILOG = """
 Writes one tidy table (default data/results/evaluate/NAME.csv, with its provenance in NAME.json): accuracy
@@ -31,12 +33,7 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, or the CSV's folder"
     )
-    parser.add_argument(
-        "--checkpoint", help="a model trained with `train`; default: the authors' released weights with CLIP"
-    )
-    parser.add_argument(
-        "--clip-weights", help="a local file of CLIP's weights, for machines that cannot download them"
-    )
+    add_model_options(parser, precision="fp32")
     parser.add_argument(
         "--coordinates-only", action="store_true", help="ceiling, floors and leaks, without a model"
     )
@@ -47,13 +44,6 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument(
         "--gallery-size", type=PositiveInt, help="draw that many distinct places of it at random"
-    )
-    parser.add_argument("--ten-crop", action="store_true", help="average the logits over ten crops")
-    parser.add_argument(
-        "--precision",
-        choices=["fp32", "bf16", "int8", "auto"],
-        default="fp32",
-        help="arithmetic of the image tower; auto: bf16 if that is faster; int8: fastest on a CPU",
     )
     parser.add_argument(
         "--seed", type=NonNegativeInt, default=0, help="of the gallery's draw, random floor and bootstrap"
@@ -72,7 +62,7 @@ def parser() -> ArgumentParser:
 
 def run(options) -> int:
     """Answer, score, write; 1 if some photos could not be read."""
-    from geoclip import paths
+    from geoclip import evaluation, paths
     from geoclip.reproduce import report
 
     check(options)
@@ -81,9 +71,8 @@ def run(options) -> int:
     out = Path(options.out) if options.out else paths.RESULTS / "evaluate" / f"{slug(table.iloc[0])}.csv"
     given = {key: value for key, value in vars(options).items() if value is not None}
     report.save_table(table, out, report.provenance(given, data_hash(options)))
-    shown = ["split", "measure", *(name for name in table if name.startswith("acc_"))]
-    shown = table[[*shown, "median_km", "mean_km", "geoscore", "n"]]
-    print(shown.round(2).to_string(index=False, na_rep=""))
+    shown = ["split", "measure", *evaluation.ACCURACY_COLUMNS, "median_km", "mean_km", "geoscore", "n"]
+    print(table[shown].round(2).to_string(index=False, na_rep=""))
     print("\n".join(["", *summary(table), *pinned(options), f"written: {out}"]))
     if answers is None:
         return 0
@@ -120,7 +109,6 @@ def score_photos(options):
     import torch
 
     from geoclip import earth, evaluation, predictor
-    from geoclip.commands import Baseline, load_model
 
     photos = read_photos(options)
     model = None if options.coordinates_only else load_model(options)
@@ -155,7 +143,6 @@ def score_tiles(options):
     from tqdm import tqdm
 
     from geoclip import baselines, evaluation
-    from geoclip.commands import Baseline, load_model
     from geoclip.datasets import blue_marble
 
     module = baselines.load(options.checkpoint)
@@ -180,18 +167,10 @@ def score_tiles(options):
 
 def describe(options, data: str, split: str, gallery: str) -> dict[str, object]:
     """The columns that tell what was evaluated."""
-    from geoclip.commands import model_name
-
-    name = "coordinates only" if options.coordinates_only else model_name(options.checkpoint)
+    model = "coordinates only" if options.coordinates_only else model_name(options.checkpoint)
     crops = 10 if options.ten_crop else 1
-    return {
-        "data": data,
-        "split": split,
-        "model": name,
-        "crops": crops,
-        "seed": options.seed,
-        "gallery": gallery,
-    }
+    about = {"data": data, "split": split, "model": model, "crops": crops}
+    return about | {"seed": options.seed, "gallery": gallery}
 
 
 def read_photos(options):
@@ -214,7 +193,6 @@ def read_photos(options):
 
 def choose_gallery(options, model):
     """The gallery that --gallery and --gallery-size name; the model answers from it from now on."""
-    from geoclip.commands import Baseline, read_gallery
     from geoclip.gallery import Gallery
 
     own = model.gallery if options.checkpoint and model is not None else None

@@ -9,7 +9,11 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
+from geoclip.commands import Baseline, add_model_options, load_model, read_gallery
+
 FORMATS = ("table", "json", "csv")
+COLUMNS = ["file", "rank", "lat", "lon", "probability", "town", "country", "town_km", "map"]
+COLUMNS += ["truth_lat", "truth_lon", "error_km"]
 MAP_SUFFIXES = (".png", ".pdf", ".svg")
 PROGRESS_FROM = 20  # photos
 EPILOG = """
@@ -24,17 +28,9 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m geoclip predict", description=__doc__, epilog=EPILOG)
     parser.add_argument("photos", nargs="+", type=str, help="photos, or folders to search for photos")
     parser.add_argument("--top-k", type=PositiveInt, default=5, help="number of places for each photo")
-    parser.add_argument(
-        "--ten-crop", action="store_true", help="average the logits over ten crops: slower, more accurate"
-    )
     parser.add_argument("--format", choices=FORMATS, default="table", help="format of the output")
     parser.add_argument("--map", help="also draw a map: OUT.png, .pdf or .svg")
-    parser.add_argument(
-        "--checkpoint", help="a model trained with `train`; default: the authors' released weights with CLIP"
-    )
-    parser.add_argument(
-        "--clip-weights", help="a local file of CLIP's weights, for machines that cannot download them"
-    )
+    add_model_options(parser, precision="auto")
     parser.add_argument(
         "--gallery",
         help="official (the authors' 100 K), a benchmark's name, or a CSV with latitudes and longitudes; "
@@ -43,19 +39,12 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--index", action="store_true", help="search approximately (faiss), for galleries above 2 M places"
     )
-    parser.add_argument(
-        "--precision",
-        choices=["auto", "fp32", "bf16", "int8"],
-        default="auto",
-        help="arithmetic of the image tower; auto: bf16 if that is faster; int8: fastest on a CPU",
-    )
     return parser
 
 
 def run(options) -> int:
     """Print the answers and draw the map; 1 if some photos could not be used."""
     from geoclip import photos, predictor
-    from geoclip.commands import Baseline, load_model
 
     if options.map and Path(options.map).suffix not in MAP_SUFFIXES:
         raise ValueError(f"--map {options.map}: the name must end in {', '.join(MAP_SUFFIXES)}")
@@ -68,16 +57,11 @@ def run(options) -> int:
     if not found:
         raise FileNotFoundError(f"no photos: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
     found = list(dict.fromkeys(found))
-    model, top_k = load_model(options), options.top_k
-    if isinstance(model, Baseline):
-        refuse_gallery(options)
-        top_k = 1
-        print(f"geoclip: {model.name} answers with one place, without probability", file=sys.stderr)
-    else:
-        prepare_gallery(model, options)
-    answers = predictor.answer(
-        model, found, top_k, options.ten_crop, batch_size=16, progress=len(found) >= PROGRESS_FROM
-    )
+    model = load_model(options)
+    prepare_gallery(model, options)
+    top_k = 1 if isinstance(model, Baseline) else options.top_k
+    progress = len(found) >= PROGRESS_FROM
+    answers = predictor.answer(model, found, top_k, options.ten_crop, batch_size=16, progress=progress)
     failed |= {str(found[index]): reason for index, reason in answers.unreadable.items()}
     answered = describe_all(found, answers)
     for stream in (sys.stdout, sys.stderr):  # a terminal may be unable to show names of towns and files
@@ -94,18 +78,16 @@ def run(options) -> int:
     return 1 if failed else 0
 
 
-def refuse_gallery(options) -> None:
-    """ValueError for options that only a model with a gallery has."""
-    for name in ("gallery", "index"):
-        if getattr(options, name):
-            raise ValueError(f"--{name}: {options.checkpoint} is a baseline, which answers from no gallery")
-
-
 def prepare_gallery(model, options) -> None:
-    """Set the gallery and the index that the options name. Raises ValueError if --top-k is too large."""
-    from geoclip.commands import read_gallery
+    """Set the gallery and the index that the options name. Raises ValueError for options that do not fit."""
     from geoclip.engines import place_index
 
+    if isinstance(model, Baseline):
+        if options.gallery or options.index:
+            name = "--gallery" if options.gallery else "--index"
+            raise ValueError(f"{name}: {options.checkpoint} is a baseline, which answers from no gallery")
+        print(f"geoclip: {model.name} answers with one place, without probability", file=sys.stderr)
+        return
     if options.gallery or model.gallery is None:
         model.use_gallery(read_gallery(options.gallery or "official"))
     if options.top_k > len(model.gallery):
@@ -119,8 +101,10 @@ def prepare_gallery(model, options) -> None:
         )
         return
     if len(model.gallery) > place_index.WORTH_IT:
-        size = f"{len(model.gallery):,}"
-        print(f"geoclip: the gallery has {size} places; --index searches it faster", file=sys.stderr)
+        print(
+            f"geoclip: the gallery has {len(model.gallery):,} places; --index searches it faster",
+            file=sys.stderr,
+        )
     model.places(keep=True)
 
 
@@ -165,20 +149,19 @@ def truth_of(path: Path) -> tuple[float, float] | None:
 def print_answers(answered: list[dict], failed: dict[str, str], style: str, gallery) -> None:
     """Write the answers to stdout."""
     if style == "csv":
-        columns = ["file", "rank", "lat", "lon", "probability", "town", "country", "town_km", "map"]
-        table = csv.writer(sys.stdout, lineterminator="\n")
-        table.writerow([*columns, "truth_lat", "truth_lon", "error_km"])
+        table = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+        table.writeheader()
         for photo in answered:
+            truth = dict(zip(("truth_lat", "truth_lon"), photo["truth"] or (), strict=False))
             for place in photo["places"]:
-                row = [photo["file"], *(place[name] for name in columns[1:])]
-                row += [*(photo["truth"] or ("", "")), place.get("error_km", "")]
-                table.writerow([f"{value:.9g}" if isinstance(value, float) else value for value in row])
+                row = {"file": photo["file"], **place, **truth}
+                table.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
     elif style == "json":
         listed = [{"file": name, "reason": reason} for name, reason in failed.items()]
-        truths = [
-            photo["truth"] and dict(zip(("lat", "lon"), photo["truth"], strict=True)) for photo in answered
+        found = [
+            photo | {"truth": photo["truth"] and dict(zip(("lat", "lon"), photo["truth"], strict=True))}
+            for photo in answered
         ]
-        found = [photo | {"truth": truth} for photo, truth in zip(answered, truths, strict=True)]
         print(json.dumps({"photos": found, "failed": listed}, indent=2, ensure_ascii=False))
     elif answered:
         for photo in answered:
@@ -208,7 +191,9 @@ def as_text(photo: dict) -> str:
 
 def draw(model, answered: list[dict], options) -> None:
     """One photo: a similarity map and its places. Several: the best place of each, and arcs to the truth."""
-    from geoclip import maps, paths
+    import torch
+
+    from geoclip import gallery, maps, paths
 
     source = model.name if model.gallery is None else model.gallery.source
     figure = maps.figure(data=maps.plain(f"answers from {source}"))
@@ -218,9 +203,10 @@ def draw(model, answered: list[dict], options) -> None:
         [photo] = answered
         axes = maps.earth_axes(figure, title=maps.plain(Path(photo["file"]).name), filled=False)
         pixels = maps.grid(axes, 300)
-        values = similarity(model, photo["file"], pixels.latlon, options.ten_crop)
+        query = model.encode_views(model.views(photo["file"], options.ten_crop)[None])[0]
+        places = gallery.embed(model.location_encoder, torch.as_tensor(pixels.latlon).float())
         top_k = [(place["lat"], place["lon"]) for place in photo["places"]]
-        maps.similarity(axes, pixels, values, top_k=top_k, truth=photo["truth"])
+        maps.similarity(axes, pixels, (places @ query.detach()).cpu(), top_k=top_k, truth=photo["truth"])
     else:
         axes = maps.earth_axes(figure, title=f"Best place of each photo ({len(best)})")
         maps.points(axes, best, "answer", size=14)
@@ -231,15 +217,3 @@ def draw(model, answered: list[dict], options) -> None:
     with paths.atomic(options.map) as temporary:
         figure.savefig(temporary, dpi=150, bbox_inches="tight")
     print(f"geoclip: map in {options.map}", file=sys.stderr)
-
-
-def similarity(model, path: str, latlon, ten_crop: bool):
-    """Cosine of one photo with each of (lat, lon), in degrees."""
-    import torch
-
-    from geoclip.gallery import embed
-
-    with torch.inference_mode():
-        query = model.encode_views(model.views(path, ten_crop)[None])[0]
-        places = embed(model.location_encoder, torch.as_tensor(latlon).float())
-        return (places @ query).cpu()

@@ -31,7 +31,7 @@ def options_of(model: str) -> ArgumentParser:
     """Return a parser of the options of one model and of the command."""
     from geoclip.training.config import config_parser
 
-    parser = config_parser(config_class(model), exit_on_error=True)
+    parser = config_parser(config_class(model))
     parser.description = (
         "Train a model, or resume an interrupted run. --model geocells or --model context, here or in the file, "
         "trains a baseline, which has options of its own."

@@ -104,11 +104,11 @@ class TrainConfig(RunConfig):
             )
 
 
-def config_parser(config_class: type[RunConfig] = TrainConfig, exit_on_error: bool = False):
+def config_parser(config_class: type[RunConfig] = TrainConfig):
     """Return a jsonargparse parser of the fields of a configuration; --config reads them from a YAML file."""
     from jsonargparse import ArgumentParser
 
-    parser = ArgumentParser(prog="python -m geoclip train", exit_on_error=exit_on_error)
+    parser = ArgumentParser(prog="python -m geoclip train", exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file of the options below.")
     parser.add_class_arguments(config_class, as_group=False)
     return parser
