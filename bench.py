@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from geoclip import earth, gallery, paths, pretrained
 from geoclip.config import ImageEncoderConfig, LocationEncoderConfig
 from geoclip.datasets import features, sources
+from geoclip.datasets.embedding import Shard, claim, embed
 from geoclip.engines import openvino_tower
 from geoclip.image_encoder import ImageEncoder
 from geoclip.location_encoder import LocationEncoder
@@ -344,7 +345,7 @@ def decoding(bench: Bench) -> None:
         encoder = ImageEncoder(ImageEncoderConfig(tower_name, None)).to(bench.device)
         source = sources.open_source(str(folder / "photos.csv"))
         workers = os.cpu_count() or 1
-        report = features.embed(source, encoder, folder / "out", workers=workers)
+        report = embed(source, encoder, folder / "out", workers=workers)
         note = f"{workers} decoding processes"
         bench.add("embed JPEGs, decoding in", [report.seconds], OURS, encoder.precision, n, n, note=note)
 
@@ -385,17 +386,17 @@ def random_features(out: Path, n: int) -> Path:
         tower=TOWER, weights=None, tower_hash="random", preprocessing=encoder.preprocess, views=sources.Views(),
         dim=768, source="random", data="random", recipe=features.RECIPE, shards=-(-n // in_shard),
     )  # fmt: skip
-    features.claim(out, info)
+    claim(out, info)
     generator = torch.Generator().manual_seed(0)
     block = torch.randn(min(in_shard, n), 1, 768, generator=generator).half().numpy()
     for part in range(info.shards):
-        shard, rows = features.Shard(part), min(in_shard, n - part * in_shard)
+        shard, rows = Shard(), min(in_shard, n - part * in_shard)
         shard.features = [
             np.roll(block, part, axis=-1)[:rows]
         ]  # drawing 3.6 billion numbers would take longer
         shard.ids = [str(i) for i in range(rows)]
         shard.latlon = earth.sample_sphere(rows, generator).numpy()
-        shard.write(out, info, "fp32")
+        shard.write(out, part, info, "fp32")
     return out
 
 

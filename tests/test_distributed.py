@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from geoclip.datasets.features import embed
+from geoclip.datasets.embedding import embed
 from geoclip.datasets.sources import Views, open_source
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig

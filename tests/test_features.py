@@ -20,8 +20,9 @@ import webserver
 from PIL import Image
 
 from geoclip.__main__ import main
-from geoclip.datasets import benchmarks, features, sources
-from geoclip.datasets.features import FeatureData, embed
+from geoclip.datasets import benchmarks, embedding, features, sources
+from geoclip.datasets.embedding import embed
+from geoclip.datasets.features import FeatureData
 from geoclip.datasets.sources import Views, open_source
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, load_clip
@@ -281,7 +282,7 @@ DAMAGE = {
     "places": ("latlon.npy", lambda path: flip(path, -1), "latlon.npy has changed"),
     "names": ("ids.txt", lambda path: flip(path, 0), "ids.txt has changed"),
     "half a description": ("shard.json", lambda path: os.truncate(path, 40), "shard.json cannot be read"),
-    "another description": ("shard.json", lambda path: path.write_text("[]"), "not an object"),
+    "another description": ("shard.json", lambda path: path.write_text("[]"), "does not describe features"),
     "another number": (
         "shard.json", lambda path: path.write_text(path.read_text().replace('"n": 11', '"n": 12')), "has shape",
     ),
@@ -413,7 +414,7 @@ KILLED = """
     import json, os, signal, sys, time
     import torch
     import torchvision.transforms.functional  # imported once here, and not in every process to be killed
-    from geoclip.datasets import features, sources
+    from geoclip.datasets import embedding, sources
     from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 
     csv = sys.argv[1]
@@ -425,7 +426,7 @@ KILLED = """
         child = os.fork()
         if child == 0:
             encoder = ImageEncoder(ImageEncoderConfig("conv", None, False, 8, 4), torch.Generator().manual_seed(1))
-            features.embed(source, encoder, out, sources.Views(number=2), arithmetic="fp32")
+            embedding.embed(source, encoder, out, sources.Views(number=2), arithmetic="fp32")
             os._exit(0)
         done = False
         while time.monotonic() < began + seconds and not done:
@@ -479,16 +480,16 @@ def test_sigkill_at_random_moments_loses_and_repeats_nothing(photos, tmp_path):
 
 def test_full_disk_stops_with_a_clear_error_and_keeps_what_was_whole(photos, tmp_path, encoder, monkeypatch):
     source, out = open_source(str(photos), photos_a_part=4), tmp_path / "out"
-    written = features._write
+    written = embedding._write
     budget = iter(range(12))  # a shard has five files
 
-    def full(path, *contents):
+    def full(path, content):
         if next(budget, None) is None:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device")
-        written(path, *contents)
+        written(path, content)
 
-    monkeypatch.setattr(features, "_write", full)
+    monkeypatch.setattr(embedding, "_write", full)
     with pytest.raises(
         OSError, match=r"disk is full: shard 2 was not written .*, 2 complete shards are kept"
     ) as error:
@@ -730,19 +731,19 @@ def test_command_goes_on_where_it_stopped(photos, tmp_path, capfd):
 
 
 def test_torchrun_and_slurm_are_recognised(monkeypatch):
-    assert features.rank_and_world() == (0, 1, 0)
+    assert embedding.rank_and_world() == (0, 1, 0)
     with monkeypatch.context() as torchrun:
         for name, value in {
             "TORCHELASTIC_RUN_ID": "1", "RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "GROUP_RANK": "1",
             "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1",
         }.items():  # fmt: skip
             torchrun.setenv(name, value)
-        assert features.rank_and_world() == (3, 8, 1)
+        assert embedding.rank_and_world() == (3, 8, 1)
     for name, value in {
         "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_NAME": "embed", "SLURM_NODEID": "1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    assert features.rank_and_world() == (9, 16, 1)
+    assert embedding.rank_and_world() == (9, 16, 1)
 
 
 @pytest.mark.slow

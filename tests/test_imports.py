@@ -19,7 +19,7 @@ ORDER = [
     "__init__",
     "__main__",
 ]
-LONG = {"datasets.features": "embedding, the format of its folders, and reading them belong together"}
+LONG: dict[str, str] = {}  # module: why it is longer than 400 lines
 # The package may only shrink: lower these numbers with it. The aim is 7,500 lines, of which 2,300 in the core.
 MOST_LINES, MOST_CORE_LINES = 12_000, 3_120
 

@@ -92,7 +92,7 @@ def test_the_csv_for_embedding_can_be_read_back(made, tmp_path):
 def test_visual_features_come_in_the_order_of_the_photos(root, tmp_path):
     from PIL import Image
 
-    from geoclip.datasets import features, sources
+    from geoclip.datasets import embedding, sources
     from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 
     data, images = nus_wide.read(root), tmp_path / "images"
@@ -104,7 +104,7 @@ def test_visual_features_come_in_the_order_of_the_photos(root, tmp_path):
     nus_wide.write_csv(data, tmp_path / "nus.csv")
     encoder = ImageEncoder(ImageEncoderConfig("conv", None, False, 8, 4), torch.Generator().manual_seed(0))
     source = sources.open_source(str(tmp_path / "nus.csv"), images)
-    features.embed(source, encoder, tmp_path / "features", sources.Views(number=1), arithmetic="fp32")
+    embedding.embed(source, encoder, tmp_path / "features", sources.Views(number=1), arithmetic="fp32")
     notes = len(data.notes)
     found = nus_wide.visual_features(data, tmp_path / "features")
     assert found.shape[0] == len(data.table) and data.notes[notes].startswith(

@@ -16,7 +16,7 @@ from PIL import Image
 
 from geoclip import baselines, earth, paths
 from geoclip.baselines import geocells
-from geoclip.datasets import features, sources
+from geoclip.datasets import embedding, sources
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.reproduce import notebooks, sweep
 from geoclip.reproduce.profiles import Profile
@@ -52,7 +52,7 @@ def mp16(tmp_path_factory):
     encoder = ImageEncoder(ImageEncoderConfig(**TINY["image"]), torch.Generator().manual_seed(0))
     for name, out in (("mp16", "features"), ("test", "test_features")):
         source = sources.open_source(str(folder / f"{name}.csv"), folder / "images")
-        features.embed(source, encoder, folder / out, sources.Views(number=2), arithmetic="fp32")
+        embedding.embed(source, encoder, folder / out, sources.Views(number=2), arithmetic="fp32")
     table[["LAT", "LON"]].to_csv(folder / "gallery.csv", index=False)
     (folder / "reference.yaml").write_text(yaml.safe_dump(TINY))
     return folder
@@ -145,7 +145,7 @@ def test_a_fraction_trains_on_part_of_the_photos(study):
 def test_features_of_another_tower_are_refused(mp16, tmp_path):
     encoder = ImageEncoder(ImageEncoderConfig(**TINY["image"]), torch.Generator().manual_seed(1))
     source = sources.open_source(str(mp16 / "test.csv"), mp16 / "images")
-    features.embed(source, encoder, tmp_path / "other", sources.Views(number=1), arithmetic="fp32")
+    embedding.embed(source, encoder, tmp_path / "other", sources.Views(number=1), arithmetic="fp32")
     reference = mp16 / "reference.yaml"
     with pytest.raises(ValueError, match=r"other \(random\) holds features of another tower"):
         runner.open_study(reference, mp16 / "features", {"random": tmp_path / "other"}, mp16 / "gallery.csv")

@@ -15,7 +15,7 @@ import webserver
 from PIL import Image
 
 from geoclip.__main__ import main
-from geoclip.datasets import features, shards
+from geoclip.datasets import embedding, features, shards
 from geoclip.datasets.shards import Limits
 from geoclip.datasets.sources import Views, open_source
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
@@ -132,7 +132,7 @@ def test_photos_are_saved_and_failures_are_told_apart_and_counted(tmp_path, caps
     # a truncated photo is noticed when it is opened
     encoder = ImageEncoder(ImageEncoderConfig("conv", None, frozen=False), torch.Generator().manual_seed(0))
     source = open_source(f"{out}/{{00000..00002}}.tar")
-    report = features.embed(source, encoder, tmp_path / "features", Views())
+    report = embedding.embed(source, encoder, tmp_path / "features", Views())
     assert (report.embedded, report.unreadable, report.failed) == (GOOD, 1, ())
     data = features.FeatureData(tmp_path / "features")
     assert sorted(data.ids()) == [f"0{i}" for i in range(GOOD)]

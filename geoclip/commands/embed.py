@@ -90,7 +90,7 @@ def run(options) -> int:
     import joblib
     import torch
 
-    from geoclip.datasets import benchmarks, features
+    from geoclip.datasets import benchmarks, embedding, features
     from geoclip.datasets.sources import Views, open_source
     from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
     from geoclip.model import load_checkpoint
@@ -103,7 +103,7 @@ def run(options) -> int:
     )
     if options.devices > 1:
         return _launch(options, sys.argv[sys.argv.index("embed") :])
-    rank, world, local_rank = features.rank_and_world()
+    rank, world, local_rank = embedding.rank_and_world()
     if options.source in benchmarks.CARDS and rank == 0:
         expected = benchmarks.CARDS[options.source].n
         print(f"{source.name}: {len(source.data):,} of {expected or len(source.data):,} expected")
@@ -119,7 +119,7 @@ def run(options) -> int:
     workers = options.workers
     if workers is None:
         workers = max(1, joblib.cpu_count() // max(1, gpus))
-    report = features.embed(
+    report = embedding.embed(
         source,
         encoder,
         options.out,
@@ -147,10 +147,10 @@ def run(options) -> int:
 
 def _launch(options, arguments: list[str]) -> int:
     """Run the same command in --devices processes under torchrun; return the status that one process would."""
-    from geoclip.datasets import features
+    from geoclip.datasets import embedding, features
 
     out = Path(options.out)
-    before = features.merge_unreadable(out) if out.is_dir() else 0
+    before = embedding.merge_unreadable(out) if out.is_dir() else 0
     kept = [argument for argument in arguments if not argument.startswith("--devices=")]
     if "--devices" in kept:
         at = kept.index("--devices")
@@ -165,4 +165,4 @@ def _launch(options, arguments: list[str]) -> int:
         return status
     shards = features.FeatureInfo.read(out / features.INFO).shards
     failed = features.missing_shards(out, range(shards))
-    return 1 if failed or features.merge_unreadable(out) != before else 0
+    return 1 if failed or embedding.merge_unreadable(out) != before else 0

@@ -41,7 +41,7 @@ def run(options) -> int:
         if not getattr(options, option) > 0:
             raise ValueError(f"--{option.replace('_', '-')} must be greater than 0")
 
-    from geoclip.datasets import benchmarks, features, shards
+    from geoclip.datasets import benchmarks, embedding, shards
 
     urls = shards.read_urls(options.urls)
     listed = shards.join_places(urls, benchmarks.read_csv(options.places).table)
@@ -51,7 +51,7 @@ def run(options) -> int:
     limits = shards.Limits(
         options.threads, options.timeout, options.max_mb, options.retries, options.allow_private
     )
-    rank, world, _ = features.rank_and_world()
+    rank, world, _ = embedding.rank_and_world()
     done = shards.download(listed, options.out, options.shard_size, options.processes, limits, rank, world)
     print(f"{done.photos:,} of {done.listed:,} photos in {done.pattern}")
     for reason, count in done.failed.items():

@@ -1,37 +1,26 @@
-"""Features: images embedded once by the frozen tower and stored, so that training never runs the tower.
+"""Feature folders: images embedded once by the frozen tower and stored, so that training never runs the tower.
 
 A feature folder holds `features.json`, which describes how the features were made, and one folder per shard
-with features.npy (m, v, c) float16, latlon.npy (m, 2) float32, ids.txt, unreadable.csv and shard.json. A
-shard appears complete, by a rename, or not at all, so an interrupted run resumes at the first missing shard.
-Shards are verified against the hashes in shard.json when they are opened.
+with features.npy (m, v, c) float16, latlon.npy (m, 2) float32, ids.txt, unreadable.csv and shard.json.
+`geoclip.datasets.embedding` writes such folders; this module verifies and reads them.
 """
 
-import csv
 import dataclasses
-import errno
 import hashlib
-import io
 import itertools
 import json
-import os
-import shutil
-import sys
-import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
-from tqdm import tqdm
+from torch.utils.data import Dataset
 
-from geoclip import paths
-from geoclip.datasets.sources import Chunk, Source, Tiles, Views
-from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Precision, Preprocessing, tower_hash
+from geoclip.datasets.sources import Source, Views
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, tower_hash
 
 INFO, SHARD, UNREADABLE = "features.json", "shard.json", "unreadable.csv"
 # Raised by hand whenever the same photo, tower and views no longer give the same features.
@@ -80,7 +69,10 @@ class FeatureInfo:
     @classmethod
     def read(cls, path: Path) -> "FeatureInfo":
         """Read a features.json or shard.json; ValueError if it is damaged or from another version."""
-        found = _read_json(path)
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise damaged(path.parent, f"{path.name} cannot be read ({error})") from error
         try:
             for name, kind in (("preprocessing", Preprocessing), ("views", Views)):
                 values = {key: tuple(v) if isinstance(v, list) else v for key, v in found[name].items()}
@@ -89,8 +81,7 @@ class FeatureInfo:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} does not describe features ({error!r}): it is damaged or was made by another "
-                "version; embed "
-                f"into another folder"
+                "version; embed into another folder"
             ) from error
 
     def differences(self, other: "FeatureInfo") -> list[str]:
@@ -100,187 +91,6 @@ class FeatureInfo:
             for field in dataclasses.fields(self)
             if getattr(self, field.name) != getattr(other, field.name)
         ]
-
-
-@dataclass(frozen=True)
-class EmbedReport:
-    """What one process did: images embedded, images already there, unreadable images, (shard, reason) that
-    failed."""
-
-    embedded: int
-    found: int
-    unreadable: int
-    failed: tuple[tuple[int, str], ...]
-    seconds: float
-
-
-def rank_and_world() -> tuple[int, int, int]:
-    """(rank, number of processes, rank on this machine) under torchrun or SLURM, otherwise (0, 1, 0)."""
-    from lightning.fabric.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
-
-    for kind in (TorchElasticEnvironment, SLURMEnvironment):
-        if kind.detect():
-            environment = kind()
-            return environment.global_rank(), environment.world_size(), environment.local_rank()
-    return 0, 1, 0
-
-
-def embed(
-    source: Source,
-    encoder: ImageEncoder,
-    out: Path | str,
-    views: Views | None = None,
-    batch_size: int = 256,
-    workers: int = 0,
-    arithmetic: Precision = "auto",
-    rank: int = 0,
-    world: int = 1,
-    compiled: bool = False,
-    progress: bool = False,
-    full: bool = False,
-) -> EmbedReport:
-    """Write the features of `source` to the folder `out`, resuming where an earlier run stopped.
-
-    batch_size: views through the tower at once; workers: decoding processes; rank, world: this process makes
-    the shards rank, rank + world, …; full: verify every byte of the shards that are there. Damaged shards are
-    made again. Photos that cannot be read are listed in unreadable.csv; a tar that cannot be read to its end
-    makes no shard and is reported. Raises ValueError if `out` holds other features or no photo can be read,
-    OSError if the disk is full; complete shards are kept in every case.
-    """
-    began = time.perf_counter()
-    if views and views.ten_crop and isinstance(source, Tiles):
-        raise ValueError("tiles are rendered, so ten crops cannot be cut from them")
-    out = paths.make_folder(Path(out))
-    info = FeatureInfo.of(source, encoder, views := views or Views())
-    claim(out, info)
-    mine, found = range(rank, source.parts, world), 0
-    for part in set(mine) - set(missing_shards(out, mine)):
-        try:
-            found += check_shard(out, part, info, full)
-        except ValueError as error:
-            print(f"geoclip: {error}", file=sys.stderr)
-            shutil.rmtree(shard_folder(out, part))
-    wanted = missing_shards(out, mine)
-    for part in wanted:  # temporary folders of a killed run
-        for left in out.glob(f".{shard_folder(out, part).name}.*"):
-            shutil.rmtree(left)
-    tower = Tower(encoder, batch_size, arithmetic, compiled)
-    stream = DataLoader(
-        _Parts(source, wanted, info, max(1, batch_size // views.number)),
-        batch_size=None,
-        num_workers=min(workers, len(wanted)),
-        pin_memory=tower.device.type == "cuda",
-        prefetch_factor=4 if workers and wanted else None,
-    )
-    embedded, unreadable, failed, open_shards = 0, 0, [], {}
-    title = f"rank {rank}: {len(mine) - len(wanted)} of {len(mine)} shards found"
-    with tqdm(desc=title, unit=" images", smoothing=0.05, disable=not progress) as bar:
-        for part, chunk in stream:
-            shard = open_shards.setdefault(part, Shard(part))
-            if isinstance(chunk, Chunk):
-                shard.add(chunk, tower)
-                embedded += len(chunk.ids)
-                bar.update(len(chunk.ids))
-                continue
-            del open_shards[part]
-            if chunk:
-                failed.append((part, chunk))
-                continue
-            if rank == 0 and not found and not embedded and shard.unreadable:
-                name, reason = shard.unreadable[0]
-                raise ValueError(
-                    f"{source.name}: none of the first {len(shard.unreadable):,} photos can be read ({name}: "
-                    f"{reason}); is the image folder right?"
-                )
-            shard.write(out, info, tower.arithmetic)
-            unreadable += len(shard.unreadable)
-    merge_unreadable(out)
-    return EmbedReport(embedded, found, unreadable, tuple(failed), time.perf_counter() - began)
-
-
-class Tower:
-    """The image tower on its device, in one arithmetic and in batches of bounded size."""
-
-    def __init__(self, encoder: ImageEncoder, batch_size: int, arithmetic: Precision, compiled: bool):
-        encoder.eval().use_precision(arithmetic)
-        self.arithmetic = encoder.precision
-        self.device = encoder.head[0].weight.device
-        self.preprocessing, self.batch_size = encoder.preprocess, batch_size
-        self.features = torch.compile(encoder.features) if compiled else encoder.features
-
-    @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Float[Tensor, "n c"]:
-        """float16 features on the CPU of images (n, 3, p, p): uint8, or floats that are already normalised."""
-        parts = []
-        for part in images.split(self.batch_size):
-            part = part.to(self.device, non_blocking=True)  # bytes are copied, not floats
-            part = self.preprocessing.normalise(part) if part.dtype == torch.uint8 else part
-            parts.append(self.features(part))
-        return torch.cat(parts).half().cpu()
-
-
-class Shard:
-    """Collects the features of one part and writes them to a folder."""
-
-    def __init__(self, part: int):
-        self.part = part
-        self.ids: list[str] = []
-        self.latlon: list[tuple[float, float]] = []
-        self.features: list[np.ndarray] = []
-        self.unreadable: list[tuple[str, str]] = []
-
-    def add(self, chunk: Chunk, tower: Tower) -> None:
-        """Embed a chunk and keep its features."""
-        self.unreadable += chunk.unreadable
-        if not chunk.ids:
-            return
-        n, v = chunk.images.shape[:2]
-        self.features.append(tower(chunk.images.flatten(0, 1)).view(n, v, -1).numpy())
-        self.ids += chunk.ids
-        self.latlon += chunk.latlon
-
-    def write(self, out: Path, info: FeatureInfo, arithmetic: str) -> None:
-        """Write the shard to a temporary folder, then rename it.
-
-        Raises ValueError for features that are not finite, OSError if the disk is full; neither leaves
-        anything.
-        """
-        empty = np.empty((0, info.views.number, info.dim), np.float16)
-        features = np.concatenate([empty, *self.features])
-        if bad := _not_finite(features):
-            raise ValueError(
-                f"{info.source}, shard {self.part}: the features of {self.ids[bad[0]]} are not finite; is "
-                "the tower "
-                f"whole? With --precision fp32 they may be finite"
-            )
-        final = shard_folder(out, self.part)
-        temporary = out / f".{final.name}.{os.getpid()}"
-        try:
-            temporary.mkdir()
-            _write(temporary / "features.npy", *_npy(features))
-            _write(temporary / "latlon.npy", *_npy(np.array(self.latlon, np.float32).reshape(-1, 2)))
-            _write(temporary / "ids.txt", ("\n".join(self.ids) + "\n" * bool(self.ids)).encode())
-            _write(temporary / UNREADABLE, _csv_bytes((self.part, *row) for row in self.unreadable))
-            about = {
-                **dataclasses.asdict(info),
-                "shard": self.part,
-                "n": len(self.ids),
-                "unreadable": len(self.unreadable),
-                "arithmetic": arithmetic,
-                "sampled_sha256": file_hash(temporary / "features.npy", BLOCKS),
-                "sha256": {name: file_hash(temporary / name) for name in HASHED},
-            }
-            _write(temporary / SHARD, json.dumps(about, indent=1).encode())
-            os.rename(temporary, final)
-            _sync_folder(out)
-        except OSError as error:
-            kept = len(list(out.glob("shard-*")))
-            reason = f"the disk is full: shard {self.part} was not written to {out}, {kept} complete shards are kept"
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise OSError(error.errno, f"{reason}; free some space and rerun") from error
-            raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 class FeatureData(Dataset):
@@ -318,8 +128,7 @@ class FeatureData(Dataset):
         if absent := missing_shards(self.folder, shards):
             raise ValueError(
                 f"{self.folder} is incomplete: {len(absent)} of {self.info.shards} shards are missing, the "
-                "first "
-                f"is {absent[0]}; rerun the embed command to complete it"
+                f"first is {absent[0]}; rerun the embed command to complete it"
             )
         self.starts = np.cumsum([0] + [check_shard(self.folder, part, self.info, full) for part in shards])
         places = np.concatenate([np.load(self._file(part, "latlon.npy")) for part in shards])
@@ -330,21 +139,20 @@ class FeatureData(Dataset):
             order = np.random.default_rng(0).permutation(len(places))
             self.image = np.sort(order[: max(1, round(fraction * len(places)))])
         self.latlon = torch.from_numpy(places[self.image])
+        self._maps: dict[int, np.ndarray] = {}
         self._all: Tensor | None = None  # all features, on a GPU
 
     def require(self, encoder: ImageEncoderConfig) -> None:
         """Raise ValueError unless the tower of `encoder` makes these features."""
-        wanted = {
-            "tower": encoder.tower,
-            "weights": encoder.weights,
-            "preprocessing": Preprocessing.of(encoder),
-        }
-        for name, value in wanted.items():
-            if getattr(self.info, name) != value:
+        for name, value in (
+            ("tower", encoder.tower),
+            ("weights", encoder.weights),
+            ("preprocessing", Preprocessing.of(encoder)),
+        ):
+            if (found := getattr(self.info, name)) != value:
                 raise ValueError(
-                    f"{self.folder} holds features of {name} {getattr(self.info, name)}, but the model has "
-                    f"{value}: train "
-                    f"with the same {name}, or embed again"
+                    f"{self.folder} holds features of {name} {found}, but the model has {value}: train with "
+                    f"the same {name}, or embed again"
                 )
 
     def __len__(self) -> int:
@@ -404,25 +212,18 @@ class FeatureData(Dataset):
         edges = np.flatnonzero(np.diff(shard[order], prepend=-1, append=self.info.shards))
         for start, stop in itertools.pairwise(edges):
             pick, part = order[start:stop], int(shard[order[start]])
-            features[pick] = self._map(part)[(image[pick] - self.starts[part])[:, None], view[pick]]
-            if _not_finite(features[pick]):
-                raise _damaged(shard_folder(self.folder, part), "features.npy has values that are not finite")
+            if part not in self._maps:
+                self._maps[part] = np.load(self._file(part, "features.npy"), mmap_mode="r")
+            features[pick] = self._maps[part][(image[pick] - self.starts[part])[:, None], view[pick]]
+            if not_finite(features[pick]):
+                raise damaged(shard_folder(self.folder, part), "features.npy has values that are not finite")
         return features
 
     def _file(self, part: int, name: str) -> Path:
         return shard_folder(self.folder, part) / name
 
-    def _map(self, part: int) -> np.ndarray:
-        if not hasattr(self, "_maps"):
-            self._maps = {}
-        if part not in self._maps:
-            self._maps[part] = np.load(self._file(part, "features.npy"), mmap_mode="r")
-        return self._maps[part]
-
     def __getstate__(self) -> dict:
-        return {
-            name: value for name, value in vars(self).items() if name != "_maps"
-        }  # memory maps are not pickled
+        return vars(self) | {"_maps": {}}  # memory maps are opened again, not pickled
 
 
 def drawn_views(seed: int, epoch: int, image: np.ndarray, views: int, k: int) -> np.ndarray:
@@ -445,17 +246,6 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
         return x ^ (x >> np.uint64(31))
 
 
-def claim(out: Path, info: FeatureInfo) -> None:
-    """Record in `out` what is written there. Raises ValueError if it holds other features."""
-    path = out / INFO
-    if path.is_file():
-        if wrong := FeatureInfo.read(path).differences(info):
-            raise ValueError(f"{out} holds other features ({'; '.join(wrong)}); name another folder")
-        return
-    with paths.atomic(path) as temporary:
-        temporary.write_text(json.dumps(dataclasses.asdict(info), indent=1))
-
-
 def shard_folder(out: Path, part: int) -> Path:
     """The folder of shard `part`; it exists if and only if the shard is complete."""
     return out / f"shard-{part:06d}"
@@ -466,48 +256,15 @@ def missing_shards(out: Path, parts: Iterable[int]) -> list[int]:
     return [part for part in parts if not shard_folder(out, part).is_dir()]
 
 
-def merge_unreadable(out: Path) -> int:
-    """Collect the unreadable photos of all shards in OUT/unreadable.csv (shard, id, reason); returns their
-    number."""
-    with FileLock(out / ".unreadable.lock"):  # the last process sees the shards of all others
-        rows = []
-        for path in sorted(out.glob(f"shard-*/{UNREADABLE}")):
-            with path.open(newline="", encoding="utf-8", errors="replace") as file:
-                rows += list(csv.reader(line.replace("\0", "") for line in file))
-        with paths.atomic(out / UNREADABLE) as temporary:
-            temporary.write_bytes(_csv_bytes([("shard", "id", "reason"), *rows]))
-    return len(rows)
-
-
-class _Parts(IterableDataset):
-    """Stream (part, chunk) of the wanted parts, then (part, "") or (part, why it failed); a worker reads
-    whole parts."""
-
-    def __init__(self, source: Source, parts: list[int], info: FeatureInfo, size: int):
-        self.source, self.parts, self.info, self.size = source, parts, info, size
-
-    def __iter__(self) -> Iterator[tuple[int, Chunk | str]]:
-        worker = get_worker_info()
-        mine = self.parts if worker is None else self.parts[worker.id :: worker.num_workers]
-        for part in mine:
-            try:
-                chunks = self.source.chunks(part, self.info.views, self.info.preprocessing, self.size)
-                yield from ((part, chunk) for chunk in chunks)
-            except OSError as error:
-                yield part, str(error)
-            else:
-                yield part, ""
-
-
 def check_shard(out: Path, part: int, info: FeatureInfo, full: bool = False) -> int:
     """The number of images in a shard, after its description, headers and hashes are verified.
 
     Of a large features.npy, blocks are sampled unless `full`. Raises ValueError with the shard's folder.
     """
     folder = shard_folder(out, part)
-    about = _read_json(folder / SHARD)
     if wrong := FeatureInfo.read(folder / SHARD).differences(info):
         raise ValueError(f"{folder} was made differently: {'; '.join(wrong)}")
+    about = json.loads((folder / SHARD).read_text(encoding="utf-8"))
     try:
         n, hashes, sampled = int(about["n"]), about["sha256"], about["sampled_sha256"]
         shapes = {"features.npy": (n, info.views.number, info.dim), "latlon.npy": (n, 2)}
@@ -518,11 +275,12 @@ def check_shard(out: Path, part: int, info: FeatureInfo, full: bool = False) -> 
             if name in shapes and (found := np.load(folder / name, mmap_mode="r").shape) != shapes[name]:
                 raise ValueError(f"{name} has shape {found} instead of {shapes[name]}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, str(error)) from error
+        raise damaged(folder, str(error)) from error
     return n
 
 
-def _damaged(folder: Path, what: str) -> ValueError:
+def damaged(folder: Path, what: str) -> ValueError:
+    """The error for a shard, or for a whole folder, that cannot be used."""
     return ValueError(f"{folder} is damaged: {what}; rerun the embed command to make it again")
 
 
@@ -539,48 +297,7 @@ def file_hash(path: Path, blocks: int = 0) -> str:
         return digest.hexdigest()
 
 
-def _not_finite(features: np.ndarray) -> np.ndarray | list:
-    """Rows of float16 features (n, v, c) with NaN or infinity, empty if there are none."""
+def not_finite(features: np.ndarray) -> list[int]:
+    """Rows of float16 features (n, v, c) with NaN or infinity."""
     bad = (np.ascontiguousarray(features).view(np.uint16) & 0x7C00) == 0x7C00  # all exponent bits set
     return np.flatnonzero(bad.any((1, 2))).tolist() if bad.any() else []
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        found, reason = None, str(error)
-    if not isinstance(found, dict):
-        raise _damaged(
-            path.parent, f"{path.name} cannot be read ({reason if found is None else 'not an object'})"
-        )
-    return found
-
-
-def _write(path: Path, *contents) -> None:
-    with path.open("wb") as file:
-        for content in contents:
-            file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _npy(array: np.ndarray) -> tuple[bytes, memoryview]:
-    """Header and data of a .npy file; np.save loses the reason if the disk is full."""
-    header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
-    return header.getvalue(), np.ascontiguousarray(array).data
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _csv_bytes(rows: Iterable[Sequence]) -> bytes:
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    return text.getvalue().encode()

@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geoclip import baselines, earth, evaluation, gallery, paths
-from geoclip.datasets import blue_marble, features, folder, sources
+from geoclip.datasets import blue_marble, embedding, features, folder, sources
 from geoclip.image_encoder import ImageEncoder
 from geoclip.training import runs
 from geoclip.training.config import RunConfig, TrainConfig, plain
@@ -299,7 +299,7 @@ def tile_folder(config: TrainConfig, views: int) -> Path:
     folder = paths.make_folder(paths.CACHE / "features") / key
     with FileLock(folder.with_suffix(".lock")):
         # in single precision everywhere, so that machines with and without bf16 agree
-        features.embed(source, encoder, folder, how, arithmetic="fp32")
+        embedding.embed(source, encoder, folder, how, arithmetic="fp32")
     return folder
 
 
