@@ -131,7 +131,7 @@ def osv_mini(directory, rows):
     columns = "id,latitude,longitude,region,sub-region,city,unique_city,unique_sub-region,climate,captured_at"
     (directory / "test_images" / "Texas").mkdir(parents=True)
     (directory / "test_mini.csv").write_text("\n".join([columns, *rows]) + "\n")
-    return directory
+    return directory / "test_mini.csv"
 
 
 def test_osv_mini_finds_images_by_region_and_reads_climate_and_time(tmp_path):
@@ -157,16 +157,16 @@ def test_osv_mini_finds_images_by_region_and_reads_climate_and_time(tmp_path):
     ],
 )
 def test_osv_mini_refuses_labels_out_of_range(tmp_path, climate, time, message):
-    directory = osv_mini(tmp_path / "mini", [f"41,30.27,-97.74,Texas,a,b,c,d,{climate},{time}"])
+    csv = osv_mini(tmp_path / "mini", [f"41,30.27,-97.74,Texas,a,b,c,d,{climate},{time}"])
     with pytest.raises(ValueError, match=message):
-        benchmarks.read_osv_mini(directory)
+        benchmarks.read_osv_mini(csv)
 
 
 def test_osv_5m_finds_images_in_whichever_archive_held_them(tmp_path):
     (tmp_path / "images/test/03").mkdir(parents=True)
     Image.new("RGB", (4, 4)).save(tmp_path / "images/test/03/7.jpg")
     (tmp_path / "test.csv").write_text("id,latitude,longitude\n7,1,2\n8,3,4\n")
-    photos = benchmarks.read_osv5m(tmp_path)
+    photos = benchmarks.read_osv5m(tmp_path / "test.csv")
     assert photos.table["file"].tolist() == ["03/7.jpg", "8.jpg"]
     assert photos.missing() == ["8.jpg"]
 

@@ -190,7 +190,7 @@ def read_photos(config: RunConfig) -> tuple[folder.Geotagged, pd.DataFrame]:
     csv = Path(config.data)
     images = Path(config.images) if config.images else csv.parent
     if csv.name.endswith("_mini.csv"):
-        data = benchmarks.read_osv_mini(csv.parent, csv.name.removesuffix("_mini.csv"))
+        data = benchmarks.read_osv_mini(csv)
         context = data.table[list(OSV_COLUMNS.values())].replace("", None)
         context.columns = list(OSV_COLUMNS)
         context["climate"], context["month"] = data.table["climate"], data.table["captured_at"].dt.month - 1
