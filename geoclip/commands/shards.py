@@ -1,5 +1,7 @@
 """Download photos known by URL (such as MP-16's list) into tar shards, ready to embed."""
 
+from pathlib import Path
+
 from jsonargparse import ArgumentParser
 
 EPILOG = """
@@ -53,9 +55,9 @@ def run(options) -> int:
     )
     rank, world, _ = embedding.rank_and_world()
     done = shards.download(listed, options.out, options.shard_size, options.processes, limits, rank, world)
-    print(f"{done.photos:,} of {done.listed:,} photos in {done.pattern}")
+    print(f"{done.photos:,} of {len(listed):,} photos in {done.pattern}")
     for reason, count in done.failed.items():
         print(f"  {count:,} failed: {reason}")
     if done.failed:
-        print(f"all failures are listed in {done.folder / shards.UNAVAILABLE}")
+        print(f"all failures are listed in {Path(options.out) / shards.UNAVAILABLE}")
     return 1 if done.failed and world == 1 else 0

@@ -59,18 +59,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Downloaded:
-    """The outcome: URLs listed, photos saved, number of failures by reason, number of shards, their folder."""
+    """The outcome: photos saved, number of failures by reason, and the shards as `embed` expects them."""
 
-    listed: int
     photos: int
     failed: dict[str, int]
-    shards: int
-    folder: Path
-
-    @property
-    def pattern(self) -> str:
-        """The shards as `python -m geoclip embed` expects them."""
-        return f"{self.folder}/{{{0:05d}..{self.shards - 1:05d}}}.tar"
+    pattern: str
 
 
 def read_urls(path: Path | str) -> pd.DataFrame:
@@ -86,13 +79,12 @@ def read_urls(path: Path | str) -> pd.DataFrame:
         raise ValueError(f"{path} is not a list of URLs: {str(error).strip()}") from error
     first = [name.strip().lower() for name in table.iloc[0]]
     if "url" in first:
-        identity = next((first.index(name) for name in ID_COLUMNS if name in first), None)
+        identity = next((name for name in ID_COLUMNS if name in first), None)
         if identity is None:
             raise ValueError(
-                f"{path}: the header {','.join(first)} has no image id; it needs one of "
-                f"{', '.join(ID_COLUMNS)}"
+                f"{path}: the header {','.join(first)} has no image id; it needs one of {', '.join(ID_COLUMNS)}"
             )
-        table = table.iloc[1:, [identity, first.index("url")]]
+        table = table.iloc[1:, [first.index(identity), first.index("url")]]
     elif table.shape[1] != 2:
         raise ValueError(f"{path}: {table.shape[1]} columns and no header; expected image id and url")
     table = table.set_axis(["id", "url"], axis=1)
@@ -164,7 +156,7 @@ def download(
         failed.to_csv(temporary, index=False)
     counts = failed["reason"].value_counts().sort_index().sort_values(ascending=False, kind="stable")
     photos = sum(found["successes"] for found in made)
-    return Downloaded(len(listed), photos, counts.to_dict(), shards, out)
+    return Downloaded(photos, counts.to_dict(), f"{out}/{{{0:05d}..{shards - 1:05d}}}.tar")
 
 
 def claim(out: Path, listed: pd.DataFrame, photos_a_shard: int) -> None:
@@ -209,22 +201,22 @@ async def _fetch_all(rows: pd.DataFrame, file: BinaryIO, part: int, limits: Limi
         auto_decompress=False,
         trust_env=limits.allow_private,
     )
-    failed, running, waiting = {}, {}, iter(enumerate(rows.itertuples(index=False)))
+    failed, connections = {}, asyncio.Semaphore(limits.connections)
+
+    async def save(index: int, row) -> None:
+        async with connections:
+            body, reason = await _fetch(session, row.url, limits)
+            if reason:
+                failed[index] = [row.id, row.url, reason]
+                return
+            about = json.dumps({"id": row.id, "url": row.url, "LAT": row.LAT, "LON": row.LON})
+            key = f"{part:05d}{index:05d}"
+            tar.write({"__key__": key, _suffix(body): body, "json": about.encode()})
+
     async with session:
         with TarWriter(file, mtime=0) as tar:
-            while True:
-                for index, row in itertools.islice(waiting, limits.connections - len(running)):
-                    running[asyncio.create_task(_fetch(session, row.url, limits))] = index, row
-                if not running:
-                    return [failed[index] for index in sorted(failed)]
-                for task in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
-                    (index, row), (body, reason) = running.pop(task), task.result()
-                    if reason:
-                        failed[index] = [row.id, row.url, reason]
-                        continue
-                    about = json.dumps({"id": row.id, "url": row.url, "LAT": row.LAT, "LON": row.LON})
-                    key = f"{part:05d}{index:05d}"
-                    tar.write({"__key__": key, _suffix(body): body, "json": about.encode()})
+            await asyncio.gather(*map(save, itertools.count(), rows.itertuples(index=False)))
+    return [failed[index] for index in sorted(failed)]
 
 
 async def _fetch(session: aiohttp.ClientSession, url: str, limits: Limits) -> tuple[bytes, str]:
@@ -236,14 +228,16 @@ async def _fetch(session: aiohttp.ClientSession, url: str, limits: Limits) -> tu
             async with session.get(url) as response:
                 if response.status == 200:
                     return await _body(response, limits.megabytes), ""
-                reason, final = f"HTTP {response.status} {response.reason}", response.status not in TEMPORARY
+                reason = f"HTTP {response.status} {response.reason}"
+                if response.status not in TEMPORARY:
+                    break
         except (aiohttp.ClientError, OSError, ValueError) as error:
             cause = getattr(error, "os_error", error)
-            final = isinstance(cause, PermissionError | ValueError)
+            if isinstance(cause, PermissionError | _NotAPhoto):
+                return b"", str(cause)
             reason = next((text for kind, text in LOST if isinstance(error, kind)), type(error).__name__)
-            reason = str(cause) if isinstance(cause, PermissionError | _NotAPhoto) else reason
-        if final:
-            break
+            if isinstance(error, ValueError):  # not an address
+                break
     return b"", reason
 
 
