@@ -1,9 +1,9 @@
 """GeoCLIP, reproduced: where on Earth was a photo taken?
 
-    from geoclip import GeoCLIP, LocationEncoder
+    from geoclip import GeoCLIP, embed_places
 
     gps, probability = GeoCLIP.pretrained().predict("photo.jpg", top_k=5)
-    embedding = LocationEncoder.pretrained()(torch.tensor([[40.7128, -74.0060]]))   # (1, 512)
+    embedding = embed_places([[40.7128, -74.0060]])   # (1, 512), NumPy
 
 Importing the package is light: torch and the rest come with the first name that needs them.
 """
@@ -15,12 +15,14 @@ import warnings
 warnings.filterwarnings("ignore", message="IProgress not found")
 
 _PUBLIC = {
+    "GPSEmbedding": "gps_embedding",
     "GeoCLIP": "model",
     "Gallery": "gallery",
     "ImageEncoder": "image_encoder",
     "ImageEncoderConfig": "config",
     "LocationEncoder": "location_encoder",
     "LocationEncoderConfig": "config",
+    "embed_places": "gps_embedding",
     "TrainConfig": "training.config",
     "train": "training.runs",
 }

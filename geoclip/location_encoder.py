@@ -9,6 +9,7 @@ import math
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
 from geoclip import earth
 from geoclip.config import LocationEncoderConfig
@@ -33,6 +34,14 @@ class FourierLevel(nn.Module):
             layers += [nn.Linear(before, after), nn.ReLU()]
         self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], config.dim))
 
+    def _apply(self, fn, recurse=True):
+        """As nn.Module._apply, but `.half()` and `.to(dtype)` leave the frequencies in float32."""
+        exact = self.frequencies
+        super()._apply(fn, recurse)
+        if exact is not None and self.frequencies.dtype != exact.dtype:
+            self.frequencies = exact.to(self.frequencies.device)
+        return self
+
     def features(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n f"]:
         """Fourier features, always in float32: a bfloat16 phase destroys the embedding."""
         if self.frequencies is None:
@@ -44,9 +53,10 @@ class FourierLevel(nn.Module):
     def forward(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
         features = self.features(xy)
         if self.frequencies is None:  # bfloat16 cannot distinguish coordinates closer than 0.7°
+            first = self.mlp[0]
             with torch.autocast(xy.device.type, enabled=False):
-                features = self.mlp[0](features)
-            return self.mlp[1:](features)
+                features = functional.linear(features, first.weight.float(), first.bias.float())
+            return self.mlp[1:](features.to(first.weight.dtype))
         if not torch.is_autocast_enabled(xy.device.type):
             features = features.to(self.mlp[0].weight.dtype)
         return self.mlp(features)

@@ -80,6 +80,20 @@ def test_the_phase_stays_in_single_precision_under_autocast():
     assert destroyed.mean() < 0.5
 
 
+@pytest.mark.parametrize("sigmas", [(1.0, 256.0), ()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_phase_stays_in_single_precision_in_an_encoder_of_another_dtype(sigmas, dtype):
+    config = LocationEncoderConfig(sigmas=sigmas, width=64, dim=32)
+    encoder, latlon = LocationEncoder(config, seeded()), earth.sample_sphere(500, seeded())
+    with torch.no_grad():
+        exact, found = encoder(latlon), encoder.to(dtype)(latlon)
+    assert found.dtype == dtype and torch.cosine_similarity(exact, found.float()).min() > 0.999
+    assert all(
+        level.frequencies is None or level.frequencies.dtype == torch.float32 for level in encoder.levels
+    )
+    assert encoder.float()(latlon).dtype == torch.float32
+
+
 def test_released_weights_are_level_by_level_what_was_trained():
     encoder = LocationEncoder.pretrained()
     assert not encoder.training

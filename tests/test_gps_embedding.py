@@ -1,0 +1,165 @@
+"""Embeddings to take away: embed_places, GPSEmbedding in scikit-learn, and the encoder outside Python."""
+
+import doctest
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.compose import make_column_transformer
+from sklearn.linear_model import Ridge
+from sklearn.pipeline import make_pipeline
+from sklearn.utils.estimator_checks import check_estimator
+
+from geoclip import earth, gps_embedding
+from geoclip.config import LocationEncoderConfig
+from geoclip.gps_embedding import GPSEmbedding, embed_places
+from geoclip.location_encoder import LocationEncoder
+
+PLACES = [[48.8566, 2.3522], [-33.8688, 151.2093], [90.0, 0.0], [0.0, -180.0]]
+
+
+@pytest.fixture(scope="module")
+def small():
+    config = LocationEncoderConfig(sigmas=(1.0, 16.0, 256.0), frequencies=16, width=24, dim=8)
+    return LocationEncoder(config, torch.Generator().manual_seed(0)).eval()
+
+
+def test_arrays_lists_tables_and_tensors_give_the_encoder_s_embedding(small):
+    with torch.no_grad():
+        expected = small(torch.tensor(PLACES)).numpy()
+    table = pd.DataFrame(PLACES, columns=["lat", "lon"])[["lon", "lat"]]  # names, not positions, decide
+    for given in (PLACES, np.array(PLACES), table, table.astype("Float64")):
+        found = embed_places(given, encoder=small)
+        assert isinstance(found, np.ndarray) and found.dtype == np.float32
+        np.testing.assert_array_equal(found, expected)
+    found = embed_places(torch.tensor(PLACES), batch_size=3, encoder=small)
+    assert isinstance(found, torch.Tensor) and not found.requires_grad
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_levels(small):
+    total, each, concat = (
+        embed_places(PLACES, levels=levels, encoder=small) for levels in gps_embedding.LEVELS
+    )
+    assert (total.shape, each.shape, concat.shape) == ((4, 8), (4, 3, 8), (4, 24))
+    np.testing.assert_allclose(each.sum(1), total, atol=1e-6)
+    np.testing.assert_array_equal(each.reshape(4, 24), concat)
+    assert gps_embedding.column_names(small)[::7] == ["gps_0", "gps_7"]
+    assert gps_embedding.column_names(small, "concat")[::8] == [
+        "gps_sigma1_0",
+        "gps_sigma16_0",
+        "gps_sigma256_0",
+    ]
+
+
+def test_no_place_and_one_place(small):
+    assert embed_places(np.empty((0, 2)), encoder=small).shape == (0, 8)
+    assert embed_places([[1, 2]], levels="each", encoder=small).shape == (1, 3, 8)
+
+
+def test_longitudes_up_to_360_are_wrapped(small):
+    east, west = (
+        embed_places([[10, 190], [10, 180]], encoder=small),
+        embed_places([[10, -170], [10, -180]], encoder=small),
+    )
+    np.testing.assert_array_equal(east, west)
+
+
+@pytest.mark.parametrize(
+    ("latlon", "message"),
+    [
+        ([[1, 2], [np.nan, 3]], r"places, row 1: \(nan, 3\)"),
+        ([[1, 2], [2.35, 48.9], [151.2, -33.9]], r"row 2: \(151.2, -33.9\).*are lat and lon swapped"),
+        ([[1, 2], [3, 361]], r"row 1: \(3, 361\)"),
+        ([[1, 2], [3, -181]], r"row 1: \(3, -181\)"),
+        ([1, 2], r"expected places of shape \(n, 2\).*got \(2,\)"),
+        ([[1, 2, 3]], r"got \(1, 3\)"),
+        ([["Paris", 2]], "Paris"),
+        (pd.DataFrame({"lat": [1, None], "lon": [2, 3]}), r"row 1: \(nan, 3\)"),
+        (pd.DataFrame({"latitude": [1], "lon": [2]}), "no column lat, only latitude, lon"),
+    ],
+)
+def test_bad_places_are_named(small, latlon, message):
+    with pytest.raises(ValueError, match=message):
+        embed_places(latlon, encoder=small)
+
+
+def test_bad_options_are_named(small, tmp_path):
+    with pytest.raises(ValueError, match="levels is 'all'; choose from sum, each, concat"):
+        embed_places(PLACES, levels="all", encoder=small)
+    with pytest.raises(ValueError, match="batch_size must be at least 1"):
+        embed_places(PLACES, batch_size=0, encoder=small)
+    with pytest.raises(ValueError, match="dtype is 'int8'; choose from float32, bfloat16, float16"):
+        embed_places(PLACES, dtype="int8", encoder=small)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at"):
+        embed_places(PLACES, encoder=tmp_path / "none.ckpt")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
+def test_lower_precision_keeps_the_phase(small, dtype):
+    latlon = earth.sample_sphere(300, torch.Generator().manual_seed(0))
+    exact, found = embed_places(latlon, encoder=small), embed_places(latlon, dtype=dtype, encoder=small)
+    assert found.dtype == getattr(torch, str(dtype).removeprefix("torch."))
+    assert torch.cosine_similarity(exact, found.float()).min() > 0.999
+    arrays = embed_places(latlon.numpy(), dtype=dtype, encoder=small)
+    np.testing.assert_array_equal(arrays, found.float().numpy())
+
+
+def test_the_released_encoder_is_the_default():
+    latlon = torch.tensor(PLACES)
+    with torch.no_grad():
+        expected = LocationEncoder.pretrained()(latlon)
+    torch.testing.assert_close(embed_places(latlon), expected, rtol=0, atol=1e-6)
+
+
+def test_the_docstring_s_pipeline_runs():
+    done = doctest.testmod(gps_embedding)
+    assert done.attempted > 5 and done.failed == 0
+
+
+def test_the_transformer_keeps_scikit_learn_s_conventions(small):
+    table = pd.DataFrame(PLACES, columns=["y", "x"], index=list("abcd")).assign(name=["p", "s", "n", "d"])
+    step = GPSEmbedding("concat", encoder=small, lat="y", lon="x")
+    assert clone(step).get_params()["lat"] == "y"
+    found = step.set_output(transform="pandas").fit_transform(table)
+    assert list(found.index) == list("abcd") and list(found.columns) == list(step.get_feature_names_out())
+    np.testing.assert_array_equal(found, embed_places(PLACES, levels="concat", encoder=small))
+    assert step.feature_names_in_.tolist() == ["y", "x"] and step.n_features_in_ == 2
+    by_column = make_column_transformer((step, ["x", "y"]), remainder="drop")
+    np.testing.assert_array_equal(by_column.fit_transform(table), found)
+    with pytest.raises(ValueError, match="there is no column 'y', only lat, lon; GPSEmbedding"):
+        step.transform(pd.DataFrame(PLACES, columns=["lat", "lon"]))
+    with pytest.raises(ValueError, match="levels is 'each'"):
+        GPSEmbedding("each").fit(PLACES)
+    with pytest.raises(ValueError, match=r"row 0: \(91, 0\)"):
+        GPSEmbedding(encoder=small).fit([[91, 0]])
+
+
+def test_scikit_learn_s_own_checks():
+    """Those that do not feed random numbers of any shape, which are no places."""
+    results = check_estimator(GPSEmbedding(), on_fail=None, on_skip=None)
+    passed = {result["check_name"] for result in results if result["status"] == "passed"}
+    assert passed >= {
+        "check_do_not_raise_errors_in_init_or_set_params",
+        "check_estimator_cloneable",
+        "check_estimator_repr",
+        "check_estimator_tags_renamed",
+        "check_estimators_unfitted",
+        "check_get_params_invariance",
+        "check_no_attributes_set_in_init",
+        "check_parameters_default_constructible",
+        "check_readonly_memmap_input",
+        "check_set_params",
+    }
+
+
+def test_a_fitted_pipeline_holds_no_weights():
+    pipeline = make_pipeline(GPSEmbedding(), Ridge()).fit(PLACES, [1, 2, 3, 4])
+    text = pickle.dumps(pipeline)
+    assert len(text) < 100_000
+    np.testing.assert_array_equal(pickle.loads(text).predict(PLACES), pipeline.predict(PLACES))
+    skops = pytest.importorskip("skops.io")
+    assert skops.get_untrusted_types(data=skops.dumps(pipeline)) == ["geoclip.gps_embedding.GPSEmbedding"]
