@@ -303,7 +303,9 @@ def test_a_classifier_over_cells_is_scored_on_photos_and_tiles_without_a_gallery
         splits=SplitConfig(train=1000, val=100, test=300, gallery=2000),
         img_min=1, img_max=(300, 200, 100),
     )  # fmt: skip
-    module = geocells.GeocellsTraining(config, blue_marble.splits(config.splits)["train"])
+    module = geocells.GeocellsTraining(
+        config, geocells.partitions(config, blue_marble.splits(config.splits)["train"])
+    )
     kept = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(kept)
     torch.save(kept, tmp_path / "cells.ckpt")
@@ -315,7 +317,7 @@ def test_a_classifier_over_cells_is_scored_on_photos_and_tiles_without_a_gallery
         assert table.loc["accuracy", "n"] == n
         assert "ceiling" not in table.index  # its answers are cells, which no gallery bounds
     assert command_line.main(["evaluate", "--benchmark", "im2gps3k", "--ten-crop", *model]) == 2
-    assert "cells has no ten-crop answer" in capsys.readouterr().err
+    assert "a baseline has no ten-crop answer" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

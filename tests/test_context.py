@@ -127,7 +127,7 @@ def test_places_of_what_the_model_gives():
         degrees.model.places(torch.tensor([[2.0, 1.5], [0.5, -0.5]])), torch.tensor([[90.0, -90], [45, -90]])
     )
     image = torch.zeros(3, 3, 32, 32)
-    assert degrees.model(image)[0].shape == (3, 2) and module.locate(image).shape == (3, 2)
+    assert degrees.model(image)[0].shape == (3, 2) and module.place(image).shape == (3, 2)
 
 
 def test_captions_leave_out_what_is_not_known():

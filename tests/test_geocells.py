@@ -122,10 +122,10 @@ def test_hierarchical_answer_is_the_product_of_the_three_levels():
         up = [p.label(place[None]).item() for p in (coarse, middle)]
         product[:, cell] = chance["fine"][:, cell] * chance["middle"][:, up[1]] * chance["coarse"][:, up[0]]
     best = torch.from_numpy(fine.latlon[product.argmax(1)]).float()
-    assert torch.equal(model.locate(images)[0][:, 0], best)
+    assert torch.equal(module.place(images), best)
     for level in LEVELS:
         alone = torch.from_numpy(module.partitions[level].latlon[chance[level].argmax(1)]).float()
-        assert torch.equal(model.locate(images, s2_cells=level, hierarchical=False)[0][:, 0], alone)
+        assert torch.equal(module.answers(images)[level], alone)
     assert not torch.equal(best, alone)
 
 
@@ -152,26 +152,9 @@ def test_the_second_tower_sees_the_map_and_is_weighed_by_attention():
     assert all(torch.equal(*pair) for pair in shared(module, batch_of(SMALL)[0]))
 
 
-def test_batches_may_be_larger_than_any_queue():
+def test_there_is_no_queue_that_limits_the_batch():
     assert changed(batch_size=8192).batch_size == 8192
-
-
-def test_loading_a_checkpoint_does_not_ask_for_pretrained_weights(monkeypatch):
-    image = ImageEncoderConfig("timm/vit_tiny_patch16_224", None, frozen=False)
-    module = GeocellsTraining(changed(image=image), batch_of(SMALL)[1]["latlon"])
-    checkpoint = {"state_dict": module.state_dict()}
-    module.config = changed(image=dataclasses.replace(image, weights="pretrained"))
-    module.on_save_checkpoint(checkpoint)
-    asked, create = [], timm.create_model
-
-    def create_model(*names, pretrained, **options):
-        asked.append(pretrained)
-        return create(*names, pretrained=False, **options)
-
-    monkeypatch.setattr(timm, "create_model", create_model)
-    restored = GeocellsTraining.restore(checkpoint)
-    assert asked == [False] and restored.config == module.config
-    assert all(torch.equal(*pair) for pair in shared(restored, module))
+    assert not hasattr(SMALL, "queue") and not hasattr(SMALL, "location")
 
 
 def test_land_map_lies_under_the_tile_in_its_own_geometry():
@@ -378,16 +361,10 @@ def test_a_timm_tower_takes_maps_of_many_channels():
         Preprocessing.of(ImageEncoderConfig("timm/vit_of_nobody"))
 
 
-def test_a_batch_may_be_larger_than_geoclips_queue():
-    assert changed(batch_size=8192).batch_size == 8192
-    assert not hasattr(SMALL, "queue") and not hasattr(SMALL, "location")
-
-
 def test_a_checkpoint_brings_its_tower_and_asks_for_no_pretrained_weights(tmp_path, monkeypatch):
-    import timm
-
     image = ImageEncoderConfig("timm/resnet10t", None, frozen=False)
-    module = GeocellsTraining(changed(image=image), training_places(SMALL))
+    config = changed(image=image)
+    module = GeocellsTraining.build(config, GeocellsTraining.training_set(config))
     kept = {"state_dict": module.state_dict()}
     module.on_save_checkpoint(kept)
     kept["geoclip_config"]["image"]["weights"] = "pretrained"

@@ -6,8 +6,8 @@ the context.
 """
 
 import re
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,63 +18,15 @@ from torch.utils.data import Dataset
 
 from geoclip import earth
 from geoclip.baselines import labels, samples
+from geoclip.baselines.config import ContextConfig
 from geoclip.baselines.geocells import known_cross_entropy
 from geoclip.baselines.towers import Tower
-from geoclip.image_encoder import CONV_TOWER, TIMM, ImageEncoderConfig, load_clip
+from geoclip.image_encoder import CONV_TOWER, TIMM, load_clip
 from geoclip.location_encoder import initialise
-from geoclip.training.config import RunConfig
 from geoclip.training.data import seeded
 from geoclip.training.module import TrainingModule
 
 DEGREES = torch.tensor([90.0, 180.0])
-
-
-@dataclass(frozen=True)
-class ContextConfig(RunConfig):
-    """Training of a regressor of coordinates with context heads.
-
-    Args:
-        model: The model to train: context.
-        heads: Labels to classify. The defaults are OSV-Mini's; the embedded tiles have climate, continent,
-            country, state and scene. use_context: Use the heads; without them, the coordinates come from the
-        feature alone. context_weight: Weight of the mean loss of the heads beside the distance. distance:
-        Loss of the coordinates: the chord or the great_circle between the places, in Earth radii; or, for
-            comparison, degrees: the mean of |Δlat| / 90 and |Δlon| / 180, which is discontinuous at ±180°.
-        hidden: Width of the layer from feature and probabilities to coordinates. caption_epochs: How many of
-        `epochs`, at the start, train the tower on image-caption pairs; the decay of the
-            learning rate starts again after them.
-        caption: Template of the captions, with {names of labels}; unknown parts are left out.
-        caption_dim: Dimension of the embeddings of images and captions.
-    """
-
-    model: Literal["context"] = "context"
-    image: ImageEncoderConfig = field(default_factory=lambda: ImageEncoderConfig(frozen=False))
-    heads: tuple[str, ...] = ("climate", "month", "state", "county", "city")
-    use_context: bool = True
-    context_weight: float = 1.0
-    distance: Literal["chord", "great_circle", "degrees"] = "chord"
-    hidden: int = 512
-    caption_epochs: int = 0
-    caption: str = "a photo in {city}, {county}, {state}, {climate} climate, in {month}"
-    caption_dim: int = 256
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.caption_epochs < self.epochs:
-            raise ValueError(f"caption_epochs {self.caption_epochs} leaves none of the {self.epochs} epochs")
-        if self.caption_epochs and self.image.frozen:
-            raise ValueError(
-                "captions cannot train a frozen tower: set image.frozen false, or caption_epochs 0"
-            )
-        if self.use_context and not self.heads:
-            raise ValueError("use_context needs heads: name some, or set use_context false")
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Labels that heads or captions need."""
-        heads = self.heads if self.use_context else ()
-        named = tuple(re.findall(r"{(.*?)}", self.caption)) if self.caption_epochs else ()
-        return tuple(dict.fromkeys(heads + named))
 
 
 @dataclass(frozen=True)
@@ -90,7 +42,7 @@ class Encoding:
         """Return the encoding that the context of a training set defines."""
         said = labels.captions(context, config.caption) if config.caption_epochs else []
         words = tuple(sorted({word for sentence in said for word in split_words(sentence)}))
-        return cls(config, labels.Classes.of(context, config.heads if config.use_context else ()), words)
+        return cls(config, labels.Classes.of(context, config.used_heads), words)
 
     def __call__(self, context: pd.DataFrame) -> dict[str, Tensor]:
         """Return the class numbers of each head, and `caption` (n, words), padded with 0."""
@@ -221,12 +173,10 @@ class ContextTraining(TrainingModule):
 
     config_class = ContextConfig
 
-    def __init__(self, config: ContextConfig, encoding: Encoding | None = None):
-        """encoding: of the training set; None if a checkpoint brings it."""
+    def __init__(self, config: ContextConfig, encoding: Encoding):
         super().__init__(config)
-        self.encoding: Encoding | None = None
-        if encoding is not None:
-            self.use(encoding)
+        self.encoding = encoding
+        self.model = ContextModel(config, encoding)
 
     @classmethod
     def training_set(cls, config: ContextConfig) -> Dataset:
@@ -235,20 +185,20 @@ class ContextTraining(TrainingModule):
         return found.dataset(config, Encoding.of(config, found.context))
 
     @classmethod
-    def build(cls, config: ContextConfig, data: Dataset | None = None) -> "ContextTraining":
-        return cls(config, None if data is None else data.encode)
+    def build(cls, config: ContextConfig, data: Dataset) -> "ContextTraining":
+        return cls(config, data.encode)
 
-    def use(self, encoding: Encoding) -> None:
-        """Classify these classes, with new weights."""
-        self.encoding = encoding
-        self.model = ContextModel(self.config, encoding)
+    @classmethod
+    def rebuild(cls, config: ContextConfig, checkpoint: dict[str, Any]) -> "ContextTraining":
+        names = {head: tuple(kept) for head, kept in checkpoint["classes"].items()}
+        return cls(config, Encoding(config, labels.Classes(names), tuple(checkpoint["words"])))
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return the caption loss in its epochs, then distance and context; unknown labels are left out."""
         images, views = batch["image"].flatten(0, 1), self.config.views
         if self.current_epoch < self.config.caption_epochs:
             loss = self.model.caption_loss(images, batch["caption"].repeat_interleave(views, 0))
-            return {"loss": loss, "caption": loss.detach()}
+            return {"loss": loss, "caption": loss}
         output, logits = self.model(images)
         far = distance(output, batch["latlon"].repeat_interleave(views, 0), self.config.distance)
         values = {"distance": far}
@@ -257,19 +207,17 @@ class ContextTraining(TrainingModule):
         loss = far
         if logits:
             loss = far + self.config.context_weight * torch.stack([values[head] for head in logits]).mean()
-        return {"loss": loss} | {name: value.detach() for name, value in values.items()}
+        return {"loss": loss} | values
 
     @torch.inference_mode()
-    def locate(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 2"]:
-        output, _ = self.model(images)
-        return self.model.places(output).cpu()
+    def place(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 2"]:
+        return self.model.places(self.model(images)[0]).cpu()
 
     def configure_optimizers(self):
         """As all models; the decay of the learning rate starts again after the caption epochs."""
         optimizers, schedules = super().configure_optimizers()
-        first = self.config.caption_epochs
+        first, decay = self.config.caption_epochs, self.config.decay
         if first:
-            decay = self.config.decay
             schedule = torch.optim.lr_scheduler.LambdaLR(
                 optimizers[0], lambda epoch: decay ** (epoch if epoch < first else epoch - first)
             )
@@ -280,8 +228,3 @@ class ContextTraining(TrainingModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["classes"] = {head: list(names) for head, names in self.encoding.classes.names.items()}
         checkpoint["words"] = list(self.encoding.words)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.encoding is None:  # a resumed run has it already
-            names = {head: tuple(kept) for head, kept in checkpoint["classes"].items()}
-            self.use(Encoding(self.config, labels.Classes(names), tuple(checkpoint["words"])))

@@ -6,9 +6,8 @@ in those projects.
 """
 
 import itertools
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 import torch
@@ -18,65 +17,13 @@ from torch.nn import functional
 from torch.utils.data import Dataset
 
 from geoclip.baselines import labels, samples
+from geoclip.baselines.config import ALL_SCENES, LEVELS, GeocellsConfig
 from geoclip.baselines.partition import Partition, PartitionConfig, leaf_ids, partition
 from geoclip.baselines.towers import Tower
-from geoclip.image_encoder import ImageEncoderConfig
+from geoclip.datasets import blue_marble
 from geoclip.location_encoder import initialise
-from geoclip.training.config import RunConfig
 from geoclip.training.data import seeded
 from geoclip.training.module import TrainingModule
-
-LEVELS = ("coarse", "middle", "fine")
-ALL_SCENES = 3
-
-
-@dataclass(frozen=True)
-class GeocellsConfig(RunConfig):
-    """Training of a classifier over geo-cells.
-
-    Args:
-        model: The model to train: geocells. cells: Partition files in the published columns: coarse, middle,
-        fine. Without files, the training places
-            are divided by img_min and img_max. img_min: Cells with fewer training images are dropped.
-        img_max: Cells with more training images are divided; one number each for coarse, middle and fine.
-        level_weights: Weights of the losses of the three levels. s2_cells: Level that answers: coarse, middle
-        or fine. hierarchical: Answer by the product of a cell's probability and those of the coarser cells
-        around it. scene: Learn the scene too. scene_weight: Weight of the scene's loss. scene_of_interest:
-        Train on images of one scene: 0 indoor, 1 natural, 2 urban; 3 trains on all. seg_channels: Channels of
-        the segmentation map that a second tower sees: 3 (a picture) or 150 (a plane for
-            each class); 0 for no second tower.
-        seg_images: Folder of the photos' segmentation maps, PNG files with the names of the photos.
-    """
-
-    model: Literal["geocells"] = "geocells"
-    image: ImageEncoderConfig = field(
-        default_factory=lambda: ImageEncoderConfig(
-            "timm/vit_large_patch16_224.augreg_in21k", "pretrained", False
-        )
-    )
-    cells: tuple[str, ...] = ()
-    img_min: int = 50
-    img_max: tuple[int, int, int] = (5000, 2000, 1000)
-    level_weights: tuple[float, float, float] = (0.5, 0.3, 0.2)
-    s2_cells: Literal["coarse", "middle", "fine"] = "fine"
-    hierarchical: bool = True
-    scene: bool = False
-    scene_weight: float = 1.0
-    scene_of_interest: int = ALL_SCENES
-    seg_channels: int = 0
-    seg_images: str | None = None
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.cells and len(self.cells) != len(LEVELS):
-            raise ValueError(f"cells must be three files ({', '.join(LEVELS)}), got {len(self.cells)}")
-        if self.scene_of_interest not in range(ALL_SCENES + 1):
-            raise ValueError(
-                f"scene_of_interest must be 0 (indoor), 1 (natural), 2 (urban) or 3 (all), "
-                f"got {self.scene_of_interest}"
-            )
-        if self.seg_channels not in (0, *samples.MAP_CHANNELS):
-            raise ValueError(f"seg_channels must be 3, 150, or 0 (no second tower), got {self.seg_channels}")
 
 
 class Geocells(nn.Module):
@@ -139,24 +86,10 @@ class Geocells(nn.Module):
             total = total + logits[coarser].log_softmax(-1)[:, ancestors]
         return total
 
-    def locate(
-        self, images: Tensor, k: int = 1, s2_cells: str | None = None, hierarchical: bool | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Return the places (n, k, 2) of the k most probable cells, and their probabilities (n, k).
-
-        s2_cells, hierarchical: None takes those of the configuration.
-        """
-        s2_cells = self.config.s2_cells if s2_cells is None else s2_cells
-        hierarchical = self.config.hierarchical if hierarchical is None else hierarchical
-        return self.best(self(images), k, s2_cells, hierarchical)
-
-    def best(
-        self, logits: dict[str, Tensor], k: int, s2_cells: str, hierarchical: bool
-    ) -> tuple[Tensor, Tensor]:
-        """As `locate`, from logits."""
-        probability = self.log_probability(logits, s2_cells, hierarchical).softmax(-1)
-        probability, index = probability.topk(k, dim=-1)
-        return getattr(self, f"{s2_cells}_latlon")[index], probability
+    def place(self, logits: dict[str, Tensor], s2_cells: str, hierarchical: bool) -> Float[Tensor, "n 2"]:
+        """Return the place of the most probable cell of a level."""
+        best = self.log_probability(logits, s2_cells, hierarchical).argmax(-1)
+        return getattr(self, f"{s2_cells}_latlon")[best]
 
 
 class GeocellsTraining(TrainingModule):
@@ -164,12 +97,10 @@ class GeocellsTraining(TrainingModule):
 
     config_class = GeocellsConfig
 
-    def __init__(self, config: GeocellsConfig, latlon: Tensor | None = None):
-        """latlon: training places (n, 2) to divide into cells; None if a checkpoint brings the cells."""
+    def __init__(self, config: GeocellsConfig, cells: dict[str, Partition]):
         super().__init__(config)
-        self.partitions: dict[str, Partition] = {}
-        if latlon is not None:
-            self.use(partitions(config, latlon))
+        self.partitions = cells
+        self.model = Geocells(config, cells)
 
     @classmethod
     def training_set(cls, config: GeocellsConfig) -> Dataset:
@@ -187,45 +118,57 @@ class GeocellsTraining(TrainingModule):
         return found.dataset(config, encode, maps)
 
     @classmethod
-    def build(cls, config: GeocellsConfig, data: Dataset | None = None) -> "GeocellsTraining":
-        return cls(config, None if data is None else data.latlon)
+    def build(cls, config: GeocellsConfig, data: Dataset) -> "GeocellsTraining":
+        return cls(config, partitions(config, data.latlon))
 
-    def use(self, cells: dict[str, Partition]) -> None:
-        """Classify over these partitions, with new weights."""
-        self.partitions = cells
-        self.model = Geocells(self.config, cells)
+    @classmethod
+    def rebuild(cls, config: GeocellsConfig, checkpoint: dict[str, Any]) -> "GeocellsTraining":
+        kept = checkpoint["partitions"]
+        return cls(
+            config,
+            {level: Partition(**kept[level], source=f"the checkpoint's {level} cells") for level in LEVELS},
+        )
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return the weighted cross-entropies; images in no cell, or of unknown scene, are left out."""
-        images = batch["image"].flatten(0, 1)
-        views = self.config.views
-        logits = self.model(images)
+        logits, views = self.model(batch["image"].flatten(0, 1)), self.config.views
         leaves = leaf_ids(batch["latlon"].double().cpu().numpy())
         losses, values = [], {}
         for level, weight in zip(LEVELS, self.config.level_weights, strict=True):
-            label = self.partitions[level].label_leaves(leaves).to(images.device).repeat_interleave(views)
+            label = self.partitions[level].label_leaves(leaves).to(self.device).repeat_interleave(views)
             values[level] = known_cross_entropy(logits[level], label)
             losses.append(weight * values[level])
         values["top1"] = (logits["fine"].argmax(-1) == label).float().mean()
         if self.config.scene:
             values["scene"] = known_cross_entropy(logits["scene"], batch["scene"].repeat_interleave(views))
             losses.append(self.config.scene_weight * values["scene"])
-        return {"loss": torch.stack(losses).sum()} | {name: value.detach() for name, value in values.items()}
+        return {"loss": torch.stack(losses).sum()} | values
 
     @torch.inference_mode()
-    def locate(self, images: Float[Tensor, "n s h w"]) -> Float[Tensor, "n 2"]:
-        return self.model.locate(images)[0][:, 0].cpu()
+    def place(self, images: Float[Tensor, "n s h w"]) -> Float[Tensor, "n 2"]:
+        return self.model.place(self.model(images), self.config.s2_cells, self.config.hierarchical).cpu()
 
     @torch.inference_mode()
     def answers(self, images: Float[Tensor, "n s h w"]) -> dict[str, Float[Tensor, "n 2"]]:
         """Return the best places of each level alone, and those of all levels together ("hierarchical")."""
         ways = {level: (level, False) for level in LEVELS} | {"hierarchical": ("fine", True)}
         logits = self.model(images)
-        return {name: self.model.best(logits, 1, *way)[0][:, 0].cpu() for name, way in ways.items()}
+        return {name: self.model.place(logits, *way).cpu() for name, way in ways.items()}
+
+    def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "1 c h w"]:
+        if self.config.seg_channels:
+            raise ValueError(
+                "this classifier needs a segmentation map with each photo; evaluate it on tiles instead"
+            )
+        return super().views(photo, ten_crop)
 
     def test_tiles(self, split: str) -> tuple[Tensor, Tensor]:
         """As TrainingModule.test_tiles, with the land mask if the model has a second tower."""
-        return samples.test_tiles(split, self.config, self.config.seg_channels)
+        images, latlon = super().test_tiles(split)
+        if self.config.seg_channels:
+            draws = blue_marble.test_augmentation(split, len(latlon))
+            images = torch.cat([images, samples.land_maps(latlon, self.config.tiles, draws)], 1)
+        return images, latlon
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -237,14 +180,6 @@ class GeocellsTraining(TrainingModule):
             }
             for level, cells in self.partitions.items()
         }
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.partitions:  # a resumed run; its data gave the same cells
-            return
-        kept = checkpoint["partitions"]
-        self.use(
-            {level: Partition(**kept[level], source=f"the checkpoint's {level} cells") for level in LEVELS}
-        )
 
 
 def known_cross_entropy(logits: Float[Tensor, "n k"], label: Int[Tensor, " n"]) -> Float[Tensor, ""]:

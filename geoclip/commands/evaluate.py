@@ -7,7 +7,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from geoclip.commands import Baseline, add_model_options, load_model, model_name, read_gallery
+from geoclip.commands import add_model_options, load_model, model_name, read_gallery
 
 SPLITS = ("random", "blocked")
 EPILOG = """
@@ -129,7 +129,7 @@ def score_photos(options):
         missed = photos.table.loc[list(found.unreadable), ["file", "line"]]
         answers = {"answers": rows, "unreadable": missed.assign(reason=list(found.unreadable.values()))}
     about = describe(options, photos.name, "test", gallery.source)
-    ceiling = not isinstance(model, Baseline)
+    ceiling = model is None or model.gallery is not None
     table = evaluation.benchmark(
         truth, gallery.given, predicted, photos.authors, about, ceiling, options.seed
     )
@@ -152,7 +152,7 @@ def score_tiles(options):
         )
     model = load_model(options)
     gallery = choose_gallery(options, model)
-    from_places = not isinstance(model, Baseline)
+    from_places = model.gallery is not None
     tables = []
     for split in SPLITS if options.split == "both" else (options.split,):
         images, truth = module.test_tiles(split)
@@ -194,6 +194,7 @@ def read_photos(options):
 def choose_gallery(options, model):
     """The gallery that --gallery and --gallery-size name; the model answers from it from now on."""
     from geoclip.gallery import Gallery
+    from geoclip.model import GeoCLIP
 
     own = model.gallery if options.checkpoint and model is not None else None
     wanted = options.gallery or ("own" if own is not None else "official")
@@ -203,11 +204,10 @@ def choose_gallery(options, model):
     if options.gallery_size is not None:
         source = f"{options.gallery_size:,} places of {gallery.source}, seed {options.seed}"
         gallery = Gallery(sample(gallery.given, options.gallery_size, options.seed), source)
-    if isinstance(model, Baseline):
-        if options.gallery:
-            raise ValueError(f"--gallery: {options.checkpoint} is a baseline, which answers from no gallery")
-    elif model is not None:
+    if isinstance(model, GeoCLIP):
         model.use_gallery(gallery).places(keep=wanted == "official" and options.gallery_size is None)
+    elif model is not None and options.gallery:
+        raise ValueError(f"--gallery: {options.checkpoint} is a baseline, which answers from no gallery")
     return gallery
 
 

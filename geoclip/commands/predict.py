@@ -9,7 +9,7 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from geoclip.commands import Baseline, add_model_options, load_model, read_gallery
+from geoclip.commands import add_model_options, load_model, model_name, read_gallery
 
 FORMATS = ("table", "json", "csv")
 COLUMNS = ["file", "rank", "lat", "lon", "probability", "town", "country", "town_km", "map"]
@@ -59,7 +59,7 @@ def run(options) -> int:
     found = list(dict.fromkeys(found))
     model = load_model(options)
     prepare_gallery(model, options)
-    top_k = 1 if isinstance(model, Baseline) else options.top_k
+    top_k = 1 if model.gallery is None else options.top_k
     progress = len(found) >= PROGRESS_FROM
     answers = predictor.answer(model, found, top_k, options.ten_crop, batch_size=16, progress=progress)
     failed |= {str(found[index]): reason for index, reason in answers.unreadable.items()}
@@ -81,12 +81,14 @@ def run(options) -> int:
 def prepare_gallery(model, options) -> None:
     """Set the gallery and the index that the options name. Raises ValueError for options that do not fit."""
     from geoclip.engines import place_index
+    from geoclip.model import GeoCLIP
 
-    if isinstance(model, Baseline):
+    if not isinstance(model, GeoCLIP):
         if options.gallery or options.index:
             name = "--gallery" if options.gallery else "--index"
             raise ValueError(f"{name}: {options.checkpoint} is a baseline, which answers from no gallery")
-        print(f"geoclip: {model.name} answers with one place, without probability", file=sys.stderr)
+        name = model_name(options.checkpoint)
+        print(f"geoclip: {name} answers with one place, without probability", file=sys.stderr)
         return
     if options.gallery or model.gallery is None:
         model.use_gallery(read_gallery(options.gallery or "official"))
@@ -195,7 +197,7 @@ def draw(model, answered: list[dict], options) -> None:
 
     from geoclip import gallery, maps, paths
 
-    source = model.name if model.gallery is None else model.gallery.source
+    source = model_name(options.checkpoint) if model.gallery is None else model.gallery.source
     figure = maps.figure(data=maps.plain(f"answers from {source}"))
     best = [(photo["places"][0]["lat"], photo["places"][0]["lon"]) for photo in answered]
     known = [index for index, photo in enumerate(answered) if photo["truth"]]

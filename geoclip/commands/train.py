@@ -19,19 +19,12 @@ def parser() -> TrainParser:
     return TrainParser(prog="python -m geoclip train")
 
 
-def config_class(model: str):
-    """Return the configuration of a model; that of GeoCLIP does not need the baselines, nor torch."""
-    from geoclip import baselines
-    from geoclip.training.config import TrainConfig
-
-    return TrainConfig if model == "geoclip" else baselines.kind(model).config_class
-
-
 def options_of(model: str) -> ArgumentParser:
     """Return a parser of the options of one model and of the command."""
+    from geoclip import baselines
     from geoclip.training.config import config_parser
 
-    parser = config_parser(config_class(model))
+    parser = config_parser(baselines.config_class(model))
     parser.description = (
         "Train a model, or resume an interrupted run. --model geocells or --model context, here or in the file, "
         "trains a baseline, which has options of its own."

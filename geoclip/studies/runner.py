@@ -126,8 +126,8 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
 
     If `model` changes, the fields that the two models share are kept. Raises ValueError for an unknown field.
     """
-    kind = baselines.kind(changes.get("model", config.model))
-    shared = {field.name for field in dataclasses.fields(kind.config_class)} - {"model"}
+    config_class = baselines.config_class(changes.get("model", config.model))
+    shared = {field.name for field in dataclasses.fields(config_class)} - {"model"}
     values = {name: value for name, value in plain(dataclasses.asdict(config)).items() if name in shared}
     return baselines.as_config(_merged({"model": config.model} | values, changes))
 

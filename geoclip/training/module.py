@@ -15,9 +15,10 @@ from geoclip.datasets import blue_marble
 from geoclip.datasets.features import FeatureData
 from geoclip.gallery import Gallery
 from geoclip.gps_queue import GPSQueue
-from geoclip.image_encoder import tower_hash
+from geoclip.image_encoder import Preprocessing, tower_hash
 from geoclip.loss import contrastive_loss
 from geoclip.model import GeoCLIP
+from geoclip.photos import open_photo
 from geoclip.training import data
 from geoclip.training.config import RunConfig, TrainConfig, as_config
 from geoclip.training.data import seeded
@@ -26,13 +27,14 @@ GALLERY = 100_000  # places of a gallery made of training places, as in the rele
 
 
 class TrainingModule(lightning.LightningModule):
-    """What all trained models share: optimiser, step decay, random draws of each step, logging, checkpoints.
+    """What all trained models share: optimiser, step decay, draws of each step, logging, checkpoints, answers.
 
-    A subclass names its configuration in `config_class` and implements loss(batch, generator),
-    locate(images), training_set(config) and build(config, data).
+    A subclass names its configuration in `config_class` and implements the methods that raise
+    NotImplementedError. It is a predictor.Model with one answer for a photo, without a gallery.
     """
 
     config_class: type[RunConfig]
+    gallery = None
 
     def __init__(self, config: RunConfig):
         super().__init__()
@@ -44,8 +46,8 @@ class TrainingModule(lightning.LightningModule):
         raise NotImplementedError
 
     @classmethod
-    def build(cls, config: RunConfig, data: Dataset | None = None) -> "TrainingModule":
-        """Return the untrained module; without a training set, a checkpoint must bring what depends on it."""
+    def build(cls, config: RunConfig, data: Dataset) -> "TrainingModule":
+        """Return the untrained module for a training set."""
         raise NotImplementedError
 
     @classmethod
@@ -55,23 +57,44 @@ class TrainingModule(lightning.LightningModule):
         with_tower: False leaves GeoCLIP's image tower out, for queries that are features.
         """
         config = as_config(checkpoint["geoclip_config"], cls.config_class)
-        module = cls.build(dataclasses.replace(config, image=dataclasses.replace(config.image, weights=None)))
-        module.on_load_checkpoint(checkpoint)
+        image = dataclasses.replace(config.image, weights=None)
+        module = cls.rebuild(dataclasses.replace(config, image=image), checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
         module.config = config
         return module
+
+    @classmethod
+    def rebuild(cls, config: RunConfig, checkpoint: dict[str, Any]) -> "TrainingModule":
+        """Return a module of a checkpoint's shape, with new weights."""
+        raise NotImplementedError
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return scalars to log, "loss" among them, for a batch of `image` or `feature`, and `latlon`."""
         raise NotImplementedError
 
-    def locate(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2"]:
+    def place(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2"]:
         """Return the best place of each preprocessed image, in (lat, lon) degrees."""
         raise NotImplementedError
 
     def answers(self, images: Float[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n 2"]]:
         """Return the best places by the name of the answer; a model that has only one calls it ""."""
-        return {"": self.locate(images)}
+        return {"": self.place(images)}
+
+    def locate(
+        self, query: Float[Tensor, "n 1 c h w"], k: int = 1
+    ) -> tuple[Float[Tensor, "n 1 2"], Float[Tensor, "n 1"]]:
+        """Return the best place of each photo's view, whatever k is, and NaN for its unknown probability."""
+        latlon = self.place(query[:, 0].to(self.device)).cpu()
+        return latlon[:, None], torch.full((len(latlon), 1), torch.nan)
+
+    def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "1 c h w"]:
+        """Return the preprocessed photo. Raises PhotoError, and ValueError for ten crops."""
+        if ten_crop:
+            raise ValueError(
+                "--ten-crop: a baseline has no ten-crop answer; only GeoCLIP averages over crops"
+            )
+        preprocess = Preprocessing.of(self.config.image)
+        return preprocess(open_photo(photo, preprocess.pixels))[None]
 
     def test_tiles(self, split: str) -> tuple[Tensor, Tensor]:
         """Return the images (n, 3, p, p) of a split of the embedded tiles, and their places (n, 2)."""
@@ -131,25 +154,24 @@ class GeoCLIPTraining(TrainingModule):
         return data.training_set(config)
 
     @classmethod
-    def build(cls, config: TrainConfig, data: Dataset | None = None) -> "GeoCLIPTraining":
-        places = None if data is None else data.latlon
+    def build(cls, config: TrainConfig, data: Dataset) -> "GeoCLIPTraining":
+        on_features = isinstance(data, FeatureData)
         geoclip = GeoCLIP.build(
             config.image,
             config.location,
             seeded(config.seed, "weights"),
-            gallery=None if places is None else gallery_of(config, places),
-            with_tower=not isinstance(data, FeatureData),
+            gallery=gallery_of(config, data.latlon),
+            with_tower=not on_features,
         )
-        module = cls(config, geoclip, initial_queue(config, places))
-        if isinstance(data, FeatureData):
+        module = cls(config, geoclip, initial_queue(config, data.latlon))
+        if on_features:
             module.tower_hash = data.info.tower_hash
         return module
 
     @classmethod
     def restore(cls, checkpoint: dict[str, Any], with_tower: bool = True) -> "GeoCLIPTraining":
-        config = as_config(checkpoint["geoclip_config"], cls.config_class)
-        module = cls(config, model.from_checkpoint(checkpoint, with_tower), initial_queue(config, None))
-        weights = checkpoint["state_dict"]
+        config, weights = as_config(checkpoint["geoclip_config"]), checkpoint["state_dict"]
+        module = cls(config, model.from_checkpoint(checkpoint, with_tower), torch.zeros(config.queue, 2))
         module.queue.load_state_dict({name: weights[f"queue.{name}"] for name in ("places", "oldest")})
         return module
 
@@ -203,7 +225,7 @@ class GeoCLIPTraining(TrainingModule):
         return contrastive_loss(images, places, self.model.logit_scale, target)
 
     @torch.inference_mode()
-    def locate(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2"]:
+    def place(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2"]:
         return self.model.locate(self.model.encode_images(images))[0][:, 0]
 
 
@@ -213,12 +235,12 @@ def gather(latlon: Tensor, module: lightning.LightningModule) -> Tensor:
     return latlon if ranks == 1 else module.all_gather(latlon).flatten(0, 1)
 
 
-def initial_queue(config: TrainConfig, places: Float[Tensor, "n 2"] | None) -> Float[Tensor, "q 2"]:
+def initial_queue(config: TrainConfig, places: Float[Tensor, "n 2"]) -> Float[Tensor, "q 2"]:
     """Return the places that the queue starts with; they repeat if there are fewer training places."""
     # differs 1: the released queue starts with unit-norm noise read as degrees, so its first negatives all
     # lie within about a degree of (0, 0) and are told apart at once; ours starts with training places
     generator = seeded(config.seed, "queue")
-    if config.queue_start == "origin" or places is None:
+    if config.queue_start == "origin":
         return functional.normalize(torch.randn(config.queue, 2, generator=generator), dim=1)
     order = torch.randperm(len(places), generator=generator)
     return places[order.repeat(-(-config.queue // len(places)))[: config.queue]]

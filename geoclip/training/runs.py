@@ -375,5 +375,5 @@ def tile_errors(
 ) -> Tensor:
     """Return the error in km of each tile of a split of the embedded data."""
     images, latlon = module.test_tiles(split)
-    answers = torch.cat([module.locate(part) for part in images.split(block)])
+    answers = torch.cat([module.place(part) for part in images.split(block)])
     return earth.haversine_km(answers, latlon)
