@@ -56,7 +56,7 @@ def test_reproduce_runs_all_lists_the_failure_and_goes_on(folder, capsys):
     write(folder, "notes", "VALUE = 1", "raise RuntimeError('not numbered, not run')")
     assert batch.reproduce(profile=Profile("made", parameters={"VALUE": 61.5}), folder=folder) == 1
     said = capsys.readouterr().out
-    assert "1 of 2  90_bad" in said and "2 of 2  91_good" in said
+    assert "[1 of 2] 90_bad · failed" in said and "[2 of 2] 91_good · ran" in said
     assert "FAILED 90_bad.ipynb: RuntimeError: no luck" in said
     assert "Published (data/paper/benchmarks.csv)" in said
     assert said.index("1 of 2 notebooks ran") < said.index("61.5")

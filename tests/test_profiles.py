@@ -40,11 +40,7 @@ def test_sweep_plans_it_and_says_what_is_missing(name, capsys):
 def test_reproduce_runs_what_has_its_data_and_lists_the_rest(name, capsys, monkeypatch):
     started = []
 
-    def run_jobs(jobs):
-        started.extend(jobs)
-        return ((job, "ran", 0.0, "") for job in jobs)
-
-    monkeypatch.setattr(batch, "run_jobs", run_jobs)
+    monkeypatch.setattr(batch, "run_jobs", lambda jobs: started.extend(jobs) or [])
     options = reproduce_command.parser().parse_args(["--profile", name])
     at_paper_size = set(Profile.load(name).notebooks) if name == "paper" else set()
     assert reproduce_command.run(options) == (1 if at_paper_size else 0)

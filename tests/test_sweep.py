@@ -121,7 +121,7 @@ def test_a_failing_setting_is_listed_and_the_rest_goes_on(made):
     assert "kept" in printed
 
     tidy = made.table()
-    assert list(tidy.columns) == ["data", "setting", "split", "seed", "threshold_km", "accuracy", "n"]
+    assert list(tidy.columns) == ["data", "split", "setting", "seed", "n", "threshold_km", "accuracy"]
     assert len(tidy) == 2 * 2 * 2  # settings, splits, thresholds
     row = tidy[(tidy["setting"] == "more") & (tidy["split"] == "blocked") & (tidy["threshold_km"] == 1)]
     assert row["accuracy"].tolist() == [17] and row["n"].tolist() == [100]
@@ -158,11 +158,10 @@ def test_a_killed_sweep_continues_and_two_at_once_share_the_work(made):
     assert len(made.ran()) - before == len(EVERY) - len(done)  # and nothing was done twice
     assert sorted(set(made.ran())) == EVERY
     tidy = made.table()
-    expected = [
-        10 + gain + seed if km == 1 else 20 + seed
-        for gain in range(3) for _ in range(2) for seed in range(2) for km in (1, 25)
-    ]  # fmt: skip
-    assert tidy["accuracy"].tolist() == expected
+    near, far = (
+        [base + gain * (base == 10) + seed for gain in range(3) for seed in range(2)] for base in (10, 20)
+    )
+    assert tidy["accuracy"].tolist() == 2 * near + 2 * far  # two splits
 
 
 def finish(job, accuracies):
@@ -177,8 +176,7 @@ def finish(job, accuracies):
 def test_the_papers_table(made):
     for job, accuracy in zip(made.jobs(), [10, 12, 30, 30, 50, 54], strict=True):
         finish(job, {"acc_1km": accuracy / 10, "acc_25km": accuracy})
-    tidy = sweep.collect(made.jobs())
-    written = sweep.write_tables(tidy, "90_made")
+    written = sweep.write_tables(sweep.collect(made.jobs()), "90_made")
     assert [path.name for path in written] == [
         "90_made_sweep.csv", "90_made_table.csv", "90_made_table.md", "90_made_table.tex",
     ]  # fmt: skip
@@ -207,8 +205,8 @@ def test_a_run_without_its_table_is_an_error_and_two_that_disagree_are_told(made
     table = pd.read_csv(runs_of(second))
     table.assign(seed=0).to_csv(runs_of(second), index=False)
     with pytest.warns(UserWarning, match=r"differ by up to 1\.00 points .*'setting': 'plain'"):
-        tidy = sweep.collect([first, second])
-    assert tidy["accuracy"].tolist() == [1]
+        results = sweep.collect([first, second])
+    assert results["acc_1km"].tolist() == [1]
     runs_of(second).unlink()
     with pytest.raises(ValueError, match=r"wrote no 90_made_runs\.csv"):
         sweep.collect([first, second])

@@ -4,12 +4,14 @@ from jsonargparse import ArgumentParser
 
 
 def parser() -> ArgumentParser:
-    options = ArgumentParser(prog="geoclip accept", description=__doc__)
-    options.add_argument("number", type=str, metavar="NN", help="number of the notebook")
-    return options
+    """The number of the notebook."""
+    parser = ArgumentParser(prog="python -m geoclip accept", description=__doc__)
+    parser.add_argument("number", type=str, metavar="NN", help="number of the notebook")
+    return parser
 
 
 def run(options) -> int:
+    """Accept, and name the files that were written."""
     from geoclip.reproduce import notebooks
 
     for path in notebooks.accept(options.number):

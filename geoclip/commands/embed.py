@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-LEAST = {"views": 1, "batch_size": 1, "shard_size": 1, "devices": 1, "workers": 0, "seed": 0}
 EPILOG = """
 Rerun the command to complete an unfinished folder and to replace damaged shards. Photos that cannot be read
 are listed in OUT/unreadable.csv with the reason, and the exit status is then 1.
@@ -16,60 +16,38 @@ are listed in OUT/unreadable.csv with the reason, and the exit status is then 1.
 def parser() -> ArgumentParser:
     """The options of `python -m geoclip embed`."""
     parser = ArgumentParser(prog="python -m geoclip embed", description=__doc__, epilog=EPILOG)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "source",
-        type=str,
         help="a CSV, tar shards (path or address, braces for many), a benchmark, or blue_marble:SPLIT",
     )
-    parser.add_argument(
-        "--out", type=str, required=True, help="folder of features; an unfinished one is completed"
-    )
-    parser.add_argument(
-        "--images", type=str | None, default=None, help="image folder of a CSV (default: that of the CSV)"
-    )
-    parser.add_argument(
-        "--views", type=int, default=8, help="views per photo: the centre crop, then random crops"
-    )
-    parser.add_argument(
-        "--ten-crop", action="store_true", help="the ten crops of the paper's evaluation instead"
-    )
-    parser.add_argument("--tower", type=str, default="ViT-L-14-quickgelu", help="an open_clip model, or conv")
-    parser.add_argument(
-        "--weights", type=str | None, default="openai", help="open_clip tag or file; null for random weights"
-    )
-    parser.add_argument(
-        "--checkpoint", type=str | None, default=None, help="use the tower of a trained model"
-    )
-    parser.add_argument("--batch-size", type=int, default=256, help="views that the tower computes at once")
-    parser.add_argument(
-        "--shard-size", type=int, default=4096, help="photos per shard (a tar is always one shard)"
-    )
-    parser.add_argument(
-        "--workers", type=int | None, default=None, help="decoding processes (default: one per core)"
-    )
-    parser.add_argument("--devices", type=int, default=1, help="processes on this machine, one per GPU")
-    parser.add_argument(
+    add("--out", required=True, help="folder of features; an unfinished one is completed")
+    add("--images", help="image folder of a CSV (default: that of the CSV)")
+    add("--views", type=PositiveInt, default=8, help="views per photo: the centre crop, then random crops")
+    add("--ten-crop", action="store_true", help="the ten crops of the paper's evaluation instead")
+    add("--tower", default="ViT-L-14-quickgelu", help="an open_clip model, or conv")
+    add("--weights", type=str | None, default="openai", help="open_clip tag or file; null for random weights")
+    add("--checkpoint", help="use the tower of a trained model")
+    add("--batch-size", type=PositiveInt, default=256, help="views that the tower computes at once")
+    add("--shard-size", type=PositiveInt, default=4096, help="photos per shard (a tar is always one shard)")
+    add("--workers", type=NonNegativeInt, help="decoding processes (default: one per core)")
+    add("--devices", type=PositiveInt, default=1, help="processes on this machine, one per GPU")
+    add(
         "--precision",
-        default="auto",
         choices=["auto", "fp32", "bf16"],
+        default="auto",
         help="arithmetic of the tower; auto: the fastest that this machine computes well",
     )
-    parser.add_argument(
-        "--compile", type=bool, default=False, help="compile the tower (takes a minute at the start)"
+    add("--compile", type=bool, default=False, help="compile the tower (takes a minute at the start)")
+    add("--seed", type=NonNegativeInt, default=0, help="seed of the random crops")
+    add("--strict", action="store_true", help="refuse a benchmark with another number of rows than published")
+    add(
+        "--allow-pipe", action="store_true", help="accept the source pipe:COMMAND, which runs a shell command"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the random crops")
-    parser.add_argument(
-        "--strict", action="store_true", help="refuse a benchmark with another number of rows than published"
-    )
-    parser.add_argument(
-        "--allow-pipe",
-        action="store_true",
-        help="accept the source pipe:COMMAND, which runs a shell command",
-    )
-    parser.add_argument(
+    add(
         "--verify",
-        default="quick",
         choices=["quick", "full"],
+        default="quick",
         help="of the shards that exist: headers, hashes of small files and sampled blocks, or every byte",
     )
     return parser
@@ -77,14 +55,9 @@ def parser() -> ArgumentParser:
 
 def run(options) -> int:
     """Embed, or start one process per device, and report what was embedded, found, unreadable and failed."""
-    for name, least in LEAST.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
     if options.tower.startswith("timm/"):
         raise ValueError(
-            f"--tower {options.tower}: timm's towers serve the baselines, which train on images: python -m "
-            "geoclip "
+            f"--tower {options.tower}: timm's towers serve the baselines, which train on images: python -m geoclip "
             f"train --model geocells --image.tower {options.tower}. embed takes conv or a model of open_clip"
         )
     import joblib
@@ -101,19 +74,17 @@ def run(options) -> int:
     source = open_source(
         options.source, options.images, options.shard_size, options.strict, options.allow_pipe
     )
-    if options.devices > 1:
-        return _launch(options, sys.argv[sys.argv.index("embed") :])
     rank, world, local_rank = embedding.rank_and_world()
+    if options.devices > 1 and world == 1:
+        return _launch(options)
     if options.source in benchmarks.CARDS and rank == 0:
         expected = benchmarks.CARDS[options.source].n
         print(f"{source.name}: {len(source.data):,} of {expected or len(source.data):,} expected")
     if options.checkpoint:
         encoder = load_checkpoint(options.checkpoint).image_encoder
-    else:
-        # random weights are the same in every process and every run
-        generator = torch.Generator().manual_seed(0)
-        frozen = options.weights is not None
-        encoder = ImageEncoder(ImageEncoderConfig(options.tower, options.weights, frozen), generator)
+    else:  # random weights are the same in every process and every run
+        image = ImageEncoderConfig(options.tower, options.weights, frozen=options.weights is not None)
+        encoder = ImageEncoder(image, torch.Generator().manual_seed(0))
     if gpus:
         encoder.to(f"cuda:{local_rank}")
     workers = options.workers
@@ -135,8 +106,7 @@ def run(options) -> int:
     )
     rate = report.embedded / report.seconds if report.embedded else 0
     print(
-        f"{options.out}: {report.embedded:,} images embedded ({rate:,.1f} per second), {report.found:,} "
-        "found, "
+        f"{options.out}: {report.embedded:,} images embedded ({rate:,.1f} per second), {report.found:,} found, "
         f"{report.unreadable:,} unreadable (listed in {features.UNREADABLE})"
     )
     for part, reason in report.failed:
@@ -145,18 +115,15 @@ def run(options) -> int:
     return 1 if world == 1 and (report.failed or report.unreadable) else 0
 
 
-def _launch(options, arguments: list[str]) -> int:
+def _launch(options) -> int:
     """Run the same command in --devices processes under torchrun; return the status that one process would."""
     from geoclip.datasets import embedding, features
 
     out = Path(options.out)
     before = embedding.merge_unreadable(out) if out.is_dir() else 0
-    kept = [argument for argument in arguments if not argument.startswith("--devices=")]
-    if "--devices" in kept:
-        at = kept.index("--devices")
-        del kept[at : at + 2]
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={options.devices}"]
-    with subprocess.Popen([sys.executable, "-m", *torchrun, "-m", "geoclip", *kept]) as process:
+    command = [sys.executable, "-m", *torchrun, "-m", "geoclip", *sys.argv[sys.argv.index("embed") :]]
+    with subprocess.Popen(command) as process:
         try:
             status = process.wait()
         finally:

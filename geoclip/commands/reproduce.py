@@ -4,20 +4,17 @@ from jsonargparse import ArgumentParser
 
 
 def parser() -> ArgumentParser:
-    options = ArgumentParser(prog="geoclip reproduce", description=__doc__)
-    options.add_argument(
-        "--only",
-        type=str,
-        default=[],
-        nargs="*",
-        metavar="NN",
-        help="numbers of the notebooks to run (default: all)",
+    """Which notebooks, with which parameters."""
+    parser = ArgumentParser(prog="python -m geoclip reproduce", description=__doc__)
+    parser.add_argument(
+        "--only", type=str, default=[], nargs="*", metavar="NN", help="numbers of notebooks (default: all)"
     )
-    options.add_argument("--profile", help="a profile in notebooks/profiles, such as paper, or a YAML file")
-    return options
+    parser.add_argument("--profile", help="a profile in notebooks/profiles, such as paper, or a YAML file")
+    return parser
 
 
 def run(options) -> int:
+    """Run them; 1 if one failed."""
     from geoclip.reproduce import batch
     from geoclip.reproduce.profiles import Profile
 

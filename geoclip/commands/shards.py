@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
 
 EPILOG = """
 URLS is a CSV of `image id, url`; PLACES, such as mp16_places365.csv, gives the coordinates by the same ids.
@@ -20,12 +21,16 @@ def parser() -> ArgumentParser:
     parser.add_argument(
         "--out", type=str, required=True, help="folder of the shards; an unfinished one is completed"
     )
-    parser.add_argument("--shard-size", type=int, default=10_000, help="URLs per shard")
-    parser.add_argument("--processes", type=int, default=1, help="processes, each with its own shard")
-    parser.add_argument("--threads", type=int, default=64, help="simultaneous downloads per process")
-    parser.add_argument("--timeout", type=float, default=30, help="seconds per photo, redirects included")
-    parser.add_argument("--max-mb", type=float, default=50, help="megabytes per photo")
-    parser.add_argument("--retries", type=int, default=2, help="further attempts after a temporary failure")
+    parser.add_argument("--shard-size", type=PositiveInt, default=10_000, help="URLs per shard")
+    parser.add_argument("--processes", type=PositiveInt, default=1, help="processes, each with its own shard")
+    parser.add_argument("--threads", type=PositiveInt, default=64, help="simultaneous downloads per process")
+    parser.add_argument(
+        "--timeout", type=PositiveFloat, default=30, help="seconds per photo, redirects included"
+    )
+    parser.add_argument("--max-mb", type=PositiveFloat, default=50, help="megabytes per photo")
+    parser.add_argument(
+        "--retries", type=NonNegativeInt, default=2, help="further attempts after a temporary failure"
+    )
     parser.add_argument(
         "--allow-private",
         action="store_true",
@@ -36,13 +41,6 @@ def parser() -> ArgumentParser:
 
 def run(options) -> int:
     """Downloads, and reports how many photos were saved and why the others were not; 1 if any failed."""
-    for option, least in (("shard_size", 1), ("processes", 1), ("threads", 1), ("retries", 0)):
-        if getattr(options, option) < least:
-            raise ValueError(f"--{option.replace('_', '-')} must be at least {least}")
-    for option in ("timeout", "max_mb"):
-        if not getattr(options, option) > 0:
-            raise ValueError(f"--{option.replace('_', '-')} must be greater than 0")
-
     from geoclip.datasets import benchmarks, embedding, shards
 
     urls = shards.read_urls(options.urls)

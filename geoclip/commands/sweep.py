@@ -1,6 +1,7 @@
 """Run a notebook over a grid of settings and seeds, and assemble the paper's table."""
 
 from jsonargparse import ArgumentParser
+from jsonargparse.typing import PositiveInt
 
 EPILOG = """
 Rerun the command to resume an interrupted sweep: finished runs are kept. Exit status 1 if some runs failed.
@@ -19,9 +20,9 @@ def parser() -> ArgumentParser:
     )
     parser.add_argument("--profile", default="paper", help="a profile in notebooks/profiles, or a YAML file")
     parser.add_argument(
-        "--seeds", type=int, help="train with the seeds 0 to N - 1 (default: the profile's number)"
+        "--seeds", type=PositiveInt, help="train with the seeds 0 to N - 1 (default: the profile's number)"
     )
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, which share the cores")
+    parser.add_argument("--jobs", type=PositiveInt, default=1, help="runs at a time, which share the cores")
     parser.add_argument("--devices", default="", help="GPUs that the runs take in turn, such as 0,1")
     parser.add_argument("--shard", default="1/1", help="run a part of the grid: 3/16 is the third of sixteen")
     parser.add_argument(
@@ -40,22 +41,17 @@ def parser() -> ArgumentParser:
 
 def run(options) -> int:
     """Plan, run what is not there yet, write the tables; 1 if a run failed."""
-    import time
-
     import yaml
 
-    if options.jobs < 1:
-        raise ValueError(f"--jobs is {options.jobs}; at least one run must go at a time")
+    from geoclip.reproduce import batch, notebooks, sweep
+    from geoclip.reproduce.profiles import Profile
+
     changes = {}
     for change in options.changes:
         name, equals, value = change.partition("=")
         if not equals or not name.isidentifier():
             raise ValueError(f"--set takes NAME=VALUE, not {change!r}")
         changes[name] = yaml.safe_load(value)
-
-    from geoclip.reproduce import batch, notebooks, sweep
-    from geoclip.reproduce.profiles import Profile
-
     profile = Profile.load(options.profile)
     names = options.notebooks or [
         stem for stem, own in profile.notebooks.items() if "grid" in own or options.dry_run
@@ -69,17 +65,8 @@ def run(options) -> int:
         if missing := profile.missing(notebooks.declared(notebook) | jobs[0].parameters):
             raise FileNotFoundError(f"{notebook.stem}: {'; '.join(missing)}")
     jobs = sweep.shard([job for planned in plans.values() for job in planned], options.shard)
-    failed, began = [], time.monotonic()
     devices = [device for device in options.devices.split(",") if device]
-    for count, (job, state, seconds, reason) in enumerate(
-        batch.run_jobs(jobs, options.jobs, devices), start=1
-    ):
-        left = (len(jobs) - count) * (time.monotonic() - began) / count
-        took = "" if state == "kept" else f", {seconds:.0f} s · about {left / 60:.0f} min left"
-        print(f"[{count} of {len(jobs)}] {job.label} · {state}{took}", flush=True)
-        if reason:
-            failed.append((job, reason))
-            print(f"    {reason}", flush=True)
+    failed = batch.run_jobs(jobs, options.jobs, devices)
     for notebook, planned in plans.items():
         done = [job for job in planned if job.out.exists()]
         for path in sweep.write_tables(sweep.collect(done), notebook.stem) if done else ():
@@ -87,5 +74,5 @@ def run(options) -> int:
         if 0 < len(done) < len(planned):
             print(f"{notebook.name}: {len(done)} of {len(planned)} runs are in these tables")
     for job, reason in failed:
-        print(f"failed: {job.notebook.name}, {job.label}: {reason}\n    see {job.failed}")
+        print(f"failed: {job.notebook.name}, {job.label}: {reason}")
     return 1 if failed else 0

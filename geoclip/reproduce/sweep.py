@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +18,10 @@ from geoclip.datasets import features
 from geoclip.reproduce import notebooks
 from geoclip.reproduce.batch import Job
 from geoclip.reproduce.profiles import Profile
-from geoclip.studies import runner
-from geoclip.studies.statistics import plus_minus, t_interval
+from geoclip.studies import runner, statistics
 from geoclip.training import runs
 
-KEYS = ["data", "setting", "split", "seed"]
-SUPERSCRIPTS = "⁰¹²³⁴⁵⁶⁷⁸⁹"
+KEYS = ["data", "split", "setting", "seed"]
 
 
 def plan(
@@ -40,39 +39,38 @@ def plan(
     known, changes = notebooks.declared(notebook), dict(changes or {})
     own = profile.notebooks.get(notebook.stem, {})
     given = profile.given(notebook, known) | changes
-    axes = own.get("grid", {})
-    if "grid" in own and not axes and "SETTINGS" in known:
-        axes = {"SETTINGS": known["SETTINGS"]}
-    points = [_axis(name, values) for name, values in axes.items() if name not in changes]
+    grid = own.get("grid", {})
+    if "grid" in own and not grid and "SETTINGS" in known:
+        grid = {"SETTINGS": known["SETTINGS"]}
+    axes = []  # of (label, parameter, value)
+    for name, values in grid.items():
+        if not isinstance(values, dict | list):
+            raise ValueError(f"the grid's {name} is {values!r}; give a list or a mapping of values")
+        if isinstance(values, dict):
+            axes.append([(str(key), name, {key: value}) for key, value in values.items()])
+        else:
+            axes.append([(f"{name} {value}", name, value) for value in values])
+    axes = [axis for axis in axes if axis[0][1] not in changes]
     if isinstance(known.get("SEEDS"), list):
         count = profile.seeds if seeds is None else seeds
         if count < 1:
             raise ValueError(f"a sweep needs at least one seed, not {count}")
-        points.append([(f"seed {seed}", "SEEDS", [seed]) for seed in range(count)])
+        axes.append([(f"seed {seed}", "SEEDS", [seed]) for seed in range(count)])
     jobs = []
-    for point in itertools.product(*points):
+    for point in itertools.product(*axes):
         label = " · ".join(text for text, _, _ in point) or "defaults"
         parameters = given | {name: value for _, name, value in point}
         slug = re.sub(r"[^\w.,-]+", "_", label).strip("_")[:60]
-        folder = paths.RESULTS / "runs" / notebook.stem / f"{slug}-{run_hash(notebook, known | parameters)}"
-        variables = {"GEOCLIP_RESULTS": str(folder), "GEOCLIP_FIGURES": str(folder)}
-        # No time limit: a training run at the paper's size is one cell and takes hours.
-        jobs.append(Job(notebook, label, parameters, folder / notebook.name, variables, None, once=True))
+        folder = f"{slug}-{run_hash(notebook, known | parameters)}"
+        out = paths.RESULTS / "runs" / notebook.stem / folder / notebook.name
+        jobs.append(Job(notebook, label, parameters, out, of_sweep=True))
     return jobs
-
-
-def _axis(name: str, values: Any) -> list[tuple[str, str, Any]]:
-    if isinstance(values, dict):
-        return [(str(key), name, {key: value}) for key, value in values.items()]
-    if isinstance(values, list):
-        return [(f"{name} {value}", name, value) for value in values]
-    raise ValueError(f"the grid's {name} is {values!r}; give a list or a mapping of values")
 
 
 def run_hash(notebook: Path, parameters: Mapping[str, Any]) -> str:
     """16 hex digits of what a run depends on: code cells, parameters, RECIPE numbers, files named by parameters."""
     code = [cell.source for cell in nbformat.read(notebook, as_version=4).cells if cell.cell_type == "code"]
-    recipes = [getattr(module, "RECIPE", None) for module in (runs, features, runner)]
+    recipes = [module.RECIPE for module in (runs, features, runner)]
     texts = re.findall(r'"((?:[^"\\]|\\.)*)"', json.dumps(parameters, ensure_ascii=False))
     whole = json.dumps([code, parameters, recipes, [_fingerprint(text) for text in texts]], sort_keys=True)
     return hashlib.sha256(whole.encode()).hexdigest()[:16]
@@ -90,7 +88,7 @@ def describe(notebook: Path, profile: Profile, jobs: Sequence[Job]) -> list[str]
     """Lines that say what a sweep of these jobs would run, on how many samples, and what is missing."""
     kept = sum(job.out.exists() for job in jobs)
     lines = [f"{notebook.stem}: {len(jobs)} runs, {kept} kept, {len(jobs) - kept} to run"]
-    for name in sorted(jobs[0].parameters if jobs else {}):
+    for name in sorted({name for job in jobs for name in job.parameters}):
         values = list(dict.fromkeys(json.dumps(job.parameters[name], ensure_ascii=False) for job in jobs))
         lines.append(f"    {name} = {values[0]}" + (f" … {len(values)} values" if len(values) > 1 else ""))
     settings = [changes for job in jobs for changes in (job.parameters.get("SETTINGS") or {}).values()]
@@ -110,7 +108,7 @@ def shard(jobs: Sequence[Job], part: str) -> list[Job]:
 
 
 def collect(jobs: Sequence[Job]) -> pd.DataFrame:
-    """The finished jobs' results, tidy: data, setting, split, seed, threshold_km, accuracy (percent), n.
+    """The finished jobs' results: a row for each data set, split, setting and seed; accuracies in percent, and n.
 
     Warns if runs differ in a setting and seed that several of them have. Raises ValueError if a finished run
     has no table NOTEBOOK_runs.csv.
@@ -118,38 +116,29 @@ def collect(jobs: Sequence[Job]) -> pd.DataFrame:
     tables = [job.out.with_name(f"{job.notebook.stem}_runs.csv") for job in jobs if job.out.exists()]
     if missing := [table for table in tables if not table.exists()]:
         raise ValueError(f"the run in {missing[0].parent} wrote no {missing[0].name}, which a sweep collects")
-    whole = pd.concat([pd.read_csv(table) for table in tables], ignore_index=True)
-    accuracies = [name for name in whole if re.fullmatch(r"acc_\d+km", name)]
-    repeated = whole.groupby(KEYS, sort=False)[accuracies]
+    results = pd.concat(map(pd.read_csv, tables), ignore_index=True)
+    repeated = results.groupby(KEYS)[_accuracies(results)]
     spread = (repeated.max() - repeated.min()).max(axis=1)
     if (
         spread.max() > 0
-    ):  # every run trains the paper's setting; machines without a common cache do so separately
+    ):  # every run trains the paper's setting, on machines without a common cache separately
         where = dict(zip(KEYS, spread.idxmax(), strict=True))
         said = f"runs of one setting differ by up to {spread.max():.2f} points ({where}); the first is kept"
         warnings.warn(said, stacklevel=2)
-    whole = whole.drop_duplicates(KEYS, ignore_index=True)
-    order = {name: number for number, name in enumerate(whole["setting"].unique())}
-    tidy = whole.melt([*KEYS, "n"], accuracies, var_name="threshold_km", value_name="accuracy")
-    tidy["threshold_km"] = tidy["threshold_km"].str.extract(r"(\d+)", expand=False).astype(int)
-    columns = [*KEYS, "threshold_km"]
-    tidy = tidy.sort_values(
-        columns, key=lambda c: c.map(order) if c.name == "setting" else c, ignore_index=True
-    )
-    return tidy[[*columns, "accuracy", "n"]]
+    return results.drop_duplicates(KEYS).sort_values(["data", "split"], kind="stable", ignore_index=True)
 
 
-def write_tables(tidy: pd.DataFrame, stem: str) -> list[Path]:
+def write_tables(results: pd.DataFrame, stem: str) -> list[Path]:
     """Write STEM_sweep.csv (tidy) and the paper's table as STEM_table.csv, .md and .tex; returns the paths.
 
     The table has a row for each data set, split and setting, and a column for each distance: "mean ± half
-    interval".
+    interval" over the seeds.
     """
-    cells = tidy.groupby(["data", "split", "setting", "threshold_km"], sort=False)["accuracy"]
-    table = cells.agg(lambda values: plus_minus(*t_interval(values))).unstack("threshold_km", sort=False)
-    table.columns = [f"{threshold:,} km" for threshold in table.columns]
-    seeds = tidy.groupby(["data", "split", "setting"], sort=False)["seed"].nunique()
-    table = table.assign(seeds=seeds).reset_index()
+    by, accuracies = ["data", "split", "setting"], _accuracies(results)
+    tidy = results.melt([*KEYS, "n"], accuracies, "threshold_km", "accuracy")
+    tidy["threshold_km"] = tidy["threshold_km"].str.extract(r"(\d+)", expand=False)
+    table = statistics.readable(statistics.over_seeds(results, by, accuracies), by, accuracies)
+    table = table.rename(columns={name: f"{int(name[4:-2]):,} km" for name in accuracies})
     texts = {
         "sweep.csv": tidy.to_csv(index=False),
         "table.csv": table.to_csv(index=False),
@@ -162,18 +151,14 @@ def write_tables(tidy: pd.DataFrame, stem: str) -> list[Path]:
     return [paths.RESULTS / f"{stem}_{name}" for name in texts]
 
 
+def _accuracies(table: pd.DataFrame) -> list[str]:
+    return [name for name in table if re.fullmatch(r"acc_\d+km", name)]
+
+
 def _latex(table: pd.DataFrame, stem: str) -> str:
-    text = (
-        table.style.hide(axis="index")
-        .format(escape="latex")
-        .to_latex(
-            hrules=True,
-            label=f"tab:{stem}",
-            caption="Percentage of images located within each distance: mean and half the 95\\,\\% interval over seeds.",
-            column_format="lll" + "r" * (len(table.columns) - 3),
-            position_float="centering",
-        )
+    caption = (
+        "Percentage of images located within each distance: mean and half the 95\\,\\% interval over seeds."
     )
-    lowered = str.maketrans(SUPERSCRIPTS, "0123456789")
-    text = re.sub(f"[{SUPERSCRIPTS}]+", lambda raised: f"$^{{{raised[0].translate(lowered)}}}$", text)
+    text = table.to_latex(index=False, escape=True, label=f"tab:{stem}", caption=caption)
+    text = re.sub("[⁰¹²³⁴-⁹]+", lambda raised: f"$^{{{unicodedata.normalize('NFKC', raised[0])}}}$", text)
     return text.replace("±", r"$\pm$").replace("σ", r"$\sigma$").replace("×", r"$\times$")
