@@ -98,23 +98,14 @@ class Bench:
         """Seconds of `work` and the matrix rate, measured in turn: a warm processor is slower than a cold one."""
         work()
         dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
-        pairs = [
-            (self.seconds(work, 1, 0)[0], self.matrix_rate(dtype)) for _ in range(1 if self.quick else runs)
-        ]
-        return [pair[0] for pair in pairs], statistics.median(pair[1] for pair in pairs)
+        seconds, rates = [], []
+        for _ in range(1 if self.quick else runs):
+            seconds += self.seconds(work, 1, 0)
+            rates.append(self.matrix_rate(dtype))
+        return seconds, statistics.median(rates)
 
-    def add(
-        self,
-        task: str,
-        seconds: list[float],
-        system: str = OURS,
-        precision: str = "fp32",
-        size: int | None = None,
-        items: int = 0,
-        limit_s: float = np.nan,
-        note: str = "",
-    ) -> None:
-        """Add and print a row of times; `items` are what `rate` counts per second."""
+    def add(self, task, seconds, system=OURS, precision="fp32", size=None, items=0, limit_s=np.nan, note=""):
+        """Add and print a row of times (a list); `items` are what `rate` counts per second."""
         median = statistics.median(seconds)
         row = {"task": task, "system": system, "precision": precision, "size": size, "median_s": median}
         row |= {"low_s": min(seconds), "high_s": max(seconds), "runs": len(seconds)}
@@ -125,9 +116,8 @@ class Bench:
 
     def value(self, task: str, value: float, unit: str, system: str = OURS, precision: str = "") -> None:
         """Add and print a row that is not a time; its value stands in the column `rate`, its unit in `note`."""
-        self.rows.append(
-            {"task": task, "system": system, "precision": precision, "rate": value, "note": unit}
-        )
+        row = {"task": task, "system": system, "precision": precision, "rate": value, "note": unit}
+        self.rows.append(row)
         print(f"{system:.8}  {task} {precision}: {value:.6g} {unit}", flush=True)
 
     def table(self) -> pd.DataFrame:
@@ -215,15 +205,13 @@ def photo(bench: Bench) -> None:
             "image tower alone": lambda: model.image_encoder.features(image),
             "encode a gallery, first time": lambda: model.gallery.embed(model.location_encoder),
         }
+        theirs = {"predict a photo": "predict", "encode a gallery, first time": "gallery"}
         taken: dict[tuple[str, str], list[float]] = {}
         with torch.inference_mode():
             for _ in range(1 if bench.quick else 4):
                 for task, work in works.items():
                     taken.setdefault((task, OURS), []).extend(bench.seconds(work, 1, 0))
-                for task, asked in (
-                    ("predict a photo", "predict"),
-                    ("encode a gallery, first time", "gallery"),
-                ):
+                for task, asked in theirs.items():
                     taken.setdefault((task, AUTHORS), []).append(authors.ask(asked, picture)["seconds"])
         rate = bench.matrix_rate()
         for (task, system), seconds in taken.items():
@@ -235,9 +223,8 @@ def photo(bench: Bench) -> None:
             bench.add("predict a photo", bench.seconds(works["predict a photo"], 3), precision=precision)
         few, more = (authors.ask("step", n)["seconds"] for n in ((1, 2) if bench.quick else (2, 6)))
         slope = (more - few) / (1 if bench.quick else 4)
-        bench.add(
-            AUTHORS_STEP, [few + slope * 510], AUTHORS, items=512, note="extrapolated from small batches"
-        )
+        note = "extrapolated from small batches"
+        bench.add(AUTHORS_STEP, [few + slope * 510], AUTHORS, items=512, note=note)
         authors.close()
 
 
@@ -331,14 +318,11 @@ def decoding(bench: Bench) -> None:
     from PIL import Image
 
     n = 16 if bench.quick else 8192 if bench.device.type == "cuda" else 48
-    generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for i in range(min(n, 64)):  # the detail of a photo: a coarse pattern and fine noise
-            coarse = Image.fromarray(generator.integers(0, 255, (24, 32, 3), dtype=np.uint8))
-            pixels = np.asarray(coarse.resize((1024, 768), Image.Resampling.BICUBIC), float)
-            noisy = (pixels + generator.normal(0, 8, pixels.shape)).clip(0, 255).astype(np.uint8)
-            Image.fromarray(noisy).save(folder / f"{i}.jpg", quality=85)
+        picture = Image.open(pretrained.kauai()).convert("RGB").resize((1024, 768))
+        for i in range(min(n, 64)):
+            picture.save(folder / f"{i}.jpg", quality=85)
         rows = [f"{i % 64}.jpg,{i % 90},{i % 180}" for i in range(n)]
         (folder / "photos.csv").write_text("\n".join(["IMG_FILE,LAT,LON", *rows]) + "\n")
         tower_name = "ViT-B-32-quickgelu" if bench.quick else TOWER
@@ -355,18 +339,13 @@ def in_a_new_process(command: list[str], cache: Path) -> tuple[float, float]:
     cache.mkdir(exist_ok=True)
     if not (cache / "authors").exists():
         (cache / "authors").symlink_to(pretrained.AUTHORS)
+    # measured by a small process between: a process also counts the memory of the one that started it
     program = "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, stdout=2); "
     program += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)"
     environment = os.environ | {"GEOCLIP_CACHE": str(cache)}
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", program, *command],
-        stdout=subprocess.PIPE,
-        env=environment,
-        cwd=paths.ROOT,
-        check=True,
-    )
-    return time.perf_counter() - began, float(done.stdout)
+    command, began = [sys.executable, "-c", program, *command], time.perf_counter()
+    printed = subprocess.check_output(command, env=environment, cwd=paths.ROOT)
+    return time.perf_counter() - began, float(printed)
 
 
 def save_random_clip(path: Path) -> None:
@@ -391,9 +370,7 @@ def random_features(out: Path, n: int) -> Path:
     block = torch.randn(min(in_shard, n), 1, 768, generator=generator).half().numpy()
     for part in range(info.shards):
         shard, rows = Shard(), min(in_shard, n - part * in_shard)
-        shard.features = [
-            np.roll(block, part, axis=-1)[:rows]
-        ]  # drawing 3.6 billion numbers would take longer
+        shard.features = [np.roll(block, part, axis=-1)[:rows]]  # drawing 3.6 billion numbers takes longer
         shard.ids = [str(i) for i in range(rows)]
         shard.latlon = earth.sample_sphere(rows, generator).numpy()
         shard.write(out, part, info, "fp32")
@@ -430,23 +407,21 @@ GROUPS = (start, photo, training, tower, embedding, search, decoding)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    groups = {group.__name__: group for group in GROUPS}
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what to measure")
-    parser.add_argument(
-        "--only", choices=[group.__name__ for group in GROUPS], help="one group of measurements"
-    )
+    parser.add_argument("--only", choices=groups, help="one group of measurements")
     parser.add_argument("--quick", action="store_true", help="small sizes, one run each: only tries the code")
     parser.add_argument("--out", type=Path, help="default: data/results/11_bench.csv, or 11_bench_gpu.csv")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: PyTorch finds no GPU")
-    out = options.out or paths.RESULTS / f"11_bench{'_gpu' if options.device == 'cuda' else ''}.csv"
+    cuda = options.device == "cuda"
+    out = options.out or paths.RESULTS / f"11_bench{'_gpu' if cuda else ''}.csv"
     bench = Bench(options.device, options.quick)
     try:
         limits(bench)
-        for group in GROUPS:
-            if options.only in (None, group.__name__) and not (
-                options.device == "cuda" and group in (start, photo)
-            ):
+        for name, group in groups.items():
+            if options.only in (None, name) and not (cuda and group in (start, photo)):
                 group(bench)
     finally:  # what was measured before an interruption is kept
         with paths.atomic(out) as temporary:

@@ -15,6 +15,7 @@ bench = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bench)
 
 
+@pytest.mark.slow
 def test_limits_are_those_of_the_work():
     measured = bench.Bench("cpu", quick=True)
     bench.limits(measured)

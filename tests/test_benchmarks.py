@@ -48,6 +48,7 @@ PUBLISHED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_ceilings_floors_and_leaks_follow_from_the_coordinates(name, official, geoclip_data):
     photos = benchmarks.load(name, geoclip_data)
@@ -216,6 +217,7 @@ def made_benchmark(tmp_path_factory, official):
     return data
 
 
+@pytest.mark.slow
 def test_a_whole_benchmark_with_three_unreadable_photos(
     made_benchmark, checkpoint, tmp_path, monkeypatch, capsys
 ):
@@ -295,6 +297,7 @@ def test_the_embedded_tiles(checkpoint, tmp_path):
         assert found == pytest.approx([expected[name] for name in evaluation.ACCURACY_COLUMNS], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_classifier_over_cells_is_scored_on_photos_and_tiles_without_a_gallery(
     made_benchmark, tmp_path, monkeypatch, capsys
 ):

@@ -66,6 +66,7 @@ def test_gradients_are_finite_where_the_answer_is_right_and_where_it_is_opposite
         assert output.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_loss_is_distance_and_the_mean_of_the_heads():
     module, batch = batch_of(SMALL)
     output, logits = module.model(batch["image"][:, 0])
@@ -184,6 +185,7 @@ def test_equal_captions_are_all_right_answers():
     assert module.model.caption_loss(images, different) != module.model.caption_loss(images, same)
 
 
+@pytest.mark.slow
 def test_training_with_captions_stops_resumes_and_answers(tmp_path):
     config = changed(caption_epochs=1)
     whole = runs.train(config, tmp_path / "whole", ContextTraining)

@@ -237,6 +237,7 @@ def degrees(value):
     return int(value), int(value % 1 * 60), IFDRational(round(value * 60 % 1 * 60 * 10_000), 10_000)
 
 
+@pytest.mark.slow
 def test_a_folder_of_geotagged_photos_becomes_a_data_set(tmp_path, capsys):
     photos, csv = tmp_path / "photos", tmp_path / "out" / "my.csv"
     geotagged(photos / "rio.jpg", -22.9519, -43.2105)

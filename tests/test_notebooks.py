@@ -11,6 +11,7 @@ from geoclip.reproduce import notebooks, report
 
 SKIP = "nbval-ignore-output"
 ALL = notebooks.numbered()
+each_notebook = pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
 
 
 def read(path):
@@ -21,85 +22,62 @@ def read(path):
     return notebook, [(cell, ast.parse(cell.source)) for cell in cells]
 
 
-def calls(trees, function):
-    """The arguments of all calls of report.FUNCTION that are written out as text."""
-    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    nodes = [node for node in nodes if getattr(node.func, "attr", None) == function]
-    values = [
-        value for node in nodes for value in [*node.args, *(keyword.value for keyword in node.keywords)]
-    ]
-    return [v.value for v in values if isinstance(v, ast.Constant) and re.match(r"\d\d_\w+$", str(v.value))]
+def names(code, *functions):
+    """The result names NN_name that calls of report.FUNCTION are given as text."""
+    nodes = [node for _, tree in code for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    called = [node for node in nodes if getattr(node.func, "attr", None) in functions]
+    given = [value for node in called for value in (*node.args, *(k.value for k in node.keywords))]
+    return [v.value for v in given if isinstance(v, ast.Constant) and re.match(r"\d\d_\w+$", str(v.value))]
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@each_notebook
 def test_text_and_code(path):
     notebook, code = read(path)
     title, _, rest = notebook.cells[0].source.partition("\n")
     assert re.fullmatch(r"# .+\?", title.strip()), "the title is a question"
     answer, needs, makes = (rest.find(f"**{word}") for word in ("Answer", "Needs", "Makes"))
     assert 0 <= answer < needs < makes and re.search(r"\d", rest[answer:needs]), "its answer has a number"
-    if any("blue_marble" in cell.source for cell, _ in code):
-        assert "stand-in" in rest and any("LABEL" in cell.source for cell, _ in code), (
-            "tiles are called a stand-in"
-        )
+    if any("blue_marble" in cell.source for cell, _ in code):  # tiles are called a stand-in
+        assert "stand-in" in rest and any("LABEL" in cell.source for cell, _ in code)
     assert len(notebook.cells) <= 32
     for cell, tree in code:
         nodes = list(ast.walk(tree))
-        texts = [
-            node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        ]
-        assert not [text for text in texts if re.match(r"(/|~/)\w", text)], "no absolute path"
+        assert not [node for node in nodes if re.match(r"(/|~/)\w", str(getattr(node, "value", "")))]
         assert not re.search(r"\bsys\.path\b|get_ipython|;\s*$", cell.source), "no tricks, no last semicolon"
         assert set(cell.metadata.get("tags", [])) <= {"parameters", SKIP}
-        kinds = (ast.FunctionDef, ast.ClassDef)
-        defined = [node.end_lineno - node.lineno + 1 for node in nodes if isinstance(node, kinds)]
-        assert len(cell.source.strip().splitlines()) <= (20 if defined else 15), (
-            f"short cells, not {cell.source}"
-        )
+        defines = any(isinstance(node, ast.FunctionDef | ast.ClassDef) for node in nodes)
+        assert len(cell.source.strip().splitlines()) <= (20 if defines else 15), cell.source
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@each_notebook
 def test_parameters_are_commented_literals_in_capitals_and_those_that_were_accepted(path):
-    tagged = [(cell, tree) for cell, tree in read(path)[1] if "parameters" in cell.metadata.get("tags", [])]
-    ((cell, tree),) = tagged
+    [(cell, tree)] = [both for both in read(path)[1] if "parameters" in both[0].metadata.get("tags", [])]
     lines = cell.source.splitlines()
     for statement in tree.body:
         assert re.fullmatch(r"[A-Z][A-Z0-9_]*", statement.targets[0].id)
         ast.literal_eval(statement.value)
         above = lines[statement.lineno - 2] if statement.lineno > 1 else ""
         assert "#" in lines[statement.end_lineno - 1] or above.startswith("#"), statement.targets[0].id
-    assert report.changed_parameters(path.stem, notebooks.declared(path)) == [], (
-        f"make accept NB={path.name[:2]}"
-    )
+    changed = report.changed_parameters(path.stem, notebooks.declared(path))
+    assert changed == [], f"make accept NB={path.name[:2]}"
     assert report.accepted_parameters(path.stem).exists()
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@each_notebook
 def test_results_carry_the_notebooks_number_and_are_compared(path):
-    _, code = read(path)
-    trees, last = [tree for _, tree in code], code[-1][0]
-    assert all(f"report.{name}(" in last.source for name in ("save_results", "show", "hold_to_expected"))
-    assert last.source.rindex("report.show(") < last.source.rindex("report.hold_to_expected("), (
-        "shown in any case"
-    )
-    named = [
-        name
-        for function in ("save_figure", "save_results", "hold_to_expected")
-        for name in calls(trees, function)
-    ]
+    code = read(path)[1]
+    last = code[-1][0].source
+    assert "report.save_results(" in last
+    assert 0 <= last.rindex("report.show(") < last.rindex("report.hold_to_expected("), "shown in any case"
+    named = names(code, "save_figure", "save_results", "hold_to_expected")
     assert all(name.startswith(f"{path.name[:2]}_") for name in named)
-    compared = [
-        cell.source
-        for cell, _ in code
-        if "hold_to_expected" in cell.source and SKIP not in str(cell.metadata)
-    ]
-    for name in [*calls(trees, "show"), *calls(trees, "hold_to_expected")]:
-        assert (paths.EXPECTED / f"{name}.csv").exists() and any(
-            f'"{name}"' in source for source in compared
-        ), name
+    held = [cell.source for cell, _ in code if SKIP not in str(cell.metadata)]
+    held = "\n".join(source for source in held if "hold_to_expected" in source)
+    for name in names(code, "show", "hold_to_expected"):
+        assert (paths.EXPECTED / f"{name}.csv").exists() and f'"{name}"' in held, name
 
 
-@pytest.mark.parametrize("path", ALL, ids=lambda path: path.stem)
+@each_notebook
 def test_outputs_are_those_of_one_clean_run(path):
     notebook, code = read(path)
     assert [cell.execution_count for cell, _ in code] == list(range(1, len(code) + 1))

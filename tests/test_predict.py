@@ -528,6 +528,7 @@ def test_the_loop_leaves_the_global_random_state_alone(model):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_baseline_answers_with_one_place_and_no_probability(tmp_path, capsys):
     from geoclip.baselines.geocells import GeocellsConfig, GeocellsTraining
     from geoclip.training import runs

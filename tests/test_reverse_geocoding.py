@@ -2,6 +2,7 @@
 
 import numpy as np
 import pandas as pd
+import pytest
 import torch
 
 from geoclip import earth
@@ -60,6 +61,7 @@ def test_no_places():
     assert len(nearest_town(np.zeros((0, 2)))) == 0
 
 
+@pytest.mark.slow
 def test_the_table_is_cached_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(reverse_geocoding.paths, "CACHE", tmp_path)
     first = reverse_geocoding._table()

@@ -75,6 +75,7 @@ def fitted(monkeypatch):
     return trained
 
 
+@pytest.mark.slow
 def test_each_setting_and_seed_is_trained_once_and_a_changed_one_alone_again(study, fitted):
     settings = {"paper": {}, "no queue": {"queue": 0}}
     first = runner.run(study, settings, [0, 1], workers=1)

@@ -101,14 +101,14 @@ EVERY = ["plain 0", "plain 1", "queue_0 & 50 % 0", "queue_0 & 50 % 1", "σ 2⁴ 
 
 @pytest.mark.slow
 def test_a_failing_setting_is_listed_and_the_rest_goes_on(made):
-    status, printed = made.run("--set", "FAIL=[plain]", "--jobs", "2")
+    status, printed = made.run("--set", "FAIL=[plain]", "--seeds", "1", "--jobs", "2")
     assert status == 1
-    assert made.ran() == [line for line in EVERY if "plain" not in line]
-    assert printed.count("plain cannot be run") == 4
+    assert made.ran() == ["queue_0 & 50 % 0", "σ 2⁴ 0"]
+    assert printed.count("plain cannot be run") == 2  # when it happens, and at the end
     failed = list(made.results.glob("runs/90_made/plain*/90_made.failed.ipynb"))
-    assert len(failed) == 2 and all(str(path) in printed for path in failed)
-    assert "[6 of 6]" in printed and "left" in printed
-    assert "4 of 6 runs are in these tables" in printed
+    assert len(failed) == 1 and str(failed[0]) in printed
+    assert "[3 of 3]" in printed and "left" in printed
+    assert "2 of 3 runs are in these tables" in printed
     assert set(made.table()["setting"]) == {"σ 2⁴", "queue_0 & 50 %"}
 
     # a changed setting reruns itself alone: FAIL is a parameter of all, so here the profile changes
@@ -137,7 +137,7 @@ def kill_all(process):
 
 @pytest.mark.slow
 def test_a_killed_sweep_continues_and_two_at_once_share_the_work(made):
-    for more in (1, 1, 2):
+    for more in (2, 1):
         begun, limit = len(made.ran()), time.monotonic() + 120
         process = made.start("--set", "SLOW=0.5")
         while len(made.ran()) < begun + more and time.monotonic() < limit:

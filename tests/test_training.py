@@ -133,6 +133,7 @@ def test_a_run_has_its_files_and_answers(unbroken):
     assert module.config == TINY
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights_and_another_does_not(unbroken, tmp_path):
     again = weights_of(runs.train(TINY, tmp_path / "again").checkpoint)
     other = weights_of(runs.train(dataclasses.replace(TINY, seed=1), tmp_path / "other").checkpoint)
@@ -149,6 +150,7 @@ def test_a_run_that_ended_is_not_repeated(unbroken):
     assert unbroken.checkpoint.stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_stopped_early_and_resumed_is_the_same(unbroken, tmp_path):
     stopped = runs.train(TINY, tmp_path / "stopped", epochs=1)
     assert not (stopped.directory / "result.json").exists()
@@ -328,6 +330,7 @@ def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_checkpoint(tmp_path
     assert run.checkpoint.read_bytes() == before and not run.result_file.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["evil", "half", "empty", "text"])
 def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_used(unbroken, tmp_path, damage, capfd):
     run = runs.train(TINY, tmp_path / "run", epochs=2)
@@ -405,6 +408,7 @@ def test_too_few_samples_and_data_that_are_not_there(tmp_path):
         runs.train(dataclasses.replace(TINY, data="mine.csv"), tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_says_where(unbroken, tmp_path):
     command = [sys.executable, "-m", "geoclip", "train", "--config", str(unbroken.directory / "config.yaml")]
     done = subprocess.run(

@@ -20,30 +20,26 @@ KERNEL_TIMEOUT_S = 180
 def environment() -> dict[str, str]:
     """Environment variables that make a notebook's outputs independent of the machine; creates their folders.
 
-    Jupyter, IPython and matplotlib keep to the cache folder and this Python's kernel, hashes are the same in
-    each run, and relative paths in GEOCLIP_* are made absolute, because a notebook runs in a folder of its
-    own. Raises FileNotFoundError if GEOCLIP_DATA names no folder.
+    Jupyter, IPython and matplotlib keep to the cache folder and this Python's kernel, and hashes are the same
+    in each run. Makes relative paths in GEOCLIP_* absolute, because a notebook runs in a folder of its own.
+    Raises FileNotFoundError if GEOCLIP_DATA names no folder.
     """
-    folders = {
-        "JUPYTER_CONFIG_DIR": paths.CACHE / "jupyter" / "config",
-        "JUPYTER_DATA_DIR": paths.CACHE / "jupyter" / "data",
-        "JUPYTER_RUNTIME_DIR": paths.CACHE / "jupyter" / "runtime",
-        "IPYTHONDIR": paths.CACHE / "ipython",
-        "MPLCONFIGDIR": paths.CACHE / "matplotlib",
-    }
     paths.make_variables_absolute()
     paths.geoclip_data()
-    return (
-        {name: str(paths.make_folder(folder)) for name, folder in folders.items()}
-        | {name: os.environ[name] for name in paths.VARIABLES if os.environ.get(name)}
-        | {
-            "JUPYTER_PATH": "",
-            "JUPYTER_PREFER_ENV_PATH": "1",
-            "MPLBACKEND": "module://matplotlib_inline.backend_inline",
-            "PYTHONHASHSEED": "0",
-            "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        }
-    )
+    folders = {
+        "JUPYTER_CONFIG_DIR": "jupyter/config",
+        "JUPYTER_DATA_DIR": "jupyter/data",
+        "JUPYTER_RUNTIME_DIR": "jupyter/runtime",
+        "IPYTHONDIR": "ipython",
+        "MPLCONFIGDIR": "matplotlib",
+    }
+    return {name: str(paths.make_folder(paths.CACHE / folder)) for name, folder in folders.items()} | {
+        "JUPYTER_PATH": "",
+        "JUPYTER_PREFER_ENV_PATH": "1",
+        "MPLBACKEND": "module://matplotlib_inline.backend_inline",
+        "PYTHONHASHSEED": "0",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }
 
 
 def run(

@@ -20,8 +20,7 @@ import pandas as pd
 from geoclip import paths
 
 VERSIONS_OF = ("torch", "torchvision", "open_clip_torch", "lightning", "numpy", "pandas", "scikit-learn")
-# `accept` sets this to a folder: tables are then written there, to become the expected ones, and not
-# compared.
+# `accept` sets this to a folder: tables are then written there, to become the expected ones, and not compared.
 ACCEPT_VARIABLE = "GEOCLIP_ACCEPT"
 FLOAT_FORMAT = "%.6g"
 
@@ -41,7 +40,7 @@ def provenance(config: object = None, data_hash: str | None = None) -> dict:
         "data_hash": data_hash,
         "config": config,
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in VERSIONS_OF},
+        "versions": {name: importlib.metadata.version(name) for name in VERSIONS_OF},
     }
 
 
@@ -204,13 +203,6 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 else None
 
 
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _as_csv(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, float_format=FLOAT_FORMAT)
 
@@ -249,22 +241,18 @@ def _differences(found, expected, keys, tolerance, optional) -> list[str]:
     here, there = _by_key(found, keys), _by_key(expected, keys)
     problems = [f"  column {c!r} is expected and missing" for c in expected.columns if c not in found.columns]
     problems += [f"  column {c!r} is new" for c in found.columns if c not in expected.columns]
-    problems += [
-        f"  row {_row(row, keys)} is expected and missing" for row in _only_in(there, here, optional)
-    ]
-    problems += [f"  row {_row(row, keys)} is new" for row in _only_in(here, there, optional)]
-    both = here.keys() & there.keys()
-    if here and there and not both:
+    missing, new = _only_in(there, here, optional), _only_in(here, there, optional)
+    problems += [f"  row {_row(row, keys)} is expected and missing" for row in missing]
+    problems += [f"  row {_row(row, keys)} is new" for row in new]
+    if here and there and not here.keys() & there.keys():
         problems.append("  no row is in both: are the keys the right ones?")
-    for key in [key for key in here if key in both]:
-        for column in [c for c in found.columns if c in expected.columns and c not in keys]:
-            problem = _difference(here[key][column], there[key][column], _allowed(column, tolerance))
-            problems += [f"  row {_row(here[key], keys)}, column {column}: {problem}"] if problem else []
+    for column in [c for c in found.columns if c in expected.columns and c not in keys]:
+        matching = (limit for pattern, limit in tolerance.items() if fnmatch.fnmatchcase(column, pattern))
+        allowed = next(matching, 0.0)
+        for key in [key for key in here if key in there]:
+            if problem := _difference(here[key][column], there[key][column], allowed):
+                problems.append(f"  row {_row(here[key], keys)}, column {column}: {problem}")
     return problems
-
-
-def _allowed(column: str, tolerance: Mapping[str, float | None]) -> float | None:
-    return next((limit for pattern, limit in tolerance.items() if fnmatch.fnmatchcase(column, pattern)), 0.0)
 
 
 def _difference(found: object, expected: object, allowed: float | None) -> str | None:
