@@ -35,7 +35,9 @@ def load_model(options):
     path = options.checkpoint
     if not path:
         return model.GeoCLIP.pretrained(options.clip_weights, options.precision)
-    say_if_unfinished(path)
+    last = Path(path).resolve()
+    if last.name == "last.ckpt" and not last.with_name("result.json").is_file():
+        print(f"geoclip: the training run in {last.parent} has not finished", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = model.read_checkpoint(path)
     if checkpoint["geoclip_config"].get("model", "geoclip") == "geoclip":
@@ -70,10 +72,3 @@ def model_name(checkpoint: str | None) -> str:
         return "authors' weights"
     path = Path(checkpoint).resolve()
     return path.parent.name if path.stem == "last" else path.stem
-
-
-def say_if_unfinished(checkpoint: str) -> None:
-    """Tells on stderr that a training run has not ended: it has a last.ckpt but no result.json."""
-    path = Path(checkpoint).resolve()
-    if path.name == "last.ckpt" and not (path.parent / "result.json").is_file():
-        print(f"geoclip: the training run in {path.parent} has not finished", file=sys.stderr)

@@ -10,7 +10,7 @@ from geoclip.evaluation import ACCURACY_COLUMNS, THRESHOLDS_KM
 
 START = "<!-- results: written by `python -m geoclip readme` from data/expected/07_benchmarks.csv -->"
 END = "<!-- end of results -->"
-PAPER, AUTHORS, OURS = "paper", "authors' weights", "ours"
+PAPER = "paper"
 # Rows of the table, and what a reader has to know of them.
 ROWS = {
     ("Im2GPS3k", "test"): "Im2GPS3k",
@@ -22,12 +22,13 @@ ROWS = {
 }
 NEEDS_PHOTOS, NEEDS_COORDINATES = "needs photos ²", "needs coordinates ²"
 NOT_PUBLISHED = "not published"
-MISSING = {
-    PAPER: NOT_PUBLISHED,
-    AUTHORS: NEEDS_PHOTOS,
-    OURS: NEEDS_PHOTOS,
-    "ceiling": NEEDS_COORDINATES,
-    "floor": NEEDS_COORDINATES,
+# Columns: the model and the measure in notebook 07, and what a cell without a result says.
+COLUMNS = {
+    PAPER: (PAPER, "accuracy", NOT_PUBLISHED),
+    "authors' weights": ("authors' weights", "accuracy", NEEDS_PHOTOS),
+    "ours": ("ours", "accuracy", NEEDS_PHOTOS),
+    "ceiling": ("gallery", "ceiling", NEEDS_COORDINATES),
+    "floor": ("gallery", "random floor", NEEDS_COORDINATES),
 }
 NOTES = (
     f"Percent within {' / '.join(f'{km:,}' for km in THRESHOLDS_KM)} km. Ceiling: the gallery's nearest place; floor: "
@@ -39,7 +40,7 @@ NOTES = (
 
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
-    """The tidy table of notebook 07 as rows of ROWS and columns paper, authors' weights, ours, ceiling, floor.
+    """The tidy table of notebook 07 in the ROWS and COLUMNS of the README.
 
     A cell is the five accuracies, or why there is none. table: columns data, split, model, measure and the
     accuracies in percent.
@@ -47,26 +48,16 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     cells = table.set_index(["data", "split", "model", "measure"])[ACCURACY_COLUMNS]
     if not cells.index.is_unique:
         raise ValueError("two rows of the table have one data, split, model and measure")
-    made = []
+    rows = []
     for (data, split), title in ROWS.items():
-        embedded = data == blue_marble.LABEL
         row = {"percent within 1 / 25 / 200 / 750 / 2500 km": title}
-        for column, model, measure in (
-            (PAPER, PAPER, "accuracy"),
-            (AUTHORS, AUTHORS, "accuracy"),
-            (OURS, OURS, "accuracy"),
-            ("ceiling", "gallery", "ceiling"),
-            ("floor", "gallery", "random floor"),
-        ):
-            key = (data, split, model, measure)
-            if key in cells.index:
-                row[column] = " / ".join(f"{value:.1f}" for value in cells.loc[key])
-            elif embedded:
-                row[column] = "–"
-            else:
-                row[column] = MISSING[column]
-        made.append(row)
-    return pd.DataFrame(made)
+        for column, (model, measure, missing) in COLUMNS.items():
+            row[column] = "–" if data == blue_marble.LABEL else missing
+            if (data, split, model, measure) in cells.index:
+                values = cells.loc[data, split, model, measure]
+                row[column] = " / ".join(f"{value:.1f}" for value in values)
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def first_screen() -> str:
