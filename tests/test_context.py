@@ -215,14 +215,14 @@ def test_embedded_context_is_what_maps_say():
 
 
 def test_labels_not_seen_in_training_are_unknown_and_wrong_ones_are_refused():
-    classes = labels.Classes.of(pd.DataFrame({"climate": [3.0], "city": ["Nice"]}), ("climate", "city"))
-    assert len(classes.names["climate"]) == 30  # fixed, however few occur
-    found = classes(pd.DataFrame({"climate": [29.0, np.nan], "city": ["Nowhere", "Nice"]}))
+    classes = labels.classes_of(pd.DataFrame({"climate": [3.0], "city": ["Nice"]}), ("climate", "city"))
+    assert len(classes["climate"]) == 30  # fixed, however few occur
+    found = labels.encode(pd.DataFrame({"climate": [29.0, np.nan], "city": ["Nowhere", "Nice"]}), classes)
     assert found["climate"].tolist() == [29, labels.UNKNOWN] and found["city"].tolist() == [labels.UNKNOWN, 0]
     with pytest.raises(ValueError, match="climate, row 1: label 30 is outside 0 … 29"):
-        classes(pd.DataFrame({"climate": [3.0, 30.0], "city": ["Nice", "Nice"]}))
+        labels.encode(pd.DataFrame({"climate": [3.0, 30.0], "city": ["Nice", "Nice"]}), classes)
     with pytest.raises(ValueError, match="known for no image"):
-        labels.Classes.of(pd.DataFrame({"city": [None]}), ("city",))
+        labels.classes_of(pd.DataFrame({"city": [None]}), ("city",))
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_osv_mini_in_its_own_columns(tmp_path):
     )  # fmt: skip
     data = ContextTraining.training_set(config)
     assert data.labels["month"].tolist() == list(range(8)) == data.labels["climate"].tolist()
-    assert data.labels["state"].tolist() == [0, 1] * 4 and data.encode.classes.names["state"] == (
+    assert data.labels["state"].tolist() == [0, 1] * 4 and data.encode.classes["state"] == (
         "Bavaria",
         "Tyrol",
     )

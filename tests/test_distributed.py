@@ -1,6 +1,5 @@
 """Two ranks on a CPU do what one does with the same global batch."""
 
-import dataclasses
 import functools
 import os
 import socket
@@ -49,7 +48,7 @@ RANKS = {
 def trained(config, directory, ranks):
     """What `python -m geoclip train` leaves in `directory`; two machines are two torchrun on this one."""
     yaml_file = directory.parent / "train.yaml"
-    yaml_file.write_text(yaml.safe_dump(plain(dataclasses.asdict(config))))
+    yaml_file.write_text(yaml.safe_dump(plain(config)))
     env = {
         k: v
         for k, v in os.environ.items()

@@ -271,7 +271,9 @@ def test_compare_embeds_shared_places_once_and_answers_as_probe_does(places, qua
         return earth.unit_sphere(latlon)
 
     config = probes.ProbeConfig(seeds=2)
-    rows = probes.compare(tasks, {"xyz": counted, "raw": position_encodings.raw_degrees}, config=config)
+    rows = probes.compare(
+        tasks, {"xyz": counted, "raw": position_encodings.CONTROLS["raw (lat, lon)"]}, config=config
+    )
     assert calls == [1500] and len(rows) == 2 * 2 * 2 * 2
     assert list(rows.columns[:7]) == ["task", "embedding", "d", "split", "probe", "measure", "seed"]
     one = rows[(rows.task == "octant") & (rows.embedding == "xyz") & (rows.split == "blocked")]

@@ -486,7 +486,7 @@ def test_a_hold_out_is_nested_and_whole_by_photographer_or_place():
 def test_own_photos_are_trained_held_out_and_evaluated(photo_csv, tmp_path, capsys):
     config = dataclasses.replace(TINY, data=str(photo_csv), holdout=0.25, batch_size=16, epochs=1)
     yaml_file = tmp_path / "own.yaml"
-    yaml_file.write_text(json.dumps(plain(dataclasses.asdict(config))))
+    yaml_file.write_text(json.dumps(plain(config)))
     assert command_line.main(["train", "--config", str(yaml_file), "--out", str(tmp_path / "my run")]) == 0
     said = capsys.readouterr().out
     assert "each epoch leaves out 14 of 30 samples" in said and "epoch 1 of 1: " in said
@@ -507,7 +507,7 @@ def started(config, directory, **options):
     """A process of `python -m geoclip train`, once it has written a checkpoint."""
     directory.mkdir(exist_ok=True)
     file = directory.with_suffix(".yaml")
-    file.write_text(json.dumps(plain(dataclasses.asdict(config))))
+    file.write_text(json.dumps(plain(config)))
     command = [sys.executable, "-m", "geoclip", "train", "--config", str(file), "--out", str(directory)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
     deadline = time.monotonic() + 120

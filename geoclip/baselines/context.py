@@ -34,7 +34,7 @@ class Encoding:
     """How context becomes numbers: classes of the heads and words of the captions; saved in checkpoints."""
 
     config: ContextConfig
-    classes: labels.Classes
+    classes: dict[str, tuple[str, ...]]
     words: tuple[str, ...] = ()
 
     @classmethod
@@ -42,11 +42,11 @@ class Encoding:
         """Return the encoding that the context of a training set defines."""
         said = labels.captions(context, config.caption) if config.caption_epochs else []
         words = tuple(sorted({word for sentence in said for word in split_words(sentence)}))
-        return cls(config, labels.Classes.of(context, config.used_heads), words)
+        return cls(config, labels.classes_of(context, config.used_heads), words)
 
     def __call__(self, context: pd.DataFrame) -> dict[str, Tensor]:
         """Return the class numbers of each head, and `caption` (n, words), padded with 0."""
-        encoded = self.classes(context)
+        encoded = labels.encode(context, self.classes)
         if self.config.caption_epochs:
             encoded["caption"] = self.tokens(labels.captions(context, self.config.caption))
         return encoded
@@ -108,7 +108,7 @@ class ContextModel(nn.Module):
         super().__init__()
         self.config = config
         self.tower = Tower(config.image, seeded(config.seed, "tower"))
-        sizes = {head: len(names) for head, names in encoding.classes.names.items()}
+        sizes = {head: len(names) for head, names in encoding.classes.items()}
         self.heads = nn.ModuleDict({head: nn.Linear(self.tower.dim, size) for head, size in sizes.items()})
         for name, head in self.heads.items():
             initialise(head, seeded(config.seed, "head", name))
@@ -191,7 +191,7 @@ class ContextTraining(TrainingModule):
     @classmethod
     def rebuild(cls, config: ContextConfig, checkpoint: dict[str, Any]) -> "ContextTraining":
         names = {head: tuple(kept) for head, kept in checkpoint["classes"].items()}
-        return cls(config, Encoding(config, labels.Classes(names), tuple(checkpoint["words"])))
+        return cls(config, Encoding(config, names, tuple(checkpoint["words"])))
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return the caption loss in its epochs, then distance and context; unknown labels are left out."""
@@ -226,5 +226,5 @@ class ContextTraining(TrainingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        checkpoint["classes"] = {head: list(names) for head, names in self.encoding.classes.names.items()}
+        checkpoint["classes"] = {head: list(names) for head, names in self.encoding.classes.items()}
         checkpoint["words"] = list(self.encoding.words)

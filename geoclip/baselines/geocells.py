@@ -5,11 +5,11 @@ tower on a segmentation map). The answer is the mean place of a cell's training 
 in those projects.
 """
 
+import functools
 import itertools
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -115,6 +115,7 @@ class GeocellsTraining(TrainingModule):
         maps = None
         if config.seg_channels:
             maps = samples.Maps(config.seg_channels, Path(config.seg_images) if config.seg_images else None)
+        encode = functools.partial(labels.encode, classes=labels.classes_of(found.context, columns))
         return found.dataset(config, encode, maps)
 
     @classmethod
@@ -196,11 +197,3 @@ def partitions(config: GeocellsConfig, latlon: Float[Tensor, "n 2"]) -> dict[str
         level: partition(latlon, PartitionConfig(config.img_min, img_max))
         for level, img_max in zip(LEVELS, config.img_max, strict=True)
     }
-
-
-def encode(context: pd.DataFrame) -> dict[str, Tensor]:
-    """Return the class numbers of the scene, if it is among the columns."""
-    if "scene" not in context:
-        return {}
-    scene = torch.from_numpy(context["scene"].fillna(labels.UNKNOWN).to_numpy("int64", copy=True))
-    return {"scene": labels.check_labels(scene, len(labels.SCENES), "scene")}

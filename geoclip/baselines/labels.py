@@ -5,13 +5,15 @@ the Earth.
 """
 
 import calendar
-import dataclasses
 import re
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+
+from geoclip.datasets.benchmarks import SCENES
 
 UNKNOWN = -1
 
@@ -48,17 +50,15 @@ CLIMATES = {
     "ET": "polar tundra",
     "EF": "polar frost",
 }
-MONTHS = tuple(calendar.month_name)[1:]
-# Heads with fixed classes; the classes of the others are the names that occur in training.
-FIXED = {"climate": tuple(CLIMATES.values()), "month": MONTHS}
-SCENES = ("indoor", "natural", "urban")  # S3_Label
+# Labels with fixed classes, given by number; the classes of the others are the names that occur in training.
+FIXED = {"climate": tuple(CLIMATES.values()), "month": tuple(calendar.month_name)[1:], "scene": SCENES}
 # Stand-in for the scenes of tiles, by Köppen's main group: evergreen, bare (dry or polar), seasonal.
 SCENE_OF_GROUP = {"A": 0, "B": 1, "E": 1, "C": 2, "D": 2}
 
 
 def check_labels(labels: Tensor, classes: int, source: str) -> Tensor:
     """Return `labels` (n,) as int64; raises ValueError unless all are UNKNOWN or 0 … classes − 1."""
-    labels = torch.as_tensor(labels).long()
+    labels = labels.long()
     bad = (labels < UNKNOWN) | (labels >= classes)
     if bad.any():
         row = int(bad.nonzero()[0])
@@ -69,35 +69,25 @@ def check_labels(labels: Tensor, classes: int, source: str) -> Tensor:
     return labels
 
 
-@dataclasses.dataclass(frozen=True)
-class Classes:
-    """The classes of each head; saved in checkpoints."""
+def classes_of(context: pd.DataFrame, columns: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """Return the classes of each label of a training set; raises ValueError for one that is never known."""
+    classes = {name: FIXED.get(name) or tuple(sorted(set(context[name].dropna()))) for name in columns}
+    for name, found in classes.items():
+        if not found:
+            raise ValueError(f"the label {name!r} is known for no image: leave it out of heads")
+    return classes
 
-    names: dict[str, tuple[str, ...]]
 
-    @classmethod
-    def of(cls, context: pd.DataFrame, heads: tuple[str, ...]) -> "Classes":
-        """Return those of a training set; raises ValueError for a head without a column or a known value."""
-        names = {}
-        for head in heads:
-            if head not in context:
-                raise ValueError(f"the data have no label {head!r}; they have {', '.join(context)}")
-            names[head] = FIXED.get(head) or tuple(sorted(set(context[head].dropna())))
-            if not names[head]:
-                raise ValueError(f"the label {head!r} is known for no image: leave it out of heads")
-        return cls(names)
-
-    def __call__(self, context: pd.DataFrame) -> dict[str, Tensor]:
-        """Return the class numbers (n,) of each head; UNKNOWN for values that are absent or new."""
-        encoded = {}
-        for head, names in self.names.items():
-            column = context[head]
-            if head in FIXED:
-                numbers = pd.to_numeric(column).fillna(UNKNOWN).to_numpy(copy=True)
-                encoded[head] = check_labels(torch.from_numpy(numbers), len(names), head)
-            else:
-                encoded[head] = torch.from_numpy(pd.Index(names).get_indexer(column).astype(np.int64))
-        return encoded
+def encode(context: pd.DataFrame, classes: dict[str, tuple[str, ...]]) -> dict[str, Tensor]:
+    """Return the class numbers (n,) of each label; UNKNOWN for values that are absent or new."""
+    encoded = {}
+    for name, known in classes.items():
+        if name in FIXED:
+            numbers = pd.to_numeric(context[name]).fillna(UNKNOWN).to_numpy(copy=True)
+            encoded[name] = check_labels(torch.from_numpy(numbers), len(known), name)
+        else:
+            encoded[name] = torch.from_numpy(pd.Index(known).get_indexer(context[name]).astype(np.int64))
+    return encoded
 
 
 def captions(context: pd.DataFrame, template: str) -> list[str]:

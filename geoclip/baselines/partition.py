@@ -82,26 +82,18 @@ class Partition:
                     "read it as a number, so import that column as text"
                 )
         self.ids = np.array([s2geometry.S2CellId.FromToken(t).id() for t in self.tokens], dtype=np.uint64)
-        self._order = np.argsort(self.ids, kind="stable")
-        self._first, self._last = (bound[self._order] for bound in id_ranges(self.ids))
-        self._refuse_overlap(source)
-
-    def _refuse_overlap(self, source: str) -> None:
-        # Sorted by id, a cell inside another need not be its neighbour: compare with all that came before.
-        by_first = np.lexsort((self._last, self._first))
-        first, last = self._first[by_first], self._last[by_first]
-        clash = np.flatnonzero(first[1:] <= np.maximum.accumulate(last)[:-1])
-        if clash.size == 0:
-            return
-        row = clash[0] + 1
-        holder = np.flatnonzero(last[:row] >= first[row])[0]
-        one, other = (int(self._order[by_first[i]]) for i in (holder, row))
-        if self.ids[one] == self.ids[other]:
-            raise ValueError(
-                f"{source}: hex_id {self.tokens[one]!r} occurs twice (cells {min(one, other)} and "
-                f"{max(one, other)}): remove one of them"
-            )
-        raise ValueError(f"{source}: cells {self.tokens[one]!r} and {self.tokens[other]!r} overlap")
+        first, last = id_ranges(self.ids)
+        self._order = np.argsort(first, kind="stable")
+        self._first, self._last = first[self._order], last[self._order]
+        clash = np.flatnonzero(self._first[1:] <= self._last[:-1])  # if any cells overlap, two neighbours do
+        if clash.size:
+            one, other = sorted(self._order[clash[0] : clash[0] + 2].tolist())
+            if self.ids[one] == self.ids[other]:
+                raise ValueError(
+                    f"{source}: hex_id {self.tokens[one]!r} occurs twice (cells {one} and {other}): remove one of "
+                    "them"
+                )
+            raise ValueError(f"{source}: cells {self.tokens[one]!r} and {self.tokens[other]!r} overlap")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -132,15 +124,12 @@ class Partition:
         inside = (at >= 0) & (ids <= self._last[np.maximum(at, 0)])
         return torch.from_numpy(np.where(inside, self._order[at], -1))
 
-    def table(self) -> pd.DataFrame:
-        """Return one row for each cell, in the published columns."""
-        values = (range(len(self)), self.tokens, self.images, self.latlon[:, 0], self.latlon[:, 1])
-        return pd.DataFrame(dict(zip(COLUMNS, values, strict=True)))
-
     def write(self, path: Path | str) -> None:
-        """Write `table()` as CSV."""
+        """Write a CSV with one row for each cell, in the published columns."""
+        values = (range(len(self)), self.tokens, self.images, self.latlon[:, 0], self.latlon[:, 1])
+        table = pd.DataFrame(dict(zip(COLUMNS, values, strict=True)))
         with paths.atomic(path) as temporary:
-            self.table().to_csv(temporary, index=False, float_format="%.7f")
+            table.to_csv(temporary, index=False, float_format="%.7f")
 
     @classmethod
     def read(cls, path: Path | str) -> "Partition":

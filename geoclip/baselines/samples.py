@@ -204,8 +204,7 @@ def read_photos(config: RunConfig) -> tuple[folder.Geotagged, pd.DataFrame]:
         data = folder.read(csv, images, keep=SCENE_PROBABILITIES)
         probability = data.table[list(SCENE_PROBABILITIES)].apply(pd.to_numeric, errors="coerce").to_numpy()
         known = np.isfinite(probability).all(1)
-        scene = np.where(known, np.nan_to_num(probability).argmax(1), labels.UNKNOWN)
-        return data, pd.DataFrame({"scene": scene})
+        return data, pd.DataFrame({"scene": np.where(known, probability.argmax(1), np.nan)})
     data = folder.read(csv, images)
     return data, pd.DataFrame(index=range(len(data)))
 
@@ -234,9 +233,8 @@ class Samples:
 
     def rows(self, kept: np.ndarray) -> "Samples":
         """Return some of them, by number or mask."""
-        context, photos = self.context.loc[kept].reset_index(drop=True), self.photos
-        if photos is not None:
-            photos = dataclasses.replace(photos, table=photos.table.loc[kept].reset_index(drop=True))
+        context = self.context.loc[kept].reset_index(drop=True)
+        photos = None if self.photos is None else self.photos.rows(kept)
         return Samples(self.latlon[torch.tensor(kept)], context, photos)
 
     def dataset(self, config: RunConfig, encode: Encode, maps: "Maps | None" = None) -> Labelled:

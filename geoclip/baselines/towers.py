@@ -34,7 +34,8 @@ class Tower(nn.Module):
             self.dim = ConvTower.feature_dim
             initialise(self.body, generator)
         elif config.tower.startswith(TIMM):
-            self.body, self.dim = timm_tower(config)
+            self.body = timm_body(config)
+            self.dim = self.body.num_features
         else:
             clip = load_clip(config.tower, config.weights)
             self.body, self.dim = clip.visual, clip_feature_dim(config.tower)
@@ -52,16 +53,15 @@ class Tower(nn.Module):
         return self.body(self.mix(images))
 
 
-def timm_tower(config: ImageEncoderConfig) -> tuple[nn.Module, int]:
-    """Return a timm model without its classifier, and the width of its features; raises as Tower does."""
+def timm_body(config: ImageEncoderConfig) -> nn.Module:
+    """Return a timm model without its classifier; raises as Tower does."""
     import timm
 
     name = timm_name(config.tower)
     try:
-        body = timm.create_model(name, pretrained=config.weights is not None, num_classes=0)
+        return timm.create_model(name, pretrained=config.weights is not None, num_classes=0)
     except (OSError, RuntimeError) as error:
         raise OSError(
             f"the weights of {config.tower} are not cached and could not be downloaded: connect to the "
             f"network once, or set image.weights to null for random weights"
         ) from error
-    return body, body.num_features

@@ -6,7 +6,7 @@ columns that are missing or swapped, values that are not numbers, and coordinate
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +56,10 @@ class Geotagged:
         path = self.images / name
         flat = self.images / name.replace("/", "_")
         return flat if flat != path and not path.exists() and flat.exists() else path
+
+    def rows(self, kept: np.ndarray | pd.Series) -> "Geotagged":
+        """Some of the photos, by number or mask, numbered from 0."""
+        return replace(self, table=self.table.loc[kept].reset_index(drop=True))
 
     def missing(self) -> list[str]:
         """The files that are listed in the CSV but absent from the folder, in the order of the CSV."""

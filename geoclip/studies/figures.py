@@ -15,7 +15,7 @@ from geoclip.studies.probes import blocks
 
 # One colour and one marker for each distance; the colours are Okabe and Ito's, safe for colour-blind readers.
 COLOURS = ("#000000", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
-MARKERS = ("o", "s", "^", "D", "v")
+DISTANCES = list(zip(evaluation.named_thresholds(), COLOURS, ("o", "s", "^", "D", "v"), strict=True))
 
 
 def draw_settings(summary: pd.DataFrame) -> Figure:
@@ -30,15 +30,12 @@ def draw_settings(summary: pd.DataFrame) -> Figure:
         figure, axes = plt.subplots(1, len(splits), figsize=size, sharey=True, squeeze=False)
         for axis, split in zip(axes[0], splits, strict=True):
             part = summary[summary["split"] == split].set_index("setting").loc[names]
-            for (column, km), colour, marker in zip(
-                evaluation.named_thresholds(), COLOURS, MARKERS, strict=True
-            ):
+            for (column, km), colour, marker in DISTANCES:
                 mean = part[column].to_numpy()
                 ends = np.abs(part[[f"{column}_low", f"{column}_high"]].to_numpy().T - mean)
                 style = {"fmt": marker, "markersize": 4, "linestyle": "none", "color": colour, "capsize": 2}
-                axis.errorbar(
-                    mean, np.arange(len(names)), xerr=np.nan_to_num(ends), label=f"{km:,} km", **style
-                )
+                xerr = np.nan_to_num(ends)
+                axis.errorbar(mean, np.arange(len(names)), xerr=xerr, label=f"{km:,} km", **style)
             axis.set(title=f"{split} test split", xlabel="found within the distance, %", xlim=(-2, 102))
             axis.set_yticks(range(len(names)), names)
         _finish(figure, axes, summary)
@@ -59,9 +56,7 @@ def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str]
         for axis, (key, part) in zip(axes.flat, groups, strict=False):
             part = part.sort_values(x)
             values = part[x].to_numpy(float)
-            for (column, km), colour, marker in zip(
-                evaluation.named_thresholds(), COLOURS, MARKERS, strict=True
-            ):
+            for (column, km), colour, marker in DISTANCES:
                 axis.plot(values, part[column], label=f"{km:,} km", color=colour, marker=marker, markersize=4)
                 low, high = (part[f"{column}_{end}"].to_numpy(float) for end in ("low", "high"))
                 axis.fill_between(values, low, high, color=colour, alpha=0.25, linewidth=0)
@@ -81,9 +76,8 @@ def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str]
 def _finish(figure: Figure, axes: np.ndarray, summary: pd.DataFrame) -> None:
     for axis in axes.flat:
         axis.grid(axis="y", color="#e6e6e6", linewidth=0.6)
-    about = (
-        f"{', '.join(summary['data'].unique())}; means and 95 % intervals over {summary['seeds'].max()} seeds"
-    )
+    data, seeds = ", ".join(summary["data"].unique()), summary["seeds"].max()
+    about = f"{data}; means and 95 % intervals over {seeds} seeds"
     figure.suptitle(about, fontsize=8, color="#555555")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
 

@@ -15,6 +15,8 @@ from geoclip.datasets import nus_wide
 from geoclip.datasets.nus_wide import NusWide
 from geoclip.studies import probes
 
+PROTOCOL = probes.HiddenLayerConfig()
+
 
 def mean_average_precision(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     """Return mean average precision over concepts (map_macro, the usual mAP) and over all pairs (map_micro).
@@ -36,7 +38,7 @@ def probe_labels(
     data: NusWide,
     embedding: Callable,
     visual: np.ndarray | None = None,
-    config: probes.HiddenLayerConfig | None = None,
+    config: probes.HiddenLayerConfig = PROTOCOL,
     seed: int = 0,
 ) -> pd.DataFrame:
     """Probe NUS-WIDE from GPS alone and, with visual features (n, c), from those and from both side by side.
@@ -55,18 +57,15 @@ def probe_labels(
     rows = []
     for name, x in inputs.items():
         with probes.expected_warnings():
-            scores = (
-                probes.hidden_layer("labels", config, seed)
-                .fit(x[train], data.labels[train])
-                .predict_proba(x[test])
-            )
+            fitted = probes.hidden_layer("labels", config, seed).fit(x[train], data.labels[train])
+            scores = fitted.predict_proba(x[test])
         row = {"input": name, "d": x.shape[1], "n_train": int(train.sum()), "n_test": int(test.sum())}
         rows.append(row | mean_average_precision(data.labels[test], scores))
     return pd.DataFrame(rows)
 
 
 def nus_wide_table(
-    embedding: Callable, config: probes.HiddenLayerConfig | None = None, seed: int = 0
+    embedding: Callable, config: probes.HiddenLayerConfig = PROTOCOL, seed: int = 0
 ) -> pd.DataFrame:
     """Return the published mAP on geo-tagged NUS-WIDE with ours beside it, as far as the data are present.
 

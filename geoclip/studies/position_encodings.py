@@ -16,11 +16,6 @@ from geoclip import earth
 Embedding = Callable[[Tensor], Tensor]
 
 
-def raw_degrees(latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "n 2"]:
-    """Return (lat, lon) in degrees, unchanged."""
-    return latlon
-
-
 def sphere_c_plus(
     latlon: Float[Tensor, "n 2"], scales: int = 64, shortest_deg: float = 0.5
 ) -> Float[Tensor, "n d"]:
@@ -101,7 +96,7 @@ def unit_norm(encoder) -> Embedding:
 
 
 CONTROLS: dict[str, Embedding] = {
-    "raw (lat, lon)": raw_degrees,
+    "raw (lat, lon)": lambda latlon: latlon,
     "unit sphere": earth.unit_sphere,
     "sinusoids, 64 scales": sphere_c_plus,
     "spherical harmonics": spherical_harmonics,

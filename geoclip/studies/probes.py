@@ -34,17 +34,17 @@ from geoclip.studies.statistics import t_interval
 
 Measure = Literal["accuracy", "r2"]
 JOBS = 2  # splits at a time; each holds its own scaled copy of the training rows
+# RANGE's: ridge penalties to choose from, and the inner folds that choose one
+ALPHAS = (0.1, 1.0, 10.0)
+CLASS_FOLDS, NUMBER_FOLDS = 10, 3
+TEST_FRACTION = 0.2  # of the places, or of the blocks, in each outer split
 
 
 @dataclass(frozen=True)
 class ProbeConfig:
-    """How probes are fitted and scored; the defaults are RANGE's, except for seeds and block_deg."""
+    """The outer splits that probes are scored on."""
 
-    alphas: tuple[float, ...] = (0.1, 1.0, 10.0)  # ridge penalties to choose from
-    class_folds: int = 10  # inner folds that choose the penalty, for classes
-    number_folds: int = 3  # the same for numbers
-    seeds: int = 5  # outer splits
-    test_fraction: float = 0.2  # of the places, or of the blocks, in each outer split
+    seeds: int = 5  # number of splits
     block_deg: float = 10.0  # side of a block, in degrees of a great circle
 
 
@@ -94,11 +94,8 @@ def blocks(latlon, degrees: float = 10.0, seed: int | None = None) -> np.ndarray
     return band * 100_000 + ((lon + 180 + shift[1]) % 360 / 360 * cells).astype(np.int64)
 
 
-def splits(
-    latlon, split: str, config: ProbeConfig | None = None
-) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+def splits(latlon, split: str, config: ProbeConfig) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield (seed, training rows, test rows) of each outer split: "random", or "blocked" by whole blocks."""
-    config = config or ProbeConfig()
     if split not in ("random", "blocked"):
         raise ValueError(f"split must be 'random' or 'blocked', got {split!r}")
     groups, splitter = None, ShuffleSplit if split == "random" else GroupShuffleSplit
@@ -109,7 +106,7 @@ def splits(
                 raise ValueError(
                     f"all {len(latlon)} places lie in one block of {config.block_deg:g}°: lower block_deg"
                 )
-        outer = splitter(1, test_size=config.test_fraction, random_state=seed)
+        outer = splitter(1, test_size=TEST_FRACTION, random_state=seed)
         yield seed, *next(outer.split(latlon, groups=groups))
 
 
@@ -121,8 +118,8 @@ class RidgeProbe:
     the fold's own rows, so the rows are multiplied once, not once for each fold and penalty.
     """
 
-    def __init__(self, measure: Measure, config: ProbeConfig | None = None):
-        self.measure, self.config = measure, config or ProbeConfig()
+    def __init__(self, measure: Measure):
+        self.measure = measure
 
     def fit(self, x: np.ndarray, y: np.ndarray) -> "RidgeProbe":
         """Fit features x (n, d) and classes or numbers y (n,); the penalty that was chosen is `alpha_`."""
@@ -132,26 +129,26 @@ class RidgeProbe:
         if self.measure == "accuracy":
             self.classes_, y = np.unique(y, return_inverse=True)
             largest = int(np.bincount(y).max())  # scikit-learn requires a class with a member in each fold
-            folds = StratifiedKFold(max(2, min(self.config.class_folds, largest)))
+            folds = StratifiedKFold(max(2, min(CLASS_FOLDS, largest)))
             precision = np.float32  # of the inner folds' answers, of which only the largest counts
         else:
             y = np.asarray(y, dtype=np.float64)
-            folds, precision = KFold(self.config.number_folds), np.float64
+            folds, precision = KFold(NUMBER_FOLDS), np.float64
         held_out = [rows for _, rows in folds.split(x, y)]
         parts = [self._products(x[rows], y[rows]) for rows in held_out]
         total = [sum(both) for both in zip(*parts, strict=True)]
-        scores = np.zeros((len(parts), len(self.config.alphas)))
+        scores = np.zeros((len(parts), len(ALPHAS)))
         for part, rows, row in zip(parts, held_out, scores, strict=True):
             system = _centred(*(all_rows - own for all_rows, own in zip(total, part, strict=True)))
             features = (x[rows] - self._centre).astype(precision)
-            for column, alpha in enumerate(self.config.alphas):
+            for column, alpha in enumerate(ALPHAS):
                 weights, bias = _solve(*system, alpha)
                 answer = features @ weights.astype(precision) + bias
                 if self.measure == "accuracy":
                     row[column] = (answer.argmax(1) == y[rows]).mean()
                 else:
                     row[column] = r2_score(y[rows], answer[:, 0])
-        self.alpha_ = self.config.alphas[int(scores.mean(0).argmax())]
+        self.alpha_ = ALPHAS[int(scores.mean(0).argmax())]
         self._weights, self._bias = _solve(*_centred(*total), self.alpha_)
         return self
 
@@ -185,11 +182,8 @@ def _solve(x, y, xx, xy, alpha: float) -> tuple[np.ndarray, np.ndarray]:
     return weights, y - x @ weights
 
 
-def hidden_layer(
-    measure: Measure | Literal["labels"], config: HiddenLayerConfig | None = None, seed: int = 0
-):
+def hidden_layer(measure: Measure | Literal["labels"], config: HiddenLayerConfig, seed: int):
     """Return an estimator with one hidden layer; "labels" predicts several labels of {0, 1} at once."""
-    config = config or HiddenLayerConfig()
     options = dict(hidden_layer_sizes=(config.hidden,), batch_size=config.batch, max_iter=config.epochs)
     options |= dict(learning_rate_init=config.learning_rate, alpha=0.0, random_state=seed)
     if measure == "r2":
@@ -205,7 +199,7 @@ def probe(
     latlon,
     measure: Measure,
     split: str = "random",
-    config: ProbeConfig | None = None,
+    config: ProbeConfig = ProbeConfig(),
     model: Callable[[int], object] | None = None,
     sizes: Iterable[int] | None = None,
 ) -> pd.DataFrame:
@@ -220,7 +214,6 @@ def probe(
     places, nested. Raises ValueError for rows that do not match, values that are not finite, a class with a
     single member, which no split can score, and a size larger than the training part.
     """
-    config = config or ProbeConfig()
     target = np.asarray(target)
     check_rows(embedding, target, latlon, measure)
 
@@ -236,7 +229,7 @@ def probe(
                 yield seed, order[:size], test
 
     def one(seed, train, test):
-        fitted = (model(seed) if model else RidgeProbe(measure, config)).fit(embedding[train], target[train])
+        fitted = (model(seed) if model else RidgeProbe(measure)).fit(embedding[train], target[train])
         answer, truth, reachable = fitted.predict(embedding[test]), target[test], 100.0
         if measure == "accuracy":
             score, reachable = 100 * np.mean(answer == truth), 100 * np.isin(truth, target[train]).mean()
@@ -255,7 +248,7 @@ def compare(
     tasks: Mapping[str, Task],
     embeddings: Mapping[str, Callable],
     splits: tuple[str, ...] = ("random", "blocked"),
-    config: ProbeConfig | None = None,
+    config: ProbeConfig = ProbeConfig(),
     hidden: HiddenLayerConfig | None = None,
 ) -> pd.DataFrame:
     """Probe every embedding for every task in every split: the rows of `probe`, with what they belong to.
@@ -263,7 +256,6 @@ def compare(
     hidden: probe with one hidden layer instead of ridge. Places that tasks share are embedded once. Each task
     says how large its blocks are.
     """
-    config = config or ProbeConfig()
     found = []
     for places in dict.fromkeys(task.places for task in tasks.values()):
         group = [task for task in tasks.values() if task.places == places]
@@ -282,7 +274,7 @@ def compare(
     return pd.concat(found, ignore_index=True)
 
 
-def summarize(rows: pd.DataFrame, by: list[str], level: float = 0.95) -> pd.DataFrame:
+def summarize(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     """Average the seeds of each group: score, its interval (low, high), seeds, reachable, n_train, n_test.
 
     The splits overlap, so that the usual interval would be too narrow: see statistics.t_interval, `overlap`.
@@ -290,7 +282,7 @@ def summarize(rows: pd.DataFrame, by: list[str], level: float = 0.95) -> pd.Data
     table = []
     for key, group in rows.groupby(by, sort=False):
         overlap = group["n_test"].sum() / group["n_train"].sum()
-        mean, low, high = t_interval(group["score"], level, overlap)
+        mean, low, high = t_interval(group["score"], overlap)
         row = dict(zip(by, key, strict=True)) | {"score": mean, "low": low, "high": high, "seeds": len(group)}
         row["reachable"] = group["reachable"].mean()
         table.append(row | {name: round(group[name].mean()) for name in ("n_train", "n_test")})
@@ -314,13 +306,10 @@ def readable(summary: pd.DataFrame, rows: list[str], columns: list[str]) -> pd.D
     for measure, *numbers in summary[["measure", "score", "low", "high"]].itertuples(index=False):
         mean, low, high = (f"{number:.{1 if measure == 'accuracy' else 2}f}" for number in numbers)
         text.append(mean if low == "nan" else f"{mean} ({low} to {high})")
-    names = [summary[part].astype(str).agg(" · ".join, axis=1) for part in (rows, columns)]
-    wide = (
-        summary.assign(text=text, column=names[1])
-        .set_index([*rows, "column"])["text"]
-        .unstack("column", sort=False)
-    )
-    return wide[names[1].unique()].reset_index().rename_axis(columns=None).fillna("")
+    column = summary[columns].astype(str).agg(" · ".join, axis=1)
+    named = summary.assign(text=text, column=column).set_index([*rows, "column"])["text"]
+    wide = named.unstack("column", sort=False)[column.unique()]
+    return wide.reset_index().rename_axis(columns=None).fillna("")
 
 
 def held_out_prediction(
@@ -365,11 +354,9 @@ def expected_warnings():
 
 
 def check_rows(embedding: np.ndarray, target: np.ndarray, latlon, measure: Measure) -> None:
-    for name, found in (("places", latlon), ("embeddings", embedding)):
-        if len(found) != len(target):
-            raise ValueError(
-                f"{len(found)} {name} but {len(target)} target values; they must be the same rows"
-            )
+    for name, rows in (("places", len(latlon)), ("embeddings", len(embedding))):
+        if rows != len(target):
+            raise ValueError(f"{rows} {name} but {len(target)} target values; they must be the same rows")
     if embedding.ndim != 2:
         raise ValueError(f"the embedding has the shape {embedding.shape}, not (n, d)")
     check_finite(embedding, "the embedding")

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import os
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,9 +34,9 @@ from geoclip.training.module import GeoCLIPTraining, TrainingModule
 
 RECIPE = 1  # raise it when a change of the code changes the errors of a model that is trained already
 BATCH = 256  # images scored at once
+SPLITS = ("random", "blocked")  # of the tiles
 RESULTS = ("steps", "samples", "seconds", "parameters")  # columns from a run's result.json
 
-Crops = Literal["one", "five", "ten"]
 Tests = Mapping[str, tuple[Float[Tensor, "n v c"], Float[Tensor, "n 2"]]]
 Errors = dict[tuple[str, str, int], np.ndarray]
 
@@ -80,9 +80,9 @@ def run(
     Runs and scores are kept in the cache, so nothing is trained or scored twice, in this notebook or another.
 
     Args:
-        study: The data. settings: Name → the fields of study.reference that change; {} is the reference
-        itself. `model` may name
-            a baseline. A classifier over cells has four settings in the table: "NAME, coarse", "NAME,
+        study: The data.
+        settings: Name → the fields of study.reference that change; {} is the reference itself. `model` may
+            name a baseline. A classifier over cells has four settings in the table: "NAME, coarse", "NAME,
             middle", "NAME, fine" and "NAME, hierarchical".
         seeds: Seeds of training.
         workers: Processes, with one thread each; by default as many as cores, and one on a GPU.
@@ -97,7 +97,7 @@ def run(
     for name, changes in settings.items():
         for seed in seeds:
             config = changed(study.reference, {**changes, "seed": seed})
-            jobs.append((name, config, paths.CACHE / "runs" / runs.run_key(config) / f"errors-{key}.npz"))
+            jobs.append((name, config, runs.run_folder(config) / f"errors-{key}.npz"))
     missing = {file: config for _, config, file in jobs if not file.is_file()}
     if workers is None:
         workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
@@ -128,7 +128,7 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """
     config_class = baselines.config_class(changes.get("model", config.model))
     shared = {field.name for field in dataclasses.fields(config_class)} - {"model"}
-    values = {name: value for name, value in plain(dataclasses.asdict(config)).items() if name in shared}
+    values = {name: value for name, value in plain(config).items() if name in shared}
     return baselines.as_config(_merged({"model": config.model} | values, changes))
 
 
@@ -184,7 +184,7 @@ def _train_and_score(study: Study, config: RunConfig, file: Path) -> None:
 def errors_km(module: TrainingModule, study: Study) -> dict[tuple[str, str], np.ndarray]:
     """Return (answer, split) → error in km (n,) of each test image; a model with one answer calls it ""."""
     found = {}
-    for split in study.tests or ("random", "blocked"):
+    for split in study.tests or SPLITS:
         if study.tests is None:
             images, latlon = module.test_tiles(split)
             parts = [module.answers(part) for part in images.split(BATCH)]
@@ -304,9 +304,7 @@ def tile_folder(config: TrainConfig, views: int) -> Path:
 
 
 @torch.inference_mode()
-def tile_tests(
-    config: TrainConfig, crops: Crops = "one", splits: Iterable[str] = ("random", "blocked")
-) -> Tests:
+def tile_tests(config: TrainConfig, crops: Literal["one", "five", "ten"] = "one") -> Tests:
     """Return split → tower features of its test tiles, augmented as in every evaluation, and their places.
 
     crops: "one" takes whole tiles. "five" renders them at 256 / 224 of their pixels and cuts out the corners
@@ -319,7 +317,7 @@ def tile_tests(
         tiles = dataclasses.replace(tiles, pixels=side * 256 // 224)
     cuts = {"one": lambda images, side: [images], "five": transforms.five_crop, "ten": transforms.ten_crop}
     tests = {}
-    for split in splits:
+    for split in SPLITS:
         images, latlon = blue_marble.test_tiles(split, tiles, config.splits)
         views = torch.stack(list(cuts[crops](images, side)), 1)
         found = torch.cat([encoder.features(part.flatten(0, 1)) for part in views.split(BATCH)])

@@ -9,10 +9,8 @@ from scipy import stats
 ACCURACY = ("acc_1km", "acc_25km", "acc_200km", "acc_750km", "acc_2500km")
 
 
-def t_interval(
-    values: Iterable[float], level: float = 0.95, overlap: float = 0.0
-) -> tuple[float, float, float]:
-    """Return the mean and both ends of its Student t interval over n seeds, in the unit of the values.
+def t_interval(values: Iterable[float], overlap: float = 0.0) -> tuple[float, float, float]:
+    """Return the mean and both ends of its 95 % Student t interval over n seeds, in the unit of the values.
 
     For training runs the interval covers the seeds (weights, order, noise), not the choice of test places,
     which all runs share. It assumes independent, roughly normal scores; for one seed it is NaN.
@@ -29,13 +27,11 @@ def t_interval(
     if values.size == 1:
         return float(mean), float("nan"), float("nan")
     deviation = values.std(ddof=1) * np.sqrt(1 / values.size + overlap)
-    half = stats.t.ppf(0.5 + level / 2, values.size - 1) * deviation
+    half = stats.t.ppf(0.975, values.size - 1) * deviation
     return float(mean), float(mean - half), float(mean + half)
 
 
-def over_seeds(
-    runs: pd.DataFrame, by: Sequence[str], columns: Sequence[str] = ACCURACY, level: float = 0.95
-) -> pd.DataFrame:
+def over_seeds(runs: pd.DataFrame, by: Sequence[str], columns: Sequence[str] = ACCURACY) -> pd.DataFrame:
     """Average the seeds of each group: the mean of each column, and its interval in COLUMN_low, COLUMN_high.
 
     runs: one row for each group and seed, with a column `seed`. Groups keep their order; `seeds` counts them.
@@ -49,7 +45,7 @@ def over_seeds(
     for key, group in runs.groupby(list(by), sort=False):
         row = dict(zip(by, key, strict=True)) | {"seeds": len(group)}
         for column in columns:
-            row[column], row[f"{column}_low"], row[f"{column}_high"] = t_interval(group[column], level)
+            row[column], row[f"{column}_low"], row[f"{column}_high"] = t_interval(group[column])
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -60,7 +56,6 @@ def paired_differences(
     by: Sequence[str] = ("split",),
     name: str = "setting",
     columns: Sequence[str] = ACCURACY,
-    level: float = 0.95,
     share: bool = False,
 ) -> pd.DataFrame:
     """Return each setting minus `reference`, seed by seed within each group of `by`: mean, interval, `seeds`.
@@ -83,7 +78,7 @@ def paired_differences(
         if share and (base_score == 0).any():
             raise ValueError(f"{column} of {reference!r} is 0 for a seed: there is no share of it")
         pairs[column] = 100 * pairs[column] / base_score if share else pairs[column] - base_score
-    return over_seeds(pairs, [name, *by], columns, level)
+    return over_seeds(pairs, [name, *by], columns)
 
 
 def _check(runs: pd.DataFrame, by: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """The configuration of a training run: frozen dataclasses, read from YAML files and from the command line."""
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,8 +149,6 @@ def read_yaml(path: Path | str) -> dict[str, Any]:
     return values or {}
 
 
-def plain(value: Any) -> Any:
-    """Return `value` with tuples as lists, as YAML and JSON return them."""
-    if isinstance(value, dict):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, tuple | list) else value
+def plain(config: Any) -> dict[str, Any]:
+    """Return the fields of a configuration as YAML and JSON return them, with lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))

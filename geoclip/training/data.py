@@ -1,6 +1,5 @@
 """Training data: rendered tiles, photos or features, in an order that depends on seed and epoch alone."""
 
-import dataclasses
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,8 +165,7 @@ def hold_out(photos: Geotagged, share: float) -> tuple[Geotagged, Geotagged]:
     held = group.isin(sizes.index[(sizes.cumsum() - sizes) < share * len(table)])
     if held.all():
         raise ValueError(f"{photos.name}: holdout {share} of {len(table):,} photos leaves none for training")
-    parts = (table[~held], table[held])
-    return tuple(dataclasses.replace(photos, table=rows.reset_index(drop=True)) for rows in parts)
+    return photos.rows(~held), photos.rows(held)
 
 
 def training_set(config: TrainConfig) -> Dataset:
@@ -184,8 +182,7 @@ def training_set(config: TrainConfig) -> Dataset:
     if Path(config.data).is_file():
         every = folder.read(config.data, config.images or Path(config.data).parent)
         kept, held_out = hold_out(every, config.holdout)
-        rows = part(len(kept), config.fraction, config.seed)
-        kept = dataclasses.replace(kept, table=kept.table.iloc[rows].reset_index(drop=True))
+        kept = kept.rows(part(len(kept), config.fraction, config.seed))
         return PhotoTraining(kept, Preprocessing.of(config.image), config.views, config.seed, held_out)
     raise FileNotFoundError(
         f'data {config.data!r} is neither "blue_marble" nor a folder of features (`python -m geoclip embed`) '

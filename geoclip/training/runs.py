@@ -1,5 +1,6 @@
 """Training runs: each is kept in a folder, found again by what it is made from, and resumed if it was interrupted."""
 
+import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -80,6 +81,11 @@ class Run:
         return load(self.checkpoint, self.kind)
 
 
+def run_folder(config: RunConfig) -> Path:
+    """Return the folder of a configuration's run in the cache."""
+    return paths.CACHE / "runs" / run_key(config)
+
+
 def run_key(config: RunConfig) -> str:
     """Return a hash of configuration, training data and RECIPE: runs with the same key give the same weights."""
     parts = {"config": dataclasses.asdict(config), "data": fingerprint(config), "recipe": RECIPE}
@@ -88,7 +94,7 @@ def run_key(config: RunConfig) -> str:
 
 def is_kept(config: RunConfig) -> bool:
     """Return whether a run of this configuration has ended and is kept in the cache."""
-    return (paths.CACHE / "runs" / run_key(config) / "result.json").is_file()
+    return (run_folder(config) / "result.json").is_file()
 
 
 def load(
@@ -125,22 +131,19 @@ def train(
 ) -> Run:
     """Train a model of this kind, or return the run if it has ended before.
 
-    directory: folder of the run; by default cache/runs/<run_key>. resume: continue an interrupted run from
-    its last checkpoint; False starts again. progress: show a progress bar, or a line an epoch without a
-    terminal.
+    directory: folder of the run; by default run_folder(config). resume: continue an interrupted run from its
+    last checkpoint; False starts again. progress: show a progress bar, or a line an epoch without a terminal.
     epochs: stop after this many, to be resumed later. devices: processes on each machine; nodes: machines,
-    each started by torchrun or SLURM, on a shared disk.
-    Raises ValueError for devices that do not exist and for a directory that holds a run of another
-    configuration.
+    each started by torchrun or SLURM, on a shared disk. Raises ValueError for devices that do not exist and
+    for a directory that holds a run of another configuration.
     """
     options = check_devices(config, devices, accelerator, nodes)
-    directory = Path(directory) if directory else paths.CACHE / "runs" / run_key(config)
-    run = Run(paths.make_folder(directory), config, kind)
+    run = Run(paths.make_folder(Path(directory or run_folder(config))), config, kind)
     if rank_zero_only.rank > 0:  # the first rank holds the lock, and prepares and ends the run for all
         if not (resume and run.result_file.is_file()):
             fit(run, resume, progress, epochs, options)
         return run
-    with FileLock(directory / "lock"):
+    with FileLock(run.directory / "lock"):
         if not resume:
             for file in (run.result_file, run.checkpoint, previous(run.checkpoint)):
                 file.unlink(missing_ok=True)
@@ -175,7 +178,7 @@ def check_devices(config: RunConfig, devices: int | str, accelerator: str, nodes
 
 def check_same_configuration(run: Run) -> None:
     """Raise ValueError that lists the fields in which the run kept in the folder differs from `run`."""
-    path, wanted = run.directory / "config.yaml", plain(dataclasses.asdict(run.config))
+    path, wanted = run.directory / "config.yaml", plain(run.config)
     if path.is_file() and any(file.is_file() for file in (run.checkpoint, previous(run.checkpoint))):
         kept = read_yaml(path)
         different = [
@@ -235,24 +238,25 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, devices: dic
             trainer.fit(module, datamodule=Loaders(config, data), ckpt_path=resumed, weights_only=True)
         except SystemExit as error:
             if first:
-                print(f"training stopped before its end; {resumable(run)}", file=sys.stderr)
+                kept = "no epoch was complete: rerun the command to start again"
+                if run.checkpoint.is_file():
+                    kept = f"{run.checkpoint} holds its last whole epoch: rerun the command to resume"
+                print(f"training stopped before its end; {kept}", file=sys.stderr)
             if isinstance(watch.stopped_by, KeyboardInterrupt):  # of which Lightning makes exit status 1
                 raise KeyboardInterrupt from error
             raise
     if last == config.epochs and trainer.is_global_zero:
-        result = {"steps": trainer.global_step, "epochs": last, "samples": len(data)}
-        result |= {"seconds": round(time.monotonic() - start, 1), "resumed": resumed is not None}
-        result["epoch_seconds"] = watch.seconds
-        result["parameters"] = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        result = {
+            "steps": trainer.global_step,
+            "epochs": last,
+            "samples": len(data),
+            "seconds": round(time.monotonic() - start, 1),
+            "resumed": resumed is not None,
+            "epoch_seconds": watch.seconds,
+            "parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        }
         with paths.atomic(run.result_file) as temporary:
             temporary.write_text(json.dumps(result, indent=1))
-
-
-def resumable(run: Run) -> str:
-    """Return a phrase that says what is kept of a run that was stopped."""
-    if run.checkpoint.is_file():
-        return f"{run.checkpoint} holds its last whole epoch: rerun the command to resume"
-    return "no epoch was complete: rerun the command to start again"
 
 
 def write_holdout(run: Run, data: Dataset) -> None:
@@ -350,24 +354,22 @@ def precision(config: RunConfig, accelerator: str) -> str:
     return "bf16-mixed" if bf16 else "32-true"
 
 
-class quiet(warnings.catch_warnings):
-    """Silences Lightning's advice (worker counts, hardware, tips), which would end up in notebooks."""
-
-    ADVICE = (
+@contextlib.contextmanager
+def quiet():
+    """Silence Lightning's advice (worker counts, hardware, tips), which would end up in notebooks."""
+    advice = (
         "does not have many workers|exists and is not empty|Checkpoint directory|Experiment logs directory|"
         "number of training batches.*is smaller than the logging|across ranks is zero|isinstance.treespec, LeafSpec"
     )
-
-    def __enter__(self):
-        super().__enter__()
-        warnings.filterwarnings("ignore", message=f".*({self.ADVICE}).*")
-        self.logger = logging.getLogger("lightning.pytorch")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.ERROR)
-
-    def __exit__(self, *error):
-        self.logger.setLevel(self.level)
-        return super().__exit__(*error)
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=f".*({advice}).*")
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def tile_errors(
