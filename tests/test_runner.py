@@ -16,7 +16,7 @@ from PIL import Image
 
 from geoclip import baselines, earth, paths
 from geoclip.baselines import geocells
-from geoclip.datasets import embedding, sources
+from geoclip.datasets import embedding, features, sources
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.reproduce import notebooks, sweep
 from geoclip.reproduce.profiles import Profile
@@ -53,7 +53,6 @@ def mp16(tmp_path_factory):
     for name, out in (("mp16", "features"), ("test", "test_features")):
         source = sources.open_source(str(folder / f"{name}.csv"), folder / "images")
         embedding.embed(source, encoder, folder / out, sources.Views(number=2), arithmetic="fp32")
-    table[["LAT", "LON"]].to_csv(folder / "gallery.csv", index=False)
     (folder / "reference.yaml").write_text(yaml.safe_dump(TINY))
     return folder
 
@@ -62,9 +61,9 @@ def mp16(tmp_path_factory):
 def study(mp16, tmp_path, monkeypatch):
     """A study on the 500 photos, with a cache of its own."""
     monkeypatch.setattr(paths, "CACHE", tmp_path)
-    return runner.open_study(
-        mp16 / "reference.yaml", mp16 / "features", {"random": mp16 / "test_features"}, mp16 / "gallery.csv"
-    )
+    reference = dataclasses.replace(as_config(mp16 / "reference.yaml"), data=str(mp16 / "features"))
+    tests = runner.folder_tests({"random": mp16 / "test_features"}, reference)
+    return runner.Study("photos", reference, tests, features.FeatureData(mp16 / "features").latlon)
 
 
 @pytest.fixture
@@ -149,7 +148,7 @@ def test_features_of_another_tower_are_refused(mp16, tmp_path):
     embedding.embed(source, encoder, tmp_path / "other", sources.Views(number=1), arithmetic="fp32")
     reference = mp16 / "reference.yaml"
     with pytest.raises(ValueError, match=r"other \(random\) holds features of another tower"):
-        runner.open_study(reference, mp16 / "features", {"random": tmp_path / "other"}, mp16 / "gallery.csv")
+        runner.open_study(reference, mp16 / "features", {"random": tmp_path / "other"})
     with pytest.raises(ValueError, match="needs folders of test features too"):
         runner.open_study(reference, mp16 / "features")
     with pytest.raises(FileNotFoundError, match="nowhere"):

@@ -19,7 +19,6 @@ from torch.utils.data import Dataset
 from geoclip import earth
 from geoclip.baselines import labels, samples
 from geoclip.baselines.config import ContextConfig
-from geoclip.baselines.geocells import known_cross_entropy
 from geoclip.baselines.towers import Tower
 from geoclip.image_encoder import CONV_TOWER, TIMM, load_clip
 from geoclip.location_encoder import initialise
@@ -203,7 +202,7 @@ class ContextTraining(TrainingModule):
         far = distance(output, batch["latlon"].repeat_interleave(views, 0), self.config.distance)
         values = {"distance": far}
         for head, value in logits.items():
-            values[head] = known_cross_entropy(value, batch[head].repeat_interleave(views))
+            values[head] = labels.known_cross_entropy(value, batch[head].repeat_interleave(views))
         loss = far
         if logits:
             loss = far + self.config.context_weight * torch.stack([values[head] for head in logits]).mean()

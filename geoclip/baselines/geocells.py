@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.data import Dataset
 
 from geoclip.baselines import labels, samples
@@ -137,11 +136,13 @@ class GeocellsTraining(TrainingModule):
         losses, values = [], {}
         for level, weight in zip(LEVELS, self.config.level_weights, strict=True):
             label = self.partitions[level].label_leaves(leaves).to(self.device).repeat_interleave(views)
-            values[level] = known_cross_entropy(logits[level], label)
+            values[level] = labels.known_cross_entropy(logits[level], label)
             losses.append(weight * values[level])
         values["top1"] = (logits["fine"].argmax(-1) == label).float().mean()
         if self.config.scene:
-            values["scene"] = known_cross_entropy(logits["scene"], batch["scene"].repeat_interleave(views))
+            values["scene"] = labels.known_cross_entropy(
+                logits["scene"], batch["scene"].repeat_interleave(views)
+            )
             losses.append(self.config.scene_weight * values["scene"])
         return {"loss": torch.stack(losses).sum()} | values
 
@@ -181,12 +182,6 @@ class GeocellsTraining(TrainingModule):
             }
             for level, cells in self.partitions.items()
         }
-
-
-def known_cross_entropy(logits: Float[Tensor, "n k"], label: Int[Tensor, " n"]) -> Float[Tensor, ""]:
-    """Return the mean cross-entropy over known labels; 0, with gradient 0, if none is known."""
-    total = functional.cross_entropy(logits.float(), label, ignore_index=labels.UNKNOWN, reduction="sum")
-    return total / (label != labels.UNKNOWN).sum().clamp(min=1)
 
 
 def partitions(config: GeocellsConfig, latlon: Float[Tensor, "n 2"]) -> dict[str, Partition]:

@@ -11,7 +11,9 @@ from collections.abc import Iterable
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn import functional
 
 from geoclip.datasets.benchmarks import SCENES
 
@@ -88,6 +90,12 @@ def encode(context: pd.DataFrame, classes: dict[str, tuple[str, ...]]) -> dict[s
         else:
             encoded[name] = torch.from_numpy(pd.Index(known).get_indexer(context[name]).astype(np.int64))
     return encoded
+
+
+def known_cross_entropy(logits: Float[Tensor, "n k"], label: Int[Tensor, " n"]) -> Float[Tensor, ""]:
+    """Return the mean cross-entropy over known labels; 0, with gradient 0, if none is known."""
+    total = functional.cross_entropy(logits.float(), label, ignore_index=UNKNOWN, reduction="sum")
+    return total / (label != UNKNOWN).sum().clamp(min=1)
 
 
 def captions(context: pd.DataFrame, template: str) -> list[str]:

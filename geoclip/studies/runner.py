@@ -25,7 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geoclip import baselines, earth, evaluation, gallery, paths
-from geoclip.datasets import blue_marble, embedding, features, folder, sources
+from geoclip.datasets import blue_marble, embedding, features, sources
 from geoclip.image_encoder import ImageEncoder
 from geoclip.training import runs
 from geoclip.training.config import RunConfig, TrainConfig, plain
@@ -173,9 +173,8 @@ def _in_worker(config: RunConfig, file: Path) -> None:
 
 def _train_and_score(study: Study, config: RunConfig, file: Path) -> None:
     """Train a model, unless it is kept, and write the errors of its answers as "ANSWER/SPLIT" to `file`."""
-    kind = baselines.kind(config.model)
-    trained = runs.train(config, kind=kind)
-    found = errors_km(runs.load(trained.checkpoint, kind, with_tower=study.tests is None), study)
+    trained = runs.train(config, kind=baselines.kind(config.model))
+    found = errors_km(trained.load(with_tower=study.tests is None), study)
     with paths.atomic(file) as temporary:
         np.savez(temporary, **{f"{answer}/{split}": error_km for (answer, split), error_km in found.items()})
 
@@ -216,33 +215,30 @@ def open_study(
     reference: Path | str,
     data: Path | str | None = None,
     tests: Mapping[str, Path | str] | None = None,
-    gallery_csv: Path | str | None = None,
-    tower: Path | str | None = None,
-    views: int = 4,
 ) -> Study:
     """Open the study that a notebook's parameters name.
 
     Args:
         reference: YAML file of the fields of TrainConfig.
-        data: Folder of the training images' features. None stands for Blue Marble tiles, `views` augmented
-            views of each, through the tower that the YAML file `tower` trains.
+        data: Folder of the training photos' features, scored on the authors' 100 K gallery. None stands for
+            Blue Marble tiles, four augmented views of each, through the tower that notebook 03 trains.
         tests: Split → folder of features; required with `data`.
-        gallery_csv: CSV with LAT and LON to answer from; by default the authors' 100 K gallery.
 
     Raises FileNotFoundError for missing folders, and ValueError for features of another tower.
     """
     config = baselines.as_config(Path(reference))
     if data is None:
-        tower = baselines.as_config(Path(tower or paths.profile("train_embedded")))
-        return tile_study(config, tower, views)
+        trained = runs.train(baselines.as_config(paths.profile("train_embedded")))
+        image = dataclasses.replace(config.image, weights=str(trained.checkpoint))
+        config = dataclasses.replace(config, image=image)
+        config = dataclasses.replace(config, data=str(tile_folder(config, views=4)))
+        places = blue_marble.splits(config.splits)["gallery"]
+        return Study(blue_marble.LABEL, config, tile_tests(config), places)
     if not tests:
         raise ValueError("a folder of training features needs folders of test features too (split → folder)")
     config = dataclasses.replace(config, data=str(data))
     source = features.FeatureData(data, config.image).info.source
-    latlon = gallery.Gallery.official().latlon
-    if gallery_csv:
-        latlon = torch.from_numpy(folder.read_places(gallery_csv)).float()
-    return Study(source, config, folder_tests(tests, config), latlon)
+    return Study(source, config, folder_tests(tests, config), gallery.Gallery.official().latlon)
 
 
 def folder_tests(tests: Mapping[str, Path | str], config: TrainConfig) -> Tests:
@@ -272,14 +268,6 @@ def gallery_of(study: Study, size: int) -> Float[Tensor, "m 2"]:
     if size > len(places):
         raise ValueError(f"a gallery of {size:,} places was asked for; there are {len(places):,}")
     return places[torch.randperm(len(places), generator=seeded("gallery"))][:size]
-
-
-def tile_study(config: TrainConfig, tower: TrainConfig, views: int = 4) -> Study:
-    """Return the study of Blue Marble tiles through the tower of the run `tower`; train it if needed."""
-    checkpoint = runs.train(tower).checkpoint
-    config = dataclasses.replace(config, image=dataclasses.replace(config.image, weights=str(checkpoint)))
-    config = dataclasses.replace(config, data=str(tile_folder(config, views)))
-    return Study(blue_marble.LABEL, config, tile_tests(config), blue_marble.splits(config.splits)["gallery"])
 
 
 def tile_folder(config: TrainConfig, views: int) -> Path:

@@ -43,7 +43,7 @@ class TrainingModule(lightning.LightningModule):
     @classmethod
     def training_set(cls, config: RunConfig) -> Dataset:
         """Return the training samples of a configuration."""
-        raise NotImplementedError
+        return data.training_set(config)
 
     @classmethod
     def build(cls, config: RunConfig, data: Dataset) -> "TrainingModule":
@@ -148,10 +148,6 @@ class GeoCLIPTraining(TrainingModule):
         self.model = geoclip
         self.queue = GPSQueue(config.queue, queue)
         self.tower_hash: str | None = None  # of a frozen tower
-
-    @classmethod
-    def training_set(cls, config: TrainConfig) -> Dataset:
-        return data.training_set(config)
 
     @classmethod
     def build(cls, config: TrainConfig, data: Dataset) -> "GeoCLIPTraining":

@@ -76,9 +76,9 @@ class Run:
             parts[i] = parts[i][parts[i]["step"] < parts[i + 1]["step"].min()]
         return pd.concat(parts, ignore_index=True)
 
-    def load(self) -> TrainingModule:
-        """Return the trained module in evaluation mode."""
-        return load(self.checkpoint, self.kind)
+    def load(self, with_tower: bool = True) -> TrainingModule:
+        """Return the trained module in evaluation mode, see the function load."""
+        return load(self.checkpoint, self.kind, with_tower)
 
 
 def run_folder(config: RunConfig) -> Path:
