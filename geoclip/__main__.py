@@ -32,7 +32,7 @@ def commands() -> dict[str, str]:
     for file in sorted(importlib.resources.files("geoclip.commands").iterdir(), key=lambda file: file.name):
         if file.name.endswith(".py") and file.name != "__init__.py":
             text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
-            found[file.name.removesuffix(".py")] = text.partition("\n")[0]
+            found[file.name.removesuffix(".py").replace("_", "-")] = text.partition("\n")[0]
     return found
 
 
@@ -68,7 +68,7 @@ def _run(arguments: list[str]) -> int:
     if name not in known:
         raise ValueError(f"no command {name!r}; choose from {', '.join(known)}")
     paths.make_variables_absolute()
-    command = importlib.import_module(f"geoclip.commands.{name}")
+    command = importlib.import_module(f"geoclip.commands.{name.replace('-', '_')}")
     parser = command.parser()
     parser.prog, parser.exit_on_error = f"python -m geoclip {name}", False
     try:

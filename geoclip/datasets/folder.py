@@ -107,6 +107,28 @@ def read_places(csv: Path | str) -> np.ndarray:
     return places[["lat", "lon"]].to_numpy(np.float64, copy=True)
 
 
+def read_rows(csv: Path | str) -> tuple[pd.DataFrame, pd.DataFrame, list[dict]]:
+    """All rows of a CSV with latitude and longitude columns (ALIASES), also those with invalid coordinates.
+
+    Returns the rows as text; their latitude and longitude in degrees, NaN for both in a refused row; and the
+    file, line, column and value of each refused row. Raises as `read` does for a file that cannot be read,
+    lacks a column or has the columns swapped.
+    """
+    csv = Path(csv)
+    table = _read_text(csv)
+    columns = recognise(csv, table.columns, ("lat", "lon"))
+    lat, lon = (columns["lat"], columns["lon"])
+    latlon = table[[lat, lon]].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    if (latlon[lat].abs() > 90).mean() > 0.1:  # a single one is a bad row
+        _check_order(csv, columns, latlon[lat], latlon[lon])
+    bad = ~(latlon.abs() <= [90, 180])  # negated, so NaN is bad too
+    refused = [
+        {"file": str(csv), "line": row + 2, "column": column, "value": table.at[row, column]}
+        for row, column in bad[bad.any(axis=1)].idxmax(axis=1).items()
+    ]
+    return table, latlon.mask(bad.any(axis=1)), refused
+
+
 def recognise(
     csv: Path, header: Iterable[str], needed: Sequence[str], aliases: Mapping[str, Sequence[str]] = ALIASES
 ) -> dict[str, str]:
@@ -150,14 +172,7 @@ def _checked_places(csv: Path, table: pd.DataFrame, columns: dict[str, str]) -> 
     places = pd.DataFrame({name: _degrees(csv, table, columns[name]) for name in ("lat", "lon")})
     places["line"] = table.index + 2  # the header is line 1
     lat, lon = places["lat"], places["lon"]
-    steep = lat.abs() > 90
-    if steep.any() and (lat.abs() <= 180).all() and (lon.abs() <= 90).all():
-        row = steep.idxmax()
-        raise ValueError(
-            f"{csv}: the columns {columns['lat']} and {columns['lon']} are swapped: line "
-            f"{places.at[row, 'line']} "
-            f"has {columns['lat']} {lat[row]:g}, beyond ±90; exchange the two names in the header"
-        )
+    _check_order(csv, columns, lat, lon)
     for column, value, limit in ((columns["lat"], lat, 90), (columns["lon"], lon, 180)):
         bad = value.abs() > limit
         if bad.any():
@@ -168,6 +183,16 @@ def _checked_places(csv: Path, table: pd.DataFrame, columns: dict[str, str]) -> 
             )
     places.loc[places["lon"] == 180, "lon"] = -180.0
     return places
+
+
+def _check_order(csv: Path, columns: Mapping[str, str], lat: pd.Series, lon: pd.Series) -> None:
+    steep = lat.abs() > 90
+    if steep.any() and not (lat.abs() > 180).any() and not (lon.abs() > 90).any():
+        row = steep.idxmax()
+        raise ValueError(
+            f"{csv}: the columns {columns['lat']} and {columns['lon']} are swapped: line {row + 2} "
+            f"has {columns['lat']} {lat[row]:g}, beyond ±90; exchange the two names in the header"
+        )
 
 
 def _degrees(csv: Path, table: pd.DataFrame, column: str) -> pd.Series:

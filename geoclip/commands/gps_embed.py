@@ -1,0 +1,142 @@
+"""Embed the places of a CSV, for use in another task."""
+
+import contextlib
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+
+ROWS = 1 << 16  # embedded and written at once
+EPILOG = """
+PLACES needs columns of latitude and longitude in degrees. OUT has one row for each row of PLACES, in the same order:
+.npy holds the embeddings alone; .csv and .parquet keep all columns of PLACES and add gps_0, gps_1, … (with --levels
+concat: gps_sigma1_0, …). Rows without valid coordinates have NaN for an embedding; they are listed in *_refused.csv
+beside OUT, and the exit status is then 1. An interrupted run leaves no file.
+"""
+
+
+def parser() -> ArgumentParser:
+    """The options."""
+    parser = ArgumentParser(prog="python -m geoclip gps-embed", description=__doc__, epilog=EPILOG)
+    parser.add_argument("places", type=str, help="the CSV of places, such as places.csv")
+    parser.add_argument("--out", type=str, required=True, help="file to write: .parquet, .npy or .csv")
+    parser.add_argument(
+        "--levels",
+        default="sum",
+        choices=["sum", "concat"],
+        help="the sum of the levels, as the model uses it, or the levels side by side",
+    )
+    parser.add_argument(
+        "--encoder", type=str, default="released", help="released, or a checkpoint of a trained model"
+    )
+    return parser
+
+
+def run(options) -> int:
+    """Write the embeddings and the list of refused rows; return 1 if that list is not empty."""
+    import numpy as np
+    import pandas as pd
+    from tqdm import tqdm
+
+    from geoclip import gps_embedding, paths
+    from geoclip.datasets import folder
+
+    out = Path(options.out)
+    if out.suffix not in WRITERS:
+        raise ValueError(f"--out {out}: the name must end in {', '.join(WRITERS)}")
+    if out.suffix == ".parquet":
+        _pyarrow(out)
+    rows, latlon, refused = folder.read_rows(options.places)
+    if len(refused) == len(rows):
+        raise ValueError(f"{options.places}: no row has valid coordinates; {out} was not written")
+    encoder = gps_embedding.load_encoder(options.encoder)
+    names = gps_embedding.column_names(encoder, options.levels)
+    if twice := [name for name in rows.columns if name in names]:
+        raise ValueError(f"{options.places}: the column {twice[0]} would be written twice; rename it")
+    valid = latlon.notna().all(axis=1).to_numpy()
+    with (
+        paths.atomic(out) as temporary,
+        tqdm(total=len(rows), unit="place", disable=None) as bar,
+        WRITERS[out.suffix](temporary, len(rows), names) as write,
+    ):
+        for start in range(0, len(rows), ROWS):
+            part = slice(start, start + ROWS)
+            embedding = np.full((len(rows[part]), len(names)), np.nan, np.float32)
+            places = latlon[part].to_numpy()[valid[part]]
+            embedding[valid[part]] = gps_embedding.embed_places(
+                places, levels=options.levels, encoder=encoder
+            )
+            write(start, rows[part], latlon[part], embedding)
+            bar.update(len(embedding))
+    listed = out.with_name(f"{out.stem}_refused.csv")
+    listed.unlink(missing_ok=True)  # of an earlier run
+    print(f"{out}: {len(rows):,} rows, {len(names):,} columns of embeddings")
+    if len(refused):
+        with paths.atomic(listed) as temporary:
+            pd.DataFrame(refused).to_csv(temporary, index=False)
+        for row in refused[:10]:
+            print(f"refused: {options.places}, line {row['line']}: {row['column']} is {row['value']!r}")
+        print(
+            f"{len(refused):,} rows have no valid coordinates and NaN for an embedding; all are in {listed}"
+        )
+    return 1 if len(refused) else 0
+
+
+@contextlib.contextmanager
+def _npy(path: Path, n: int, names: list[str]):
+    import numpy as np
+
+    array = np.lib.format.open_memmap(path, "w+", np.float32, (n, len(names)))
+
+    def write(start, rows, latlon, embedding):
+        array[start : start + len(embedding)] = embedding
+
+    yield write
+    array.flush()
+
+
+@contextlib.contextmanager
+def _csv(path: Path, n: int, names: list[str]):
+    import pandas as pd
+
+    with path.open("w", encoding="utf-8", newline="") as file:
+
+        def write(start, rows, latlon, embedding):
+            table = pd.concat([rows, pd.DataFrame(embedding, rows.index, names)], axis=1)
+            table.to_csv(file, index=False, header=start == 0, float_format="%.9g")
+
+        yield write
+
+
+@contextlib.contextmanager
+def _parquet(path: Path, n: int, names: list[str]):
+    import pandas as pd
+
+    pyarrow, writer = _pyarrow(path), None
+
+    def write(start, rows, latlon, embedding):
+        nonlocal writer
+        rows = rows.assign(**latlon)  # numbers; the other columns stay text
+        table = pd.concat([rows, pd.DataFrame(embedding, rows.index, names)], axis=1)
+        table = pyarrow.Table.from_pandas(table, preserve_index=False)
+        writer = writer or pyarrow.parquet.ParquetWriter(path, table.schema)
+        writer.write_table(table)
+
+    try:
+        yield write
+    finally:
+        if writer:
+            writer.close()
+
+
+def _pyarrow(out: Path):
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(
+            f"--out {out}: writing .parquet needs pyarrow (pip install pyarrow); .csv and .npy do not"
+        ) from error
+    return pyarrow
+
+
+WRITERS = {".parquet": _parquet, ".npy": _npy, ".csv": _csv}

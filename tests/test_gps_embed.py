@@ -1,0 +1,90 @@
+"""python -m geoclip gps-embed: rows in order, all columns kept, refused rows listed."""
+
+import builtins
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from geoclip import __main__ as command_line
+from geoclip.commands import gps_embed
+from geoclip.gps_embedding import embed_places
+
+TEXT = """id,Latitude,note,lng
+007,48.8566,"a, b",2.3522
+008,91,steep,3
+
+009,,empty,4
+010,-33.8688,Sydney,151.2093
+"""
+
+
+@pytest.fixture
+def places(tmp_path):
+    (tmp_path / "places.csv").write_text(TEXT)
+    return tmp_path / "places.csv"
+
+
+def embed(places, name, *options):
+    out = places.with_name(name)
+    return command_line.main(["gps-embed", str(places), "--out", str(out), *options]), out
+
+
+def test_a_csv_keeps_its_rows_and_columns_and_lists_what_it_refused(places, capsys, monkeypatch):
+    monkeypatch.setattr(gps_embed, "ROWS", 3)
+    status, out = embed(places, "out.csv")
+    assert status == 1
+    table = pd.read_csv(out, dtype={"id": str})
+    assert table["id"].tolist() == ["007", "008", "009", "010"] and table["note"][0] == "a, b"
+    assert list(table.columns[:6]) == ["id", "Latitude", "note", "lng", "gps_0", "gps_1"]
+    found = table.filter(like="gps_").to_numpy(np.float32)
+    expected = embed_places([[48.8566, 2.3522], [-33.8688, 151.2093]])
+    np.testing.assert_allclose(found[[0, 3]], expected, atol=1e-6)
+    assert np.isnan(found[1:3]).all()
+    listed = pd.read_csv(places.with_name("out_refused.csv"), keep_default_na=False)
+    assert listed[["line", "column", "value"]].values.tolist() == [[3, "Latitude", "91"], [5, "Latitude", ""]]
+    assert f"refused: {places}, line 3: Latitude is '91'" in capsys.readouterr().out
+
+
+def test_npy_and_parquet_hold_the_same_embeddings(places):
+    places.write_text("lat,lon,id\n1,2,a\n3,4,b\n")
+    status, out = embed(places, "out.npy", "--levels", "concat")
+    found, expected = np.load(out), embed_places([[1, 2], [3, 4]], levels="concat")
+    assert status == 0 and found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert not places.with_name("out_refused.csv").exists()
+    pytest.importorskip("pyarrow")
+    _, out = embed(places, "out.parquet", "--levels", "concat")
+    table = pd.read_parquet(out)
+    assert table["id"].tolist() == ["a", "b"] and table["lat"].tolist() == [1.0, 3.0]
+    np.testing.assert_array_equal(table.filter(like="gps_sigma"), found)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "message"),
+    [
+        ("lat,lon\n1,2\n", "out.txt", "the name must end in .parquet, .npy, .csv"),
+        ("lat,lon\n", "out.npy", "there are no rows below the header"),
+        ("lat,x\n1,2\n", "out.npy", "no column for lon"),
+        ("lat,lon\n151,-33\n2,48\n", "out.npy", "lat and lon are swapped: line 2"),
+        ("lat,lon\nx,1\n", "out.npy", "no row has valid coordinates"),
+        ("lat,lon,gps_0\n1,2,3\n", "out.csv", "the column gps_0 would be written twice"),
+    ],
+)
+def test_what_cannot_be_embedded_is_named_and_nothing_is_written(places, capsys, text, name, message):
+    places.write_text(text)
+    status, out = embed(places, name)
+    assert status == 2 and message in capsys.readouterr().err and list(out.parent.iterdir()) == [places]
+
+
+def test_parquet_without_pyarrow_says_what_to_install(places, capsys, monkeypatch):
+    original = builtins.__import__
+
+    def missing(name, *rest):
+        if name.startswith("pyarrow"):
+            raise ImportError(name)
+        return original(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    status, _ = embed(places, "out.parquet")
+    assert status == 2 and "pip install pyarrow); .csv and .npy do not" in capsys.readouterr().err
