@@ -1,7 +1,10 @@
 """Embeddings to take away: embed_places, GPSEmbedding in scikit-learn, and the encoder outside Python."""
 
 import doctest
+import os
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
@@ -13,7 +16,7 @@ from sklearn.linear_model import Ridge
 from sklearn.pipeline import make_pipeline
 from sklearn.utils.estimator_checks import check_estimator
 
-from geoclip import earth, gps_embedding
+from geoclip import earth, gps_embedding, paths
 from geoclip.config import LocationEncoderConfig
 from geoclip.gps_embedding import GPSEmbedding, embed_places
 from geoclip.location_encoder import LocationEncoder
@@ -162,3 +165,61 @@ def test_a_fitted_pipeline_holds_no_weights():
     np.testing.assert_array_equal(pickle.loads(text).predict(PLACES), pipeline.predict(PLACES))
     skops = pytest.importorskip("skops.io")
     assert skops.get_untrusted_types(data=skops.dumps(pipeline)) == ["geoclip.gps_embedding.GPSEmbedding"]
+
+
+# Runs the lines of the docstring that export the encoder, as a reader does: without the checks of types in tests.
+EXPORT = """
+import sys, warnings
+warnings.simplefilter("ignore")
+import torch
+from geoclip import earth, gps_embedding
+from geoclip.location_encoder import LocationEncoder
+lines = [line for line in gps_embedding.__doc__.splitlines() if line.startswith("    ")]
+exec("\\n".join(line.strip() for line in lines if sys.argv[1] in line or line.startswith(("    encoder", "    n ="))))
+edges = [[90.0, 0], [-90, 0], [90, -180], [0, 180], [0, -180], [45, 180], [-45, -180], [0, 0]]
+places = torch.cat([torch.tensor(edges), earth.sample_sphere(20_000, torch.Generator().manual_seed(0))])
+with torch.no_grad():
+    torch.save([places, encoder(places)], "expected.pt")
+"""
+
+
+def exported(folder, word):
+    """Export the released encoder into `folder`; returns places, also poles and ±180°, and their embeddings."""
+    command = [sys.executable, "-c", EXPORT, word]
+    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(paths.ROOT)}, check=True)
+    return torch.load(folder / "expected.pt", weights_only=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
+def test_torchscript_gives_the_same_embedding(tmp_path):
+    places, expected = exported(tmp_path, "jit.trace")
+    with torch.no_grad():
+        found = torch.jit.load(tmp_path / "encoder.pt")(places)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_torch_export_gives_the_same_embedding(tmp_path):
+    places, expected = exported(tmp_path, "torch.export.save")
+    loaded = torch.export.load(tmp_path / "encoder.pt2").module()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(places), expected, rtol=0, atol=1e-5)
+        assert loaded(places[:1]).shape == (1, 512)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_onnx_gives_the_same_embedding(tmp_path):
+    """To 1e-5 but for a few values: at σ 256, float32 rounds a phase of thousands of radians."""
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    places, expected = (part.numpy() for part in exported(tmp_path, "onnx.export"))
+    session = runtime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    (found,) = session.run(None, {name: places})
+    difference = np.abs(found - expected)
+    assert np.quantile(difference, 0.99) < 1e-5 and difference.max() < 1e-4
+    cosine = (found * expected).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(expected, axis=1)
+    assert cosine.min() > 0.99999
+    assert session.run(None, {name: places[:1]})[0].shape == (1, 512)
