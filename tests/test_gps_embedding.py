@@ -186,7 +186,8 @@ with torch.no_grad():
 def exported(folder, word):
     """Export the released encoder into `folder`; returns places, also poles and ±180°, and their embeddings."""
     command = [sys.executable, "-c", EXPORT, word]
-    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(paths.ROOT)}, check=True)
+    search = os.pathsep.join([str(paths.ROOT), os.environ.get("PYTHONPATH", "")])
+    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": search}, check=True)
     return torch.load(folder / "expected.pt", weights_only=True)
 
 
