@@ -45,12 +45,9 @@ def run(options) -> int:
             used.append((name, *place))
         except photos.PhotoError as error:
             # for a wrong EXIF value, the error also names the value
-            what = (
-                ""
-                if error.name == sources.printable(name)
-                else error.name.removeprefix(str(path)).lstrip(": ")
-            )
-            unused.append((sources.printable(name), f"{what}: {error.reason}" if what else error.reason))
+            name = sources.printable(name)
+            what = error.name.removeprefix(str(path)).removeprefix(name).lstrip(": ")
+            unused.append((name, f"{what}: {error.reason}" if what else error.reason))
     listed = out.with_name(f"{out.stem}_unused.csv")
     listed.unlink(missing_ok=True)  # of an earlier run
     if unused:
