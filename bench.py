@@ -219,7 +219,7 @@ def photo(bench: Bench) -> None:
             precision = model.image_encoder.precision if system == OURS else "fp32"
             bench.add(task, seconds, system, precision, limit_s=limit)
         for precision in [*precisions[1:], "fp32"]:
-            model.use_precision(precision)
+            model.image_encoder.use_precision(precision)
             bench.add("predict a photo", bench.seconds(works["predict a photo"], 3), precision=precision)
         few, more = (authors.ask("step", n)["seconds"] for n in ((1, 2) if bench.quick else (2, 6)))
         slope = (more - few) / (1 if bench.quick else 4)

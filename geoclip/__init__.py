@@ -24,6 +24,7 @@ _PUBLIC = {
     "LocationEncoderConfig": "config",
     "embed_places": "gps_embedding",
     "TrainConfig": "training.config",
+    "load_checkpoint": "training.checkpoints",
     "train": "training.runs",
 }
 __all__ = sorted(_PUBLIC)

@@ -16,7 +16,6 @@ from geoclip import earth, paths
 KEPT_AT_ONCE = 1 << 18  # places embedded before they are written to disk
 SCORES_AT_ONCE = {"cpu": 1 << 23}  # scores that fit in the CPU's cache; a GPU computes four times as many
 GROUP = 64  # scores per group in `top`
-CHECKED_BLOCK, CHECKED_BLOCKS = 1 << 20, 256  # bytes, and how many such blocks of a kept embedding are hashed
 
 
 class Gallery:
@@ -63,7 +62,7 @@ class Gallery:
         path = self.kept_at(location_encoder)
         try:
             if path.is_file():
-                if _is_intact(path):
+                if paths.is_sealed(path):
                     return torch.from_numpy(np.load(path, mmap_mode="c"))
                 _say(f"{path} is damaged or belongs to another gallery; computing it again")
             self._write(path, location_encoder)
@@ -81,7 +80,7 @@ class Gallery:
         return paths.CACHE / "galleries" / f"{digest.hexdigest()[:24]}.npy"
 
     def _write(self, path: Path, location_encoder: nn.Module) -> None:
-        """Write the embeddings as a .npy file, followed by the digest that _is_intact compares."""
+        """Write the embeddings as a .npy file, followed by the digest that paths.is_sealed compares."""
         with paths.atomic(path) as temporary:
             with temporary.open("wb") as file:
                 for start in range(0, len(self), KEPT_AT_ONCE):
@@ -91,29 +90,7 @@ class Gallery:
                         header["shape"] = (len(self), rows.shape[1])
                         np.lib.format.write_array_header_1_0(file, header)
                     file.write(rows.data)
-                size = file.tell()
-            digest = _digest(temporary, size, path.name)
-            with temporary.open("ab") as file:
-                file.write(digest)
-
-
-def _is_intact(path: Path) -> bool:
-    """Whether a kept file ends with the digest of its name and contents."""
-    size = path.stat().st_size - hashlib.sha256().digest_size
-    with path.open("rb") as file:
-        file.seek(max(0, size))
-        return file.read() == _digest(path, size, path.name)
-
-
-def _digest(path: Path, size: int, name: str) -> bytes:
-    """SHA-256 of the name, the size and the contents; of files above 256 MB, of 256 evenly spaced blocks."""
-    digest = hashlib.sha256(f"{name} {size}".encode())
-    stride = CHECKED_BLOCK * max(1, -(-size // (CHECKED_BLOCK * CHECKED_BLOCKS)))
-    with path.open("rb") as file:
-        for start in range(0, size, stride):
-            file.seek(start)
-            digest.update(file.read(min(CHECKED_BLOCK, size - start)))
-    return digest.digest()
+            paths.seal(temporary, path.name)
 
 
 def _say(message: str) -> None:

@@ -114,7 +114,7 @@ def load_encoder(
     """A location encoder in evaluation mode: "released", that of a checkpoint, or the given one.
 
     device: see `embed_places`; a given encoder stays where it is, and a copy is moved. Raises as
-    model.read_checkpoint does.
+    read_checkpoint does.
     """
     if isinstance(encoder, LocationEncoder):
         here = next(encoder.parameters()).device
@@ -127,9 +127,9 @@ def load_encoder(
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if encoder == "released":
             return _released(str(device))
-        from geoclip import model
+        from geoclip.training.checkpoints import from_checkpoint, read_checkpoint
 
-        loaded = model.from_checkpoint(model.read_checkpoint(encoder), with_tower=False).location_encoder
+        loaded = from_checkpoint(read_checkpoint(encoder), with_tower=False).location_encoder
     return loaded.to(device).eval()
 
 

@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from geoclip import photos, pretrained
 from geoclip.config import ImageEncoderConfig
 from geoclip.engines import openvino_tower
-from geoclip.location_encoder import initialise
+from geoclip.layers import initialise, mlp
 
 CONV_TOWER = "conv"
 TIMM = "timm/"
@@ -66,9 +66,8 @@ class Preprocessing:
             data = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
             return cls(data["input_size"][-1], data["interpolation"], tuple(data["mean"]), tuple(data["std"]))
         if config.tower == pretrained.CLIP_TOWER and config.weights == "openai":
-            return cls(
-                224, "bicubic", OPENAI_MEAN, OPENAI_STD
-            )  # without importing open_clip, which takes seconds
+            # without importing open_clip, which takes seconds
+            return cls(224, "bicubic", OPENAI_MEAN, OPENAI_STD)
         import open_clip
 
         clip_feature_dim(config.tower)
@@ -78,6 +77,15 @@ class Preprocessing:
         std = released.get("std", open_clip.OPENAI_DATASET_STD)
         resize = released.get("resize_mode", "shortest")
         return cls(pixels, released.get("interpolation", "bicubic"), tuple(mean), tuple(std), resize)
+
+    def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "v 3 p p"]:
+        """The tower's input for each view of a photo: the centre crop, or ten crops (photos.ten_crop).
+
+        photo: anything that photos.open_photo accepts. Raises photos.PhotoError.
+        """
+        image = photos.open_photo(photo, self.pixels * 256 // 224 if ten_crop else self.pixels)
+        crops = photos.ten_crop(image, self.pixels) if ten_crop else [image]
+        return torch.stack([self(crop) for crop in crops])
 
     def crop(self, image: Image.Image) -> Image.Image:
         """The p × p pixels that the tower sees of an RGB image."""
@@ -145,9 +153,7 @@ class ImageEncoder(nn.Module):
         self.feature_dim = ConvTower.feature_dim if conv else clip_feature_dim(config.tower)
         if with_tower:
             self.load_tower()
-        self.head = nn.Sequential(
-            nn.Linear(self.feature_dim, config.hidden), nn.ReLU(), nn.Linear(config.hidden, config.dim)
-        )
+        self.head = mlp(self.feature_dim, config.hidden, config.dim)
         initialise(self.head, generator)
         if conv and with_tower and config.weights is None:
             initialise(self.tower, generator)
@@ -189,11 +195,12 @@ class ImageEncoder(nn.Module):
             self.precision = "fp32"
             return self
         has_engine = device.type == "cpu" and openvino_tower.is_available()
+        gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         if automatic:
-            fast = openvino_tower.has_bf16() if has_engine else device.type == "cuda" and _gpu_has_bf16()
+            fast = openvino_tower.has_bf16() if has_engine else gpu_has_bf16
             chosen = "bf16" if fast else "fp32"
         if device.type == "cuda" and chosen != "fp32":
-            if chosen == "int8" or not _gpu_has_bf16():
+            if chosen == "int8" or not gpu_has_bf16:
                 raise ValueError(f"precision {chosen} is not available on this GPU; use fp32 or auto")
             visual = copy.deepcopy(self.load_tower().visual).bfloat16()
             self.engine = lambda images: visual(images.bfloat16()).to(images.dtype)
@@ -231,10 +238,8 @@ class ImageEncoder(nn.Module):
         """Preprocessed crops of three real photos, (10, 3, p, p) each."""
         from sklearn.datasets import load_sample_images
 
-        images = [Image.fromarray(array) for array in load_sample_images().images]
-        images.append(photos.open_photo(pretrained.kauai()))
-        crops = [photos.ten_crop(image, self.preprocess.pixels) for image in images]
-        return [torch.stack([self.preprocess(crop) for crop in ten]) for ten in crops]
+        real = [*load_sample_images().images, pretrained.kauai()]
+        return [self.preprocess.views(photo, ten_crop=True) for photo in real]
 
     def train(self, mode: bool = True) -> "ImageEncoder":
         """As nn.Module.train, except that a frozen tower stays in evaluation mode."""
@@ -250,6 +255,16 @@ class ImageEncoder(nn.Module):
         tower = self.load_tower()
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.config.frozen):
             return tower.encode_image(images) if hasattr(tower, "encode_image") else tower(images)
+
+    def text_features(self, text: str | Sequence[str]) -> Float[Tensor, "n c"]:
+        """CLIP's projected features of texts, not normalised. Raises ValueError for another tower."""
+        import open_clip
+
+        tower, name = self.load_tower(), self.config.tower
+        if not hasattr(tower, "encode_text"):
+            raise ValueError(f"the tower {name!r} cannot read text; only CLIP models can")
+        tokens = open_clip.get_tokenizer(name)([text] if isinstance(text, str) else list(text))
+        return tower.encode_text(tokens.to(self.head[0].weight.device))
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n d"]:
         """Embeddings of preprocessed images, not normalised."""
@@ -293,9 +308,7 @@ def load_conv(checkpoint: str) -> ConvTower:
     Raises FileNotFoundError, and ValueError for a file without such a tower.
     """
     if not Path(checkpoint).is_file():
-        raise FileNotFoundError(
-            f"no checkpoint at {checkpoint}: train the tower first, or give its last.ckpt"
-        )
+        raise FileNotFoundError(f"no checkpoint at {checkpoint}; give the last.ckpt of a trained tower")
     prefix = "model.image_encoder.tower."
     tower = ConvTower()
     try:
@@ -306,18 +319,16 @@ def load_conv(checkpoint: str) -> ConvTower:
     return tower
 
 
+def _is_file(weights: str) -> bool:
+    return "/" in weights or Path(weights).suffix != ""
+
+
 def clip_digest(config: ImageEncoderConfig) -> str | None:
     """SHA-256 of the file that a CLIP tower's weights come from; None for an open_clip tag or random weights."""
     if config.weights == "openai" and config.tower == pretrained.CLIP_TOWER:
         pretrained.clip_file()
         return pretrained.CLIP_SHA256
-    return (
-        pretrained.clip_sha256(config.weights) if config.weights and _is_file_name(config.weights) else None
-    )
-
-
-def _is_file_name(weights: str) -> bool:
-    return "/" in weights or Path(weights).suffix != ""
+    return pretrained.clip_sha256(config.weights) if config.weights and _is_file(config.weights) else None
 
 
 def load_clip(tower: str, weights: str | None) -> nn.Module:
@@ -334,7 +345,7 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
     state, tag = None, weights
     if weights == "openai" and tower == pretrained.CLIP_TOWER:
         state, tag = pretrained.read_clip(pretrained.clip_file()), None
-    elif weights is not None and _is_file_name(weights):
+    elif weights is not None and _is_file(weights):
         state, tag = pretrained.read_clip(weights), None
     try:
         with quiet_root(), torch.random.fork_rng(devices=[]):
@@ -385,7 +396,3 @@ def quiet_root():
 @functools.cache
 def _report_once(message: str) -> None:
     print(f"geoclip: {message}", file=sys.stderr)
-
-
-def _gpu_has_bf16() -> bool:
-    return torch.cuda.is_bf16_supported(including_emulation=False)

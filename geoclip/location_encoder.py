@@ -3,7 +3,6 @@
 Paper, section 3.2, figure 2 (right).
 """
 
-import itertools
 import math
 
 import torch
@@ -11,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional
 
-from geoclip import earth
+from geoclip import earth, pretrained
 from geoclip.config import LocationEncoderConfig
+from geoclip.layers import initialise, mlp
 
 
 class FourierLevel(nn.Module):
@@ -28,11 +28,7 @@ class FourierLevel(nn.Module):
             frequencies = torch.randn(config.frequencies, inputs, generator=generator) * sigma
             inputs = 2 * config.frequencies
         self.register_buffer("frequencies", frequencies)
-        widths = [inputs] + [config.width] * config.hidden_layers
-        layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
-            layers += [nn.Linear(before, after), nn.ReLU()]
-        self.mlp = nn.Sequential(*layers, nn.Linear(widths[-1], config.dim))
+        self.mlp = mlp(inputs, *[config.width] * config.hidden_layers, config.dim)
 
     def _apply(self, fn, recurse=True):
         """As nn.Module._apply, but `.half()` and `.to(dtype)` leave the frequencies in float32."""
@@ -44,52 +40,48 @@ class FourierLevel(nn.Module):
 
     def features(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n f"]:
         """Fourier features, always in float32: a bfloat16 phase destroys the embedding."""
-        if self.frequencies is None:
-            return xy
         with torch.autocast(xy.device.type, enabled=False):
             phase = (2 * math.pi * xy) @ self.frequencies.T
             return torch.cat([phase.cos(), phase.sin()], -1)
 
     def forward(self, xy: Float[Tensor, "n c"]) -> Float[Tensor, "n d"]:
-        features = self.features(xy)
-        if self.frequencies is None:  # bfloat16 cannot distinguish coordinates closer than 0.7°
-            first = self.mlp[0]
-            with torch.autocast(xy.device.type, enabled=False):
-                features = functional.linear(features, first.weight.float(), first.bias.float())
-            return self.mlp[1:](features.to(first.weight.dtype))
-        if not torch.is_autocast_enabled(xy.device.type):
-            features = features.to(self.mlp[0].weight.dtype)
-        return self.mlp(features)
+        if self.frequencies is not None:
+            return self.mlp(self.features(xy).to(self.mlp[0].weight.dtype))
+        first = self.mlp[0]
+        with torch.autocast(xy.device.type, enabled=False):  # bfloat16 is as coarse as 0.7° here
+            hidden = functional.linear(xy, first.weight.float(), first.bias.float())
+        return self.mlp[1:](hidden.to(first.weight.dtype))
 
 
 class LocationEncoder(nn.Module):
-    """Embeds (lat, lon) degrees: the sum over levels of Fourier features.
+    """Embeds (lat, lon) degrees: the sum of the levels. generator: draws frequencies and initial weights."""
 
-    generator: draws the frequencies and the initial weights.
-    """
-
-    def __init__(
-        self,
-        config: LocationEncoderConfig | None = None,
-        generator: torch.Generator | None = None,
-    ):
+    def __init__(self, config: LocationEncoderConfig | None = None, generator: torch.Generator | None = None):
         super().__init__()
         self.config = config = config or LocationEncoderConfig()
         inputs = 3 if config.projection == "sphere" else 2
-        self.levels = nn.ModuleList(
-            FourierLevel(inputs, sigma, config, generator) for sigma in (config.sigmas or [None])
-        )
+        sigmas = config.sigmas or [None]
+        self.levels = nn.ModuleList(FourierLevel(inputs, sigma, config, generator) for sigma in sigmas)
         initialise(self, generator)
+
+    @classmethod
+    def pretrained(cls) -> "LocationEncoder":
+        """The authors' released location encoder, in evaluation mode; downloaded at first use.
+
+        Raises OSError, which says what is missing, if the weights cannot be downloaded.
+        """
+        encoder = cls()
+        encoder.load_state_dict(pretrained.location_encoder_state())
+        return encoder.eval()
 
     def project(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "n c"]:
         """The projected coordinates, within ±1, in float32."""
         with torch.autocast(latlon.device.type, enabled=False):
-            latlon = latlon.float()
             if self.config.projection == "equal_earth":
-                return earth.equal_earth(latlon)
+                return earth.equal_earth(latlon.float())
             if self.config.projection == "sphere":
-                return earth.unit_sphere(latlon)
-            return latlon / 180
+                return earth.unit_sphere(latlon.float())
+            return latlon.float() / 180
 
     def by_level(self, latlon: Float[Tensor, "n 2"]) -> Float[Tensor, "s n d"]:
         """The embedding of each σ; their sum is the embedding."""
@@ -100,31 +92,3 @@ class LocationEncoder(nn.Module):
         """Embeddings, not normalised."""
         xy = self.project(latlon)
         return sum(level(xy) for level in self.levels)
-
-    @classmethod
-    def pretrained(cls) -> "LocationEncoder":
-        """The authors' released location encoder, in evaluation mode; downloaded at first use.
-
-        Raises OSError, which says what is missing, if the weights cannot be downloaded.
-        """
-        from geoclip import pretrained
-
-        encoder = cls()
-        encoder.load_state_dict(pretrained.location_encoder_state())
-        return encoder.eval()
-
-
-def initialise(module: nn.Module, generator: torch.Generator | None) -> None:
-    """Draws PyTorch's default initialisation of linear and convolution layers from `generator`.
-
-    Without a generator, the layers keep their initial weights.
-    """
-    if generator is None:
-        return
-    for layer in module.modules():
-        if isinstance(layer, nn.Linear | nn.Conv2d):
-            fan_in = layer.weight[0].numel()
-            bound = 1 / math.sqrt(fan_in)
-            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
-            if layer.bias is not None:
-                nn.init.uniform_(layer.bias, -bound, bound, generator=generator)

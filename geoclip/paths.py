@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+SAMPLE, SAMPLES = 1 << 20, 256  # bytes of a block, and how many blocks of a sealed file are hashed
 VARIABLES = ("GEOCLIP_CACHE", "GEOCLIP_DATA", "GEOCLIP_FIGURES", "GEOCLIP_RESULTS")
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -144,3 +145,29 @@ def sha256(path: Path | str) -> str:
     with contextlib.suppress(OSError), atomic(note) as temporary:
         temporary.write_text(json.dumps([*stamp, digest]))
     return digest
+
+
+def seal(path: Path, name: str) -> None:
+    """Append to a file that will be called `name` the digest by which is_sealed recognises it."""
+    digest = _digest(path, path.stat().st_size, name)
+    with path.open("ab") as file:
+        file.write(digest)
+
+
+def is_sealed(path: Path) -> bool:
+    """Return whether a file ends with the digest of its name and contents that `seal` appended."""
+    size = path.stat().st_size - hashlib.sha256().digest_size
+    with path.open("rb") as file:
+        file.seek(max(0, size))
+        return file.read() == _digest(path, size, path.name)
+
+
+def _digest(path: Path, size: int, name: str) -> bytes:
+    """SHA-256 of the name, the size and the contents; of files above 256 MB, of 256 evenly spaced blocks."""
+    digest = hashlib.sha256(f"{name} {size}".encode())
+    stride = SAMPLE * max(1, -(-size // (SAMPLE * SAMPLES)))
+    with path.open("rb") as file:
+        for start in range(0, size, stride):
+            file.seek(start)
+            digest.update(file.read(min(SAMPLE, size - start)))
+    return digest.digest()

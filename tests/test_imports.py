@@ -6,12 +6,13 @@ import graphlib
 from geoclip import paths
 
 PACKAGE = paths.ROOT / "geoclip"
-CORE = """paths config photos earth pretrained location_encoder engines.openvino_tower image_encoder gps_queue loss
-gallery engines.place_index posterior predictor model gps_embedding evaluation maps""".split()
+CORE = """paths config photos earth pretrained layers location_encoder engines.openvino_tower image_encoder
+gps_queue loss gallery engines.place_index posterior predictor model evaluation maps""".split()
 ORDER = [
     *CORE,
     "datasets",
     "training",
+    "gps_embedding",
     "baselines",
     "studies",
     "reproduce",

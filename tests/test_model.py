@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from geoclip import earth, gallery
+from geoclip import earth, gallery, paths
 from geoclip.engines import place_index
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
@@ -22,10 +22,15 @@ def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def geoclip(generator, places):
+    images, locations = ImageEncoder(CONV, generator), LocationEncoder(SMALL, generator)
+    return GeoCLIP(images, locations, places).eval()
+
+
 @pytest.fixture
 def model():
     places = Gallery(earth.sample_sphere(300, seeded(1)), "random places")
-    return GeoCLIP.build(CONV, SMALL, seeded(), places).eval()
+    return geoclip(seeded(), places)
 
 
 @pytest.fixture
@@ -94,7 +99,7 @@ def shuffle(path):
 
 
 def replace_by_another_gallery(path):
-    other = GeoCLIP.build(CONV, SMALL, seeded(7), Gallery(earth.sample_sphere(300, seeded(8)))).eval()
+    other = geoclip(seeded(7), Gallery(earth.sample_sphere(300, seeded(8))))
     other.gallery.embed(other.location_encoder, keep=True)
     os.replace(other.gallery.kept_at(other.location_encoder), path)
 
@@ -120,14 +125,14 @@ def test_a_damaged_or_foreign_cache_is_computed_again(model, tmp_path, monkeypat
 
 
 def test_large_caches_are_checked_by_samples(tmp_path, monkeypatch):
-    monkeypatch.setattr(gallery, "CHECKED_BLOCK", 64)
-    monkeypatch.setattr(gallery, "CHECKED_BLOCKS", 4)
+    monkeypatch.setattr(paths, "SAMPLE", 64)
+    monkeypatch.setattr(paths, "SAMPLES", 4)
     path = tmp_path / "file"
     path.write_bytes(bytes(1000))
-    first = gallery._digest(path, 1000, "name")
-    assert first != gallery._digest(path, 1000, "other")
-    path.write_bytes(bytes(256) + b"x" + bytes(743))  # in a sampled block: every fourth of 64 bytes
-    assert gallery._digest(path, 1000, "name") != first
+    paths.seal(path, "file")
+    assert paths.is_sealed(path) and not paths.is_sealed(path.rename(tmp_path / "other"))
+    path.write_bytes(bytes(256) + b"x" + bytes(743) + (tmp_path / "other").read_bytes()[-32:])
+    assert not paths.is_sealed(path)  # byte 256 is in a sampled block: every fourth of 64 bytes
 
 
 def test_a_cache_that_cannot_be_written_does_not_prevent_an_answer(

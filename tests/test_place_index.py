@@ -51,8 +51,40 @@ def test_kept_and_mapped(places, query, tmp_path, monkeypatch):
     assert again.measured > 0.9
     with pytest.raises(ValueError, match="the gallery has 5000 places"):
         again.scan(query, 5001)
-    with pytest.raises(ValueError, match=r"places\.faiss indexes other places; delete it"):
-        PlaceIndex(places[1:], path=tmp_path / "places.faiss")
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 64
+    path.write_bytes(content)
+
+
+def replace_by_another(path):
+    other = torch.nn.functional.normalize(torch.ones(4, 512), dim=1)
+    PlaceIndex(other, lists=1, path=path.with_name("other.faiss"))
+    path.with_name("other.faiss").replace(path)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flip,
+        replace_by_another,
+        lambda path: path.write_bytes(b""),
+        lambda path: path.write_bytes(bytes(1000)),
+    ],
+)
+def test_a_damaged_or_foreign_file_is_built_again(places, query, tmp_path, capsys, damage):
+    path = tmp_path / "places.faiss"
+    expected = PlaceIndex(places, probes=4, lists=50, path=path).scan(query, 5)[1]
+    damage(path)
+    path.with_name("places.recall-4.json").write_text("[")
+    again = PlaceIndex(places, probes=4, lists=50, path=path)
+    assert torch.equal(again.scan(query, 5)[1], expected)
+    assert "places.faiss is damaged or indexes other places; building it again" in capsys.readouterr().err
+    assert torch.equal(PlaceIndex(places, probes=4, path=path).scan(query, 5)[1], expected)
+    assert len(PlaceIndex(places[1:], path=path).places) == 4999  # stored under the name of other places
+    assert "indexes other places" in capsys.readouterr().err
 
 
 def test_without_faiss_it_says_what_to_install(places, monkeypatch):

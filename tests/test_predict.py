@@ -34,11 +34,16 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr("geoclip.paths.CACHE", tmp_path / "cache")
 
 
+def geoclip(image, generator, places):
+    images, locations = ImageEncoder(image, generator), LocationEncoder(SMALL, generator)
+    return GeoCLIP(images, locations, places).eval()
+
+
 @pytest.fixture
 def model():
     generator = torch.Generator().manual_seed(0)
     places = Gallery(earth.sample_sphere(PLACES, generator), "random places")
-    return GeoCLIP.build(CONV, SMALL, generator, places).eval()
+    return geoclip(CONV, generator, places)
 
 
 @pytest.fixture
@@ -123,7 +128,7 @@ def test_the_gallery_is_embedded_once_and_kept_on_disk(model, tmp_path, monkeypa
     first = model.predict(noise(0))
     model.predict(noise(1))
     assert len(calls) == 1
-    again = GeoCLIP.build(CONV, SMALL, torch.Generator().manual_seed(0), model.gallery).eval()
+    again = geoclip(CONV, torch.Generator().manual_seed(0), model.gallery)
     again.load_state_dict(model.state_dict())
     assert torch.equal(again.predict(noise(0))[1], first[1])
     assert len(calls) == 1, "another model with the same weights and gallery reads it from disk"
@@ -149,7 +154,7 @@ def test_what_cannot_be_predicted(model, tmp_path):
     with pytest.raises(PhotoError, match=r"bad\.jpg: not an image"):
         model.predict([save(tmp_path / "good.png"), tmp_path / "bad.jpg"])
     with pytest.raises(ValueError, match="no gallery"):
-        GeoCLIP.build(CONV, SMALL).eval().predict(noise(0))
+        model.use_gallery(None).predict(noise(0))
 
 
 # Text
@@ -157,7 +162,7 @@ def test_what_cannot_be_predicted(model, tmp_path):
 
 def test_text_is_located_like_an_image(model, tower):
     config = ImageEncoderConfig(tower=tower, weights=None, hidden=24, dim=16)
-    reader = GeoCLIP.build(config, SMALL, torch.Generator().manual_seed(1), model.gallery).eval()
+    reader = geoclip(config, torch.Generator().manual_seed(1), model.gallery)
     latlon, probability = reader.predict_text(["desert", "a snowy mountain"], top_k=4)
     assert latlon.shape == (2, 4, 2) and probability.shape == (2, 4)
     one_latlon, one_probability = reader.predict_text("a snowy mountain", top_k=4)

@@ -25,8 +25,8 @@ from geoclip.datasets.blue_marble import SplitConfig, TileConfig
 from geoclip.datasets.folder import Geotagged
 from geoclip.image_encoder import ImageEncoderConfig, tower_hash
 from geoclip.location_encoder import LocationEncoderConfig
-from geoclip.model import load_checkpoint
 from geoclip.training import runs
+from geoclip.training.checkpoints import load_checkpoint
 from geoclip.training.config import TrainConfig, as_config, plain
 from geoclip.training.data import EpochSampler, hold_out, seeded, training_set
 from geoclip.training.module import GeoCLIPTraining, initial_queue

@@ -36,8 +36,8 @@ def as_config(values: dict[str, Any] | Path | str) -> RunConfig:
 
 def load(path: Path | str):
     """Return the trained module of any model's checkpoint; raises as training.runs.load does."""
-    from geoclip.model import read_checkpoint
     from geoclip.training import runs
+    from geoclip.training.checkpoints import read_checkpoint
 
     checkpoint = read_checkpoint(path)
     return runs.restore(checkpoint, kind(checkpoint["geoclip_config"].get("model", "geoclip")), path)

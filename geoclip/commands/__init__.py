@@ -30,22 +30,24 @@ def load_model(options):
     """
     import torch
 
-    from geoclip import model
+    from geoclip.model import GeoCLIP
+    from geoclip.training import checkpoints
 
     path = options.checkpoint
     if not path:
-        return model.GeoCLIP.pretrained(options.clip_weights, options.precision)
+        return GeoCLIP.pretrained(options.clip_weights, options.precision)
     last = Path(path).resolve()
     if last.name == "last.ckpt" and not last.with_name("result.json").is_file():
         print(f"geoclip: the training run in {last.parent} has not finished", file=sys.stderr)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = model.read_checkpoint(path)
+    checkpoint = checkpoints.read_checkpoint(path)
     if checkpoint["geoclip_config"].get("model", "geoclip") == "geoclip":
         try:
-            loaded = model.from_checkpoint(checkpoint, clip_weights=options.clip_weights)
+            loaded = checkpoints.from_checkpoint(checkpoint, clip_weights=options.clip_weights)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-        return loaded.to(device).use_precision(options.precision)
+        loaded.to(device).image_encoder.use_precision(options.precision)
+        return loaded
     from geoclip import baselines  # imports Lightning, which GeoCLIP does without
 
     return baselines.load(path).to(device)

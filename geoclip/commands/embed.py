@@ -66,7 +66,7 @@ def run(options) -> int:
     from geoclip.datasets import benchmarks, embedding, features
     from geoclip.datasets.sources import Views, open_source
     from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
-    from geoclip.model import load_checkpoint
+    from geoclip.training.checkpoints import load_checkpoint
 
     gpus = torch.cuda.device_count()
     if gpus and options.devices > gpus:

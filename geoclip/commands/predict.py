@@ -95,7 +95,8 @@ def prepare_gallery(model, options) -> None:
     if options.top_k > len(model.gallery):
         raise ValueError(f"--top-k {options.top_k}: the gallery has {len(model.gallery)} places")
     if options.index:
-        recall = 100 * model.use_index().index.measured
+        model.index = place_index.PlaceIndex.of(model.gallery, model.location_encoder)
+        recall = 100 * model.index.measured
         print(
             f"geoclip: the index finds {recall:.1f} % of the five best places of synthetic queries; "
             "probabilities are upper bounds",

@@ -5,13 +5,16 @@ An exact search (gallery.scan) reads every place for every block of queries. Tha
 them.
 """
 
+import contextlib
 import json
 import math
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from geoclip import gallery, paths
@@ -27,8 +30,8 @@ class PlaceIndex:
 
     places: unit-norm embeddings. lists: number of inverted lists of a new index, by default about 2 √m.
     probes: lists searched per query; recall grows with it. path: store the index there and memory-map it the
-    next time. measured: recall of the five best places, for synthetic queries. Raises ImportError, with what
-    to install, without faiss.
+    next time; it is built again if the file is damaged or of other places. measured: recall of the five best
+    places, for synthetic queries. Raises ImportError, with what to install, without faiss.
     """
 
     def __init__(
@@ -40,27 +43,30 @@ class PlaceIndex:
     ):
         faiss = import_faiss()
         self.places = places
-        if path is not None and path.is_file():
-            self.index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
-            if (self.index.ntotal, self.index.d) != tuple(places.shape):
-                raise ValueError(f"{path} indexes other places; delete it")
-        else:
+        self.index: Any = _open(path, places) if path is not None and path.is_file() else None
+        if self.index is None:
             self.index = build(places, lists or max(1, round(2 * math.sqrt(len(places)))))
             if path is not None:
                 with paths.atomic(path) as temporary:
                     faiss.write_index(self.index, str(temporary))
+                    paths.seal(temporary, path.name)
         self.index.nprobe = min(probes, self.index.nlist)
-        self.measured = self._measured(
-            None if path is None else path.with_suffix(f".recall-{self.index.nprobe}.json")
-        )
+        self.measured = self._measured(path and path.with_suffix(f".recall-{self.index.nprobe}.json"))
+
+    @classmethod
+    def of(cls, places: gallery.Gallery, location_encoder: nn.Module) -> "PlaceIndex":
+        """The index of a gallery, stored in the cache beside its embeddings."""
+        path = places.kept_at(location_encoder).with_suffix(".faiss")
+        return cls(places.embed(location_encoder, keep=True), path=path)
 
     def _measured(self, kept: Path | None) -> float:
-        if kept is not None and kept.is_file():
-            return json.loads(kept.read_text())
+        if kept is None:
+            return self.recall(synthetic_queries(self.places))
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            return float(json.loads(kept.read_text()))
         measured = self.recall(synthetic_queries(self.places))
-        if kept is not None:
-            with paths.atomic(kept) as temporary:
-                temporary.write_text(json.dumps(measured))
+        with paths.atomic(kept) as temporary:
+            temporary.write_text(json.dumps(measured))
         return measured
 
     def scan(
@@ -94,6 +100,17 @@ class PlaceIndex:
         return (found >= exact[:, -1:] - 1e-6).double().mean().item()
 
 
+def _open(path: Path, places: Float[Tensor, "m d"]):
+    """The stored index, memory-mapped; None, with a line that says why, if it is not an intact one of `places`."""
+    if paths.is_sealed(path):
+        faiss = import_faiss()
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        if (index.ntotal, index.d) == tuple(places.shape):
+            return index
+    print(f"geoclip: {path} is damaged or indexes other places; building it again", file=sys.stderr)
+    return None
+
+
 def synthetic_queries(places: Float[Tensor, "m d"], n: int = 256) -> Float[Tensor, "n d"]:
     """Unit-norm queries at a cosine of about 0.55 to random places, as photos are to theirs."""
     generator = torch.Generator().manual_seed(0)
@@ -124,6 +141,6 @@ def import_faiss():
         import faiss
     except ImportError as error:
         raise ImportError(
-            "--index and use_index need faiss: pip install faiss-cpu, or search exactly, without an index"
+            "an index needs faiss: pip install faiss-cpu, or search exactly, without --index"
         ) from error
     return faiss

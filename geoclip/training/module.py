@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from geoclip import earth, model
+from geoclip import earth
 from geoclip.datasets import blue_marble
 from geoclip.datasets.features import FeatureData
 from geoclip.gallery import Gallery
 from geoclip.gps_queue import GPSQueue
-from geoclip.image_encoder import Preprocessing, tower_hash
+from geoclip.image_encoder import ImageEncoder, Preprocessing, tower_hash
+from geoclip.location_encoder import LocationEncoder
 from geoclip.loss import contrastive_loss
 from geoclip.model import GeoCLIP
 from geoclip.photos import open_photo
 from geoclip.training import data
+from geoclip.training.checkpoints import from_checkpoint
 from geoclip.training.config import RunConfig, TrainConfig, as_config
 from geoclip.training.data import seeded
 
@@ -152,12 +154,11 @@ class GeoCLIPTraining(TrainingModule):
     @classmethod
     def build(cls, config: TrainConfig, data: Dataset) -> "GeoCLIPTraining":
         on_features = isinstance(data, FeatureData)
-        geoclip = GeoCLIP.build(
-            config.image,
-            config.location,
-            seeded(config.seed, "weights"),
-            gallery=gallery_of(config, data.latlon),
-            with_tower=not on_features,
+        generator = seeded(config.seed, "weights")
+        geoclip = GeoCLIP(
+            ImageEncoder(config.image, generator, with_tower=not on_features),
+            LocationEncoder(config.location, generator),
+            gallery_of(config, data.latlon),
         )
         module = cls(config, geoclip, initial_queue(config, data.latlon))
         if on_features:
@@ -167,7 +168,7 @@ class GeoCLIPTraining(TrainingModule):
     @classmethod
     def restore(cls, checkpoint: dict[str, Any], with_tower: bool = True) -> "GeoCLIPTraining":
         config, weights = as_config(checkpoint["geoclip_config"]), checkpoint["state_dict"]
-        module = cls(config, model.from_checkpoint(checkpoint, with_tower), torch.zeros(config.queue, 2))
+        module = cls(config, from_checkpoint(checkpoint, with_tower), torch.zeros(config.queue, 2))
         module.queue.load_state_dict({name: weights[f"queue.{name}"] for name in ("places", "oldest")})
         return module
 

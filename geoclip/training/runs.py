@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from geoclip import earth, paths
-from geoclip.model import read_checkpoint
+from geoclip.training.checkpoints import read_checkpoint
 from geoclip.training.config import RunConfig, plain, read_yaml
 from geoclip.training.data import Loaders, fingerprint, on_features
 from geoclip.training.module import GeoCLIPTraining, TrainingModule
