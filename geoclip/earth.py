@@ -108,23 +108,10 @@ def destination(
     return from_unit_sphere(there).to(latlon.dtype)
 
 
-def add_noise_m(
-    latlon: Float[Tensor, "*n 2"], sigma_m: float, generator: torch.Generator | None = None
-) -> Float[Tensor, "*n 2"]:
-    """Adds Gaussian noise of `sigma_m` metres to the east and to the north (paper, section 3.3).
-
-    The distance on the ground is the same at every latitude. 0 returns the coordinates unchanged.
-    """
-    if sigma_m == 0:
-        return latlon
-    noise = draw_noise_km(latlon.shape[:-1], sigma_m, generator)
-    return destination(latlon, *noise.to(latlon.device).unbind(-1))
-
-
 def draw_noise_km(
     shape: tuple[int, ...], sigma_m: float, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*n 2"]:
-    """Gaussian noise of `sigma_m` metres, (east, north) in km, drawn on the CPU on every device."""
+    """Gaussian noise of `sigma_m` metres, (east, north) in km, drawn on the CPU (paper, section 3.3)."""
     if sigma_m < 0:
         raise ValueError(f"sigma_m must be ≥ 0 metres, got {sigma_m}")
     return torch.randn(*shape, 2, generator=generator, dtype=torch.float64) * sigma_m / 1000

@@ -4,8 +4,6 @@ An error is a great-circle distance in km (earth.haversine_km), one per image. I
 image that could not be read or answered stays in the denominator.
 """
 
-from collections.abc import Sequence
-
 import numpy as np
 import pandas as pd
 import torch
@@ -210,40 +208,3 @@ def benchmark(
     return pd.DataFrame(
         [{**(about or {}), "measure": measure, **row, **rests_on} for measure, row in rows.items()]
     )
-
-
-def ceiling_by_size(
-    truth: Float[Tensor, "n 2"],
-    places: Float[Tensor, "m 2"],
-    sizes: Sequence[int],
-    authors=None,
-    galleries: int = 5,
-    draws: int = 200,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """The ceiling of galleries drawn from the distinct `places`: a tidy table, a row per size.
-
-    Values are means over `galleries` draws; *_low and *_high are 95 % intervals over draws of galleries and
-    bootstraps over photographers together. Raises ValueError for a size larger than the number of distinct
-    places.
-    """
-    unique = torch.unique(places, dim=0)
-    rows = []
-    for size in sizes:
-        if not 1 <= size <= len(unique):
-            raise ValueError(
-                f"a gallery of {size:,} was requested; there are {len(unique):,} distinct places"
-            )
-        errors, scores = [], []
-        for number in range(seed, seed + (galleries if size < len(unique) else 1)):
-            order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(number))
-            error_km = ceiling(truth, unique[order[:size]])
-            errors.append(summarize(error_km))
-            scores.append(bootstrap(error_km, authors, draws, np.random.default_rng(number)))
-        low, high = np.percentile(np.concatenate(scores), [2.5, 97.5], axis=0)
-        row: dict[str, float] = {"gallery_n": size, "n": len(truth), "galleries": len(errors)}
-        for i, name in enumerate(ACCURACY_COLUMNS):
-            row |= {name: float(np.mean([error[name] for error in errors]))}
-            row |= {f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
-        rows.append(row)
-    return pd.DataFrame(rows)

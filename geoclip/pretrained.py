@@ -6,7 +6,6 @@ CLIP ViT-L/14 comes from the file that their package uses too, at a fixed revisi
 """
 
 import errno
-import hashlib
 import io
 import os
 import re
@@ -36,29 +35,6 @@ HEAD = "geoclip/model/weights/image_encoder_mlp_weights.pth"
 TEMPERATURE = "geoclip/model/weights/logit_scale_weights.pth"
 GALLERY = "geoclip/model/gps_gallery/coordinates_100K.csv"
 KAUAI = "geoclip/images/Kauai.png"
-LICENSE = f"{NAME}-{VERSION}.dist-info/licenses/LICENSE"
-MEMBERS = {
-    LOCATION_ENCODER: "94b80ae3af89fca78539e129dd2929d321247f5ceeeb0a31bc2c31041a253394",
-    HEAD: "5342c391eec961796d04d02f2bd670bfa97b34ce32c656d0e0676581103c2c14",
-    TEMPERATURE: "9568e2e09dd19083082bf285b2c0c126867e40dbd275a8ee8c621888b861904e",
-    GALLERY: "3a00b1ba58f13443db726533b6399b39609e292df09d4e58792fa5949d1838b1",
-    KAUAI: "bfccc5b375d51e8f50a5c767e5bd6b4fd62f04afe64b6edd9a20d1ec0d003a0c",
-    LICENSE: "c272adb7c32db589779b10cc36ee1395af25bbd68aca0be19173f8ef04a23dc3",
-    "geoclip/__init__.py": "0fd1853db5c9279727d06a499b5f4b00b958b90c0ba94a78f4669a3789fbc2f9",
-    "geoclip/model/GeoCLIP.py": "74c0440733a83a7632254bc8c6a7360bbd3a7602d5346bb37b2f09c273a68ba6",
-    "geoclip/model/__init__.py": "7b1ee7ab20557c8fd96c9bcbf624bb375cc8e7f2f87af7e92ffc7970965458e7",
-    "geoclip/model/_hub.py": "32660b63af301ea865f319ad76ae34791877c6385ecbacb54e4e9e6449cd20f0",
-    "geoclip/model/image_encoder.py": "0543d74070ba44033633820c70765c188fa1196a32d6e4104c668ba24f066a54",
-    "geoclip/model/location_encoder.py": "7efd3fe2a1f74a230271219d5813f24316a194a65e5e52ae800cf188d76a8340",
-    "geoclip/model/misc.py": "159495d02e3452a1d985cac465d8cacccecb91bf6d8aa218565bb7c24ac6c77f",
-    "geoclip/model/rff/__init__.py": "7bb96cb6abd24cc982cc5abc5becbca874a6d218850b90849f3caf79f40e611d",
-    "geoclip/model/rff/functional.py": "20b892c6872c38e3d0c0f2f384e4df79357623a4a3525f77ffed5bac89700e42",
-    "geoclip/model/rff/layers.py": "3894dc9985a17c66bafb72f6127510b403511b01a50d771a3fafe22abcc0ae85",
-    "geoclip/train/__init__.py": "e32dcc890ba1eab438220ad45d616605d48f75bb761a3f53d75dd9f902782d40",
-    "geoclip/train/dataloader.py": "4a271ef8ea7a3ff2f205f2450dd9888e03f59ed1ff3e87db891a13baf4a847ba",
-    "geoclip/train/eval.py": "8cdd2d3cac02ded350cfc3a1a33c43eb2e7bd76febcb518409b21519154e9f69",
-    "geoclip/train/train.py": "396def0a4c06e6381177059f9f47c0f8bc20a03c68bc0dc240d1001e39fc40a0",
-}
 # Positions in the released nn.Sequential → positions in ours (Linear, ReLU, … from 0).
 LAYERS = {"capsule.1": "mlp.0", "capsule.3": "mlp.2", "capsule.5": "mlp.4", "head.0": "mlp.6"}
 
@@ -105,19 +81,23 @@ def authors_wheel() -> Path:
 
 
 def authors_package() -> Path:
-    """Return the folder that holds the authors' package `geoclip/`, with every file checked.
+    """Return the folder that holds the authors' package `geoclip/`, unpacked; changed files are replaced.
 
     It is for a separate process that runs their code; never put it on the path of one that imports ours.
     """
-    for name in MEMBERS:
-        _read(name)
-    return _unpacked()
+    folder = AUTHORS / f"{NAME}-{VERSION}"
+    with zipfile.ZipFile(authors_wheel()) as wheel:
+        for name in wheel.namelist():
+            path, content = folder / name, wheel.read(name)
+            if not path.is_file() or path.read_bytes() != content:
+                with paths.atomic(path) as temporary:
+                    temporary.write_bytes(content)
+    return folder
 
 
 def kauai() -> Path:
-    """Return the authors' example photo, `Kauai.png` (an island of Hawaii), checked."""
-    _read(KAUAI)
-    return _unpacked() / KAUAI
+    """Return the authors' example photo, `Kauai.png` (an island of Hawaii)."""
+    return authors_package() / KAUAI
 
 
 def location_encoder_state() -> dict:
@@ -253,11 +233,9 @@ def _load(member: str):
 
 
 def _read(member: str) -> bytes:
-    """Return the bytes of one unpacked file, checked before anything parses them."""
-    path = _unpacked() / member
-    content = path.read_bytes()
-    _check(path, hashlib.sha256(content).hexdigest(), MEMBERS[member])
-    return content
+    """Return the bytes of one file of the wheel, which is checked before anything parses them."""
+    with zipfile.ZipFile(authors_wheel()) as wheel:
+        return wheel.read(member)
 
 
 def _check(path: Path, found: str, expected: str) -> None:
@@ -266,22 +244,6 @@ def _check(path: Path, found: str, expected: str) -> None:
             f"{path} is not the released file: its SHA-256 is {found}, expected {expected}; delete it and run again "
             "to fetch it anew"
         )
-
-
-def _unpacked() -> Path:
-    folder = AUTHORS / f"{NAME}-{VERSION}"
-    if all((folder / name).exists() for name in MEMBERS):
-        return folder
-    wheel = authors_wheel()
-    with filelock.FileLock(AUTHORS / ".lock"), zipfile.ZipFile(wheel) as archive:
-        for name, expected in MEMBERS.items():
-            path = folder / name
-            if not path.exists():
-                content = archive.read(name)
-                _check(path, hashlib.sha256(content).hexdigest(), expected)
-                with paths.atomic(path) as temporary:
-                    temporary.write_bytes(content)
-    return folder
 
 
 def _download(wheel: Path) -> None:

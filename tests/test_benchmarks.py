@@ -17,6 +17,7 @@ from geoclip.datasets import benchmarks, blue_marble, folder
 from geoclip.datasets.blue_marble import SplitConfig
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
+from geoclip.studies import statistics
 from geoclip.training import runs
 from geoclip.training.config import TrainConfig
 from geoclip.training.module import GeoCLIPTraining
@@ -161,7 +162,7 @@ def test_a_sampled_gallery_is_seeded_unique_and_bounded():
 
 def test_larger_galleries_have_higher_ceilings(official):
     truth = official[::500] + 0.05
-    table = evaluation.ceiling_by_size(truth, official, [100, 1000, 94_123], galleries=3, draws=50)
+    table = statistics.ceiling_by_size(truth, official, [100, 1000, 94_123], galleries=3, draws=50)
     assert table["galleries"].tolist() == [3, 3, 1]  # all of them is one gallery
     for column in evaluation.ACCURACY_COLUMNS:
         assert table[column].is_monotonic_increasing
@@ -172,7 +173,7 @@ def test_larger_galleries_have_higher_ceilings(official):
     assert table["acc_25km"].iloc[-1] == whole["acc_25km"]
     assert table["acc_25km"].iloc[0] < table["acc_25km"].iloc[1] < whole["acc_25km"]
     with pytest.raises(ValueError, match="94,124 was requested; there are 94,123"):
-        evaluation.ceiling_by_size(truth, official, [94_124])
+        statistics.ceiling_by_size(truth, official, [94_124])
 
 
 @pytest.fixture(scope="module")

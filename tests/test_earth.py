@@ -56,7 +56,8 @@ def test_haversine_of_near_and_opposite_places():
 def test_noise_of_sigma_metres_has_that_sigma(lat):
     n, sigma_m = 40_000, 1000.0
     start = torch.tensor([[lat, 179.999]], dtype=torch.float64).expand(n, 2)
-    moved = earth.add_noise_m(start, sigma_m, torch.Generator().manual_seed(0))
+    noise = earth.draw_noise_km((len(start),), sigma_m, torch.Generator().manual_seed(0))
+    moved = earth.destination(start, *noise.unbind(-1))
     metres = earth.haversine_km(start, moved) * 1000
     # the distance is Rayleigh distributed: its mean square is 2 σ², here to ± 3 standard errors
     assert (metres.square().mean() / 2).sqrt().item() == pytest.approx(sigma_m, rel=3 / n**0.5)
@@ -68,10 +69,9 @@ def test_noise_of_sigma_metres_has_that_sigma(lat):
         assert (metres.numpy() * np.cos(np.radians(azimuth))).std() == pytest.approx(sigma_m, rel=0.02)
 
 
-def test_noise_zero_and_negative():
-    assert torch.equal(earth.add_noise_m(SPECIAL, 0.0), SPECIAL)
+def test_noise_cannot_be_negative():
     with pytest.raises(ValueError, match="sigma_m"):
-        earth.add_noise_m(SPECIAL, -1.0)
+        earth.draw_noise_km((3,), -1.0)
 
 
 def test_unit_sphere_and_back():

@@ -1,10 +1,15 @@
-"""Means over a few seeds with Student t intervals, and differences paired by seed."""
+"""Means over a few seeds with Student t intervals, differences paired by seed, and ceilings by gallery size."""
 
 from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pandas as pd
+import torch
+from jaxtyping import Float
 from scipy import stats
+from torch import Tensor
+
+from geoclip import evaluation
 
 ACCURACY = ("acc_1km", "acc_25km", "acc_200km", "acc_750km", "acc_2500km")
 
@@ -108,3 +113,40 @@ def readable(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = 
         ends = zip(table[column], table[f"{column}_low"], table[f"{column}_high"], strict=True)
         text[column] = [plus_minus(*row) for row in ends]
     return text.assign(seeds=table["seeds"])
+
+
+def ceiling_by_size(
+    truth: Float[Tensor, "n 2"],
+    places: Float[Tensor, "m 2"],
+    sizes: Sequence[int],
+    authors=None,
+    galleries: int = 5,
+    draws: int = 200,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """The ceiling of galleries drawn from the distinct `places`: a tidy table, a row per size.
+
+    Values are means over `galleries` draws; *_low and *_high are 95 % intervals over draws of galleries and
+    bootstraps over photographers together. Raises ValueError for a size larger than the number of distinct
+    places.
+    """
+    unique = torch.unique(places, dim=0)
+    rows = []
+    for size in sizes:
+        if not 1 <= size <= len(unique):
+            raise ValueError(
+                f"a gallery of {size:,} was requested; there are {len(unique):,} distinct places"
+            )
+        errors, scores = [], []
+        for number in range(seed, seed + (galleries if size < len(unique) else 1)):
+            order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(number))
+            error_km = evaluation.ceiling(truth, unique[order[:size]])
+            errors.append(evaluation.summarize(error_km))
+            scores.append(evaluation.bootstrap(error_km, authors, draws, np.random.default_rng(number)))
+        low, high = np.percentile(np.concatenate(scores), [2.5, 97.5], axis=0)
+        row: dict[str, float] = {"gallery_n": size, "n": len(truth), "galleries": len(errors)}
+        for i, name in enumerate(evaluation.ACCURACY_COLUMNS):
+            row |= {name: float(np.mean([error[name] for error in errors]))}
+            row |= {f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
+        rows.append(row)
+    return pd.DataFrame(rows)
