@@ -65,7 +65,6 @@ class Chunk:
     images: (m, v, 3, p, p), uint8, or float for sources that render tensors; unreadable: (id, reason).
     """
 
-    part: int
     ids: list[str] = field(default_factory=list)
     latlon: list[tuple[float, float]] = field(default_factory=list)
     images: Tensor | None = None
@@ -199,7 +198,7 @@ class Tiles:
                 for _ in range(views.number)
             ]
             ids = [f"{self.name}/{row}" for row in rows]
-            yield Chunk(part, ids, [tuple(place) for place in latlon.tolist()], torch.stack(rendered, 1))
+            yield Chunk(ids, [tuple(place) for place in latlon.tolist()], torch.stack(rendered, 1))
 
 
 Source = PhotoTable | TarShards | Tiles
@@ -238,7 +237,7 @@ def open_source(
 def decoded(samples: Iterator, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
     """Group samples (id, place, photo, number) into chunks of `size`; unusable ones are listed with the
     reason."""
-    chunk, images = Chunk(part), []
+    chunk, images = Chunk(), []
     for name, place, photo, number in samples:
         try:
             check_name(name)
@@ -254,7 +253,7 @@ def decoded(samples: Iterator, part: int, views: Views, tower: Preprocessing, si
         if len(images) == size:
             chunk.images = torch.stack(images)
             yield chunk
-            chunk, images = Chunk(part), []
+            chunk, images = Chunk(), []
     if images:
         chunk.images = torch.stack(images)
     if chunk.ids or chunk.unreadable:
@@ -290,18 +289,10 @@ def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
         raise PhotoError(
             name, "empty (0 bytes)" if not photo else "not an image in a known format"
         ) from error
-    with image, _one_at_a_time(image.width * image.height > LARGE_PIXELS):
+    large = image.width * image.height > LARGE_PIXELS  # takes gigabytes
+    lock = Path(tempfile.gettempdir()) / f"geoclip-large-photo-{os.getuid()}.lock"
+    with image, FileLock(lock) if large else contextlib.nullcontext():
         return photos.open_photo(image)
-
-
-@contextlib.contextmanager
-def _one_at_a_time(large: bool) -> Iterator[None]:
-    """Hold a lock of this machine and user while a large photo is decoded: each can take gigabytes."""
-    if not large:
-        yield
-        return
-    with FileLock(Path(tempfile.gettempdir()) / f"geoclip-large-photo-{os.getuid()}.lock"):
-        yield
 
 
 def photo_views(
