@@ -71,30 +71,11 @@ class Posterior:
         """The posteriors of some images; rows: a slice, a mask or indices."""
         return Posterior([Layer(x if len(x) == 1 else x[rows], w[rows], km) for x, w, km in self.layers])
 
-    def mixed_with(self, other: "Posterior", share: float) -> "Posterior":
-        """The mixture (1 − share) × this + share × other, for share in [0, 1]."""
-        scaled = [(self.layers, 1 - share), (other.layers, share)]
-        return Posterior([Layer(x, w * part, km) for layers, part in scaled for x, w, km in layers])
-
-    def times(self, other: "Posterior", background: float = 1e-3) -> "Posterior":
-        """The product of the two densities, renormalised; `other` is taken at the centres of these kernels.
-
-        background: part of `other` that is spread over the whole Earth, so that it rules nothing out.
-        """
-        floor = math.log(background / (4 * math.pi * EARTH_RADIUS_KM**2))
-        logs = []
-        for xyz, weight, _ in self.layers:
-            density = other.log_density(earth.from_unit_sphere(xyz.expand(len(self), -1, -1)))
-            density = torch.logaddexp(density + math.log1p(-background), torch.full_like(density, floor))
-            logs.append(weight.log() + density)
-        weights = _softmax(torch.cat(logs, -1)).split([log.shape[-1] for log in logs], -1)
-        return Posterior([Layer(x, new, km) for (x, _, km), new in zip(self.layers, weights, strict=True)])
-
     def log_density(self, latlon: Float[Tensor, "n ... 2"]) -> Float[Tensor, "n ..."]:
         """Logarithm of the density in nats per km²; uniform on the Earth it is −20.05."""
 
         def log_sum(vector, layers):
-            terms = [w.log()[:, None] + _log_kernel(1 - vector @ x.mT, km) for x, w, km in layers]
+            terms = [w.log()[:, None] + log_kernel(1 - vector @ x.mT, km) for x, w, km in layers]
             return torch.cat(terms, -1).logsumexp(-1)
 
         return self._at(latlon, log_sum)
@@ -111,25 +92,33 @@ class Posterior:
         """Expected geoscore of answering with a place, in [0, 5000]."""
         return self._expected(latlon, "geoscore")
 
-    def mode(self) -> Float[Tensor, "n 2"]:
-        """The place of the highest density."""
-        return self.modes(1)[:, 0]
+    def answer(self, decision: str) -> Float[Tensor, "n 2"]:
+        """The best place by a decision rule.
 
-    def modes(self, k: int, apart_km: float = 25.0) -> Float[Tensor, "n k 2"]:
-        """The k highest modes at least `apart_km` from each other, best first; NaN where there are fewer."""
-        return self._search([_density(layer.kernel_km) for layer in self.layers], k, apart_km)
+        "mode": the highest density. "disc:KM": the most probability within KM, best for accuracy@KM. "median":
+        the least expected distance, best for the mean error. "geoscore": the largest expected geoscore.
+        """
+        return self.answers(decision, 1)[:, 0]
 
-    def best_disc(self, km: float) -> Float[Tensor, "n 2"]:
-        """The centre of the disc of `km` with the largest probability: the best answer for accuracy@km."""
-        return self._search(self._tables("disc", km))[:, 0]
+    def answers(self, decision: str, k: int, apart_km: float = 25.0) -> Float[Tensor, "n k 2"]:
+        """The k best places by a decision rule that are `apart_km` from each other; NaN where there are fewer.
 
-    def geometric_median(self) -> Float[Tensor, "n 2"]:
-        """The place of the least expected distance: the best answer for the mean error."""
-        return self._search(self._tables("distance"))[:, 0]
+        Each is a local maximum, so that the second is another possibility and not a neighbour of the first.
+        Raises ValueError for an unknown rule.
+        """
+        return self._search(self._profiles(decision), k, apart_km)
 
-    def best_geoscore(self) -> Float[Tensor, "n 2"]:
-        """The place of the largest expected geoscore."""
-        return self._search(self._tables("geoscore"))[:, 0]
+    def _profiles(self, decision: str) -> list[Profile]:
+        rule, _, km = decision.partition(":")
+        if decision == "mode":
+            return [_density(layer.kernel_km) for layer in self.layers]
+        if decision in ("median", "geoscore"):
+            return self._tables("distance" if decision == "median" else decision)
+        if rule == "disc" and km.replace(".", "", 1).isdecimal() and float(km) > 0:
+            return self._tables("disc", float(km))
+        raise ValueError(
+            f"the decision {decision!r} is not mode, disc:KM (such as disc:25), median or geoscore"
+        )
 
     @functools.cached_property
     def drawn(self) -> tuple[Float[Tensor, "n 256 2"], Float[Tensor, "n 256"]]:
@@ -148,7 +137,7 @@ class Posterior:
         centre = earth.from_unit_sphere(_take(xyz, chosen))
         places = earth.destination(centre, distance * angle.sin(), distance * angle.cos())
         profiles = [_density(layer.kernel_km) for layer in self.layers]
-        return places, self._at(places, lambda *at: _utility(*at, profiles)[0]).log()
+        return places, self._at(places, lambda vector, layers: _utility(vector, layers, profiles)[0]).log()
 
     @property
     def entropy(self) -> Float[Tensor, " n"]:
@@ -184,7 +173,7 @@ class Posterior:
 
     def _expected(self, latlon: Tensor, utility: str, km: float = 0.0) -> Tensor:
         profiles = self._tables(utility, km)
-        return self._at(latlon, lambda *at: _utility(*at, profiles)[0])
+        return self._at(latlon, lambda vector, layers: _utility(vector, layers, profiles)[0])
 
     def _at(self, latlon: Tensor, compute) -> Tensor:
         """compute(unit vectors (b, q, 3), layers) of one or q places for each image, in chunks."""
@@ -241,31 +230,36 @@ class Places:
         self.cell: Int[Tensor, " m"] = torch.unique(row * 1e6 + column, return_inverse=True)[1]
         total = torch.zeros(int(self.cell.max()) + 1, 3, dtype=torch.double)
         self.centre = normalize(total.index_add_(0, self.cell, self.xyz), dim=-1)
+        self.share = torch.bincount(self.cell).double() / len(self.latlon)
 
     def posterior(
-        self, logits: Float[Tensor, "n m"], kernel_km: float, temperature: float = 1.0
+        self,
+        logits: Float[Tensor, "n m"],
+        kernel_km: float,
+        temperature: float = 1.0,
+        background: float = 0.0,
     ) -> Posterior:
         """The posteriors of n images from the logits, cosine × e^s, of all places.
 
         temperature: divides the logits. kernel_km: standard deviation of each place's kernel, in each
-        direction. Raises ValueError as Posterior.at does.
+        direction. background: share of the gallery's own density, pooled in cells. Raises ValueError as
+        Posterior.at does.
         """
         if logits.shape[1] != len(self.xyz):
             raise ValueError(f"{logits.shape[1]} scores for {len(self.xyz)} places")
         _check_positive(temperature=temperature, kernel_km=kernel_km)
-        if len(self.xyz) <= self.keep:
-            return Posterior.at(self.latlon, logits / temperature, kernel_km)
         weight = _softmax(logits / temperature, torch.float)
-        kept, index = weight.topk(self.keep, dim=1)
+        kept, index = weight.topk(min(self.keep, len(self.xyz)), dim=1)
         pooled = torch.zeros(len(weight), len(self.centre)).index_add_(1, self.cell, weight)
         pooled = pooled.scatter_add_(1, self.cell[index], -kept).clamp_min(0).double()
         total = kept.double().sum(1, keepdim=True) + pooled.sum(1, keepdim=True)
-        wide_km = math.hypot(kernel_km, self.pooled_km / math.sqrt(12))
-        near, far = (
-            Layer(self.xyz[index], kept / total, kernel_km),
-            Layer(self.centre[None], pooled / total, wide_km),
-        )
-        return Posterior([near, far])
+        pooled = (1 - background) * pooled / total + background * self.share
+        near = Layer(self.xyz[index], (1 - background) * kept / total, kernel_km)
+        return Posterior([near, Layer(self.centre[None], pooled, self.wide_km(kernel_km))])
+
+    def wide_km(self, kernel_km: float) -> float:
+        """Standard deviation of the kernel of a cell of pooled places."""
+        return math.hypot(kernel_km, self.pooled_km / math.sqrt(12))
 
 
 def _check_positive(**values: float) -> None:
@@ -283,7 +277,7 @@ def _softmax(logits: Tensor, dtype: torch.dtype = torch.double) -> Tensor:
     return (logits - top).to(dtype).softmax(-1)
 
 
-def _log_kernel(h: Tensor, kernel_km: float) -> Tensor:
+def log_kernel(h: Tensor, kernel_km: float) -> Tensor:
     """Log density of the kernel per km² where 1 − cos of the distance is h."""
     kappa = (EARTH_RADIUS_KM / kernel_km) ** 2
     return -kappa * h - math.log(-math.expm1(-2 * kappa) * 2 * math.pi * kernel_km**2)
@@ -294,7 +288,7 @@ def _density(kernel_km: float) -> Profile:
     kappa = (EARTH_RADIUS_KM / kernel_km) ** 2
 
     def profile(h):
-        value = _log_kernel(h.float(), kernel_km).exp_()
+        value = log_kernel(h.float(), kernel_km).exp_()
         return value, kappa * value
 
     return profile
@@ -311,7 +305,7 @@ def _table(utility: str, km: float, kernel_km: float) -> Profile:
     kappa, radius = (EARTH_RADIUS_KM / kernel_km) ** 2, min(km / EARTH_RADIUS_KM, math.pi)
     reach = 9 * kernel_km / EARTH_RADIUS_KM
     varies = (max(0, radius - reach), min(math.pi, radius + reach)) if utility == "disc" else (0, math.pi)
-    chord = 2 * np.linspace(*np.sin(np.divide(varies, 2)), KNOTS)
+    chord = 2 * np.linspace(math.sin(varies[0] / 2), math.sin(varies[1] / 2), KNOTS)
     delta = 2 * np.arcsin(np.clip(chord / 2, 0, 1))[:, None]
     # A kernel at the distance δ has at the distance θ, all around, the density
     # κ / (1 − e^(−2κ)) · exp(κ (cos(θ − δ) − 1)) · e^(−z) I₀(z) · sin θ, with z = κ sin θ sin δ.

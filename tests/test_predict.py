@@ -397,6 +397,53 @@ def test_table_names_place_probability_and_truth(files, checkpoint, capsys):
     assert "not calibrated" in printed
 
 
+@pytest.mark.parametrize("decision", ["mode", "disc:25", "median", "geoscore"])
+def test_a_decision_answers_with_distinct_places_regions_and_countries(files, checkpoint, capsys, decision):
+    options = ["--checkpoint", checkpoint, "--decision", decision, "--top-k", "3", "--format", "json"]
+    assert main(["predict", str(files), *options]) == 1
+    photos = json.loads(capsys.readouterr().out)["photos"]
+    assert [photo["file"] for photo in photos] == [str(files / name) for name in ("a.png", "b.jpg", "c.jpg")]
+    for photo in photos:
+        places = torch.tensor([[place["lat"], place["lon"]] for place in photo["places"]]).double()
+        apart = earth.haversine_km(places[:, None], places[None]) + 1e6 * torch.eye(len(places))
+        assert 1 <= len(places) <= 3 and apart.min() >= 24.9
+        assert all(0 <= place["probability"] <= 1 for place in photo["places"])
+        half, most = photo["regions"]
+        assert (half["probability"], most["probability"]) == (0.5, 0.9)
+        assert 0 < half["area_km2"] < most["area_km2"]
+        assert sum(found["probability"] for found in photo["countries"]) <= 1 and photo["countries"]
+
+
+def test_a_calibrated_checkpoint_answers_by_its_posterior(files, checkpoint, capsys, tmp_path):
+    own = tmp_path / "run" / "last.ckpt"
+    own.parent.mkdir()
+    shutil.copy(checkpoint, own)
+    (own.parent / "result.json").write_text("{}")
+    rows = ["file,lat,lon"]
+    for i in range(60):
+        save(tmp_path / f"{i}.png", i)
+        rows.append(f"{i}.png,{i - 30},{2 * i}")
+    (tmp_path / "mine.csv").write_text("\n".join([*rows, "absent.png,1,2"]))
+    assert main(["calibrate", "--checkpoint", str(own), "--csv", str(tmp_path / "mine.csv")]) == 0
+    printed = capsys.readouterr().out
+    assert "1 photos could not be read" in printed and "on 60 images of mine.csv" in printed
+    assert main(["predict", str(files / "b.jpg"), "--checkpoint", str(own)]) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "those of being within 25 km, calibrated on mine.csv" in printed and "90% within a region" in printed
+    )
+    assert main(["predict", str(files / "b.jpg"), "--checkpoint", str(own), "--decision", "argmax"]) == 0
+    assert "shares of the gallery" in capsys.readouterr().out
+    (own.parent / "last.calibration.json").write_text("{")
+    assert main(["predict", str(files / "b.jpg"), "--checkpoint", str(own)]) == 2
+    assert "last.calibration.json is not a calibration" in capsys.readouterr().err
+
+
+def test_too_few_images_to_calibrate_on(checkpoint, capsys):
+    assert main(["calibrate", "--checkpoint", checkpoint]) == 2
+    assert "20 images are too few to fit a calibration on" in capsys.readouterr().err
+
+
 def test_maps_are_written(files, checkpoint, tmp_path, capsys):
     one, many = tmp_path / "one.png", tmp_path / "many.png"
     assert main(["predict", str(files / "b.jpg"), "--checkpoint", checkpoint, "--map", str(one)]) == 0
@@ -412,6 +459,8 @@ def test_maps_are_written(files, checkpoint, tmp_path, capsys):
     [
         (["--top-k", str(PLACES + 1)], f"--top-k {PLACES + 1}: the gallery has {PLACES} places"),
         (["--map", "map.txt"], "--map map.txt"),
+        (["--decision", "best"], "--decision"),
+        (["--decision", "mode", "--index"], "--index: a decision needs the scores of all places"),
         (["--gallery", "absent.csv"], "absent.csv"),
         (["--checkpoint", "absent.ckpt"], "no checkpoint at absent.ckpt"),
     ],

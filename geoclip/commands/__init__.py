@@ -23,6 +23,38 @@ def add_model_options(parser, precision: str) -> None:
     )
 
 
+def add_decision_option(parser) -> None:
+    """The option that `decide` reads."""
+    from jsonargparse.typing import restricted_string_type
+
+    rule = restricted_string_type("decision", r"^(argmax|mode|median|geoscore|disc:\d+(\.\d+)?)$")
+    parser.add_argument(
+        "--decision",
+        type=rule,
+        help="rule of the answer: argmax (the place with the largest cosine), or on the posterior mode, disc:KM "
+        "(the most probability within KM), median (least expected distance) or geoscore; default: mode for a "
+        "checkpoint that `calibrate` has calibrated, else argmax",
+    )
+
+
+def decide(model, options, describe=None):
+    """The model, or a Decider that answers by --decision. Raises ValueError for a model without a gallery.
+
+    A calibration holds for the checkpoint's own gallery; with another one nothing is calibrated.
+    """
+    from geoclip.calibration import Calibration, Decider
+
+    own = options.checkpoint and options.gallery in (None, "own")
+    found = Calibration.load(options.checkpoint) if own else Calibration()
+    if options.decision is None:
+        options.decision = "mode" if found.fitted_on and model.gallery is not None else "argmax"
+    if options.decision == "argmax":
+        return model
+    if model.gallery is None:
+        raise ValueError(f"--decision: {options.checkpoint} is a baseline, which has no posterior")
+    return Decider(model, options.decision, found, describe)
+
+
 def load_model(options):
     """The model that --checkpoint names, or the authors' released one, on a GPU if there is one.
 

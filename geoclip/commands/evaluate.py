@@ -7,7 +7,14 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-from geoclip.commands import add_model_options, load_model, model_name, read_gallery
+from geoclip.commands import (
+    add_decision_option,
+    add_model_options,
+    decide,
+    load_model,
+    model_name,
+    read_gallery,
+)
 
 SPLITS = ("random", "blocked")
 EPILOG = """
@@ -34,6 +41,7 @@ def parser() -> ArgumentParser:
         "--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, or the CSV's folder"
     )
     add_model_options(parser, precision="fp32")
+    add_decision_option(parser)
     parser.add_argument(
         "--coordinates-only", action="store_true", help="ceiling, floors and leaks, without a model"
     )
@@ -118,6 +126,7 @@ def score_photos(options):
         workers = options.workers
         if workers is None:  # on a CPU the tower needs the cores itself
             workers = joblib.cpu_count() if torch.cuda.is_available() else 0
+        model = decide(model, options)
         paths = [photos.path(index) for index in range(len(photos))]
         found = predictor.answer(
             model, paths, 1, options.ten_crop, options.batch_size, workers, progress=True
@@ -152,6 +161,7 @@ def score_tiles(options):
         )
     model = load_model(options)
     gallery = choose_gallery(options, model)
+    model = decide(model, options)
     from_places = model.gallery is not None
     tables = []
     for split in SPLITS if options.split == "both" else (options.split,):
@@ -168,6 +178,8 @@ def score_tiles(options):
 def describe(options, data: str, split: str, gallery: str) -> dict[str, object]:
     """The columns that tell what was evaluated."""
     model = "coordinates only" if options.coordinates_only else model_name(options.checkpoint)
+    if options.decision and options.decision != "argmax":
+        model = f"{model}, {options.decision}"
     crops = 10 if options.ten_crop else 1
     about = {"data": data, "split": split, "model": model, "crops": crops}
     return about | {"seed": options.seed, "gallery": gallery}

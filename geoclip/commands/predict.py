@@ -9,17 +9,27 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
-from geoclip.commands import add_model_options, load_model, model_name, read_gallery
+from geoclip.commands import (
+    add_decision_option,
+    add_model_options,
+    decide,
+    load_model,
+    model_name,
+    read_gallery,
+)
 
 FORMATS = ("table", "json", "csv")
 COLUMNS = ["file", "rank", "lat", "lon", "probability", "town", "country", "town_km", "map"]
 COLUMNS += ["truth_lat", "truth_lon", "error_km"]
 MAP_SUFFIXES = (".png", ".pdf", ".svg")
 PROGRESS_FROM = 20  # photos
+LEVELS = (0.5, 0.9)  # probabilities of the regions
 EPILOG = """
 Photos that cannot be used are listed on stderr with the reason; the others are answered, and the exit status
 is 1. If EXIF records where a photo was taken, the output shows that position and the error of each answer in
-km; the model never sees it. Probabilities are shares of the gallery's places and are not calibrated.
+km; the model never sees it. With --decision argmax, probabilities are shares of the gallery's places and are
+not calibrated. With another decision the answers are distinct places, 25 km apart, each with the probability
+of being within 25 km of it, and the output tells the areas that hold 50 and 90 % and the likely countries.
 """
 
 
@@ -31,6 +41,7 @@ def parser() -> ArgumentParser:
     parser.add_argument("--format", choices=FORMATS, default="table", help="format of the output")
     parser.add_argument("--map", help="also draw a map: OUT.png, .pdf or .svg")
     add_model_options(parser, precision="auto")
+    add_decision_option(parser)
     parser.add_argument(
         "--gallery",
         help="official (the authors' 100 K), a benchmark's name, or a CSV with latitudes and longitudes; "
@@ -48,6 +59,8 @@ def run(options) -> int:
 
     if options.map and Path(options.map).suffix not in MAP_SUFFIXES:
         raise ValueError(f"--map {options.map}: the name must end in {', '.join(MAP_SUFFIXES)}")
+    if options.index and options.decision not in (None, "argmax"):
+        raise ValueError("--index: a decision needs the scores of all places; give --decision argmax")
     found, failed = [], {}
     for source in options.photos:
         try:
@@ -59,15 +72,22 @@ def run(options) -> int:
     found = list(dict.fromkeys(found))
     model = load_model(options)
     prepare_gallery(model, options)
+    asked = model if options.index else decide(model, options, describe_posteriors)
     top_k = 1 if model.gallery is None else options.top_k
     progress = len(found) >= PROGRESS_FROM
-    answers = predictor.answer(model, found, top_k, options.ten_crop, batch_size=16, progress=progress)
+    answers = predictor.answer(asked, found, top_k, options.ten_crop, batch_size=16, progress=progress)
     failed |= {str(found[index]): reason for index, reason in answers.unreadable.items()}
     answered = describe_all(found, answers)
+    note = f"Probabilities are shares of the gallery ({model.gallery.source}) and are not calibrated."
+    if asked is not model:
+        answered = [photo | more for photo, more in zip(answered, asked.described, strict=True)]
+        note = f"Probabilities are those of being within 25 km, {asked.calibration.status}."
     for stream in (sys.stdout, sys.stderr):  # a terminal may be unable to show names of towns and files
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    print_answers(answered, failed, options.format, model.gallery)
+    print_answers(answered, failed, options.format)
+    if options.format == "table" and answered and model.gallery is not None:
+        print(note)
     for name, reason in failed.items():
         print(f"geoclip: {name}: {reason}", file=sys.stderr)
     if failed:
@@ -126,6 +146,7 @@ def describe_all(found: list[Path], answers) -> list[dict]:
         error_km = None
         if truth:
             error_km = earth.haversine_km(latlon, torch.tensor(truth, dtype=torch.float64)).tolist()
+        latlon = latlon[~latlon.isnan().any(-1)]  # a posterior may have fewer distinct places than asked for
         towns = nearest_town(latlon.numpy()).to_dict("records")
         places = []
         for i, (lat, lon) in enumerate(latlon.tolist()):
@@ -149,7 +170,25 @@ def truth_of(path: Path) -> tuple[float, float] | None:
         return None
 
 
-def print_answers(answered: list[dict], failed: dict[str, str], style: str, gallery) -> None:
+def describe_posteriors(posterior) -> list[dict]:
+    """For each photo: regions that hold 50 and 90 % with their areas, and the five most probable countries."""
+    import pandas as pd
+
+    from geoclip.datasets import geography
+
+    areas = {level: posterior.region(level)[1].tolist() for level in LEVELS}
+    places, _ = posterior.drawn
+    countries, _ = geography.country_and_continent(places.flatten(0, 1).numpy())
+    described = []
+    for i, drawn in enumerate(countries.reshape(places.shape[:2])):
+        share = pd.Series(drawn).replace("", None).value_counts().head(5) / len(drawn)
+        regions = [{"probability": level, "area_km2": areas[level][i]} for level in LEVELS]
+        found = [{"country": country, "probability": mass} for country, mass in share.items()]
+        described.append({"regions": regions, "countries": found})
+    return described
+
+
+def print_answers(answered: list[dict], failed: dict[str, str], style: str) -> None:
     """Write the answers to stdout."""
     if style == "csv":
         table = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
@@ -169,8 +208,6 @@ def print_answers(answered: list[dict], failed: dict[str, str], style: str, gall
     elif answered:
         for photo in answered:
             print(f"{photo['file']}\n{as_text(photo)}\n")
-        if gallery is not None:
-            print(f"Probabilities are shares of the gallery ({gallery.source}) and are not calibrated.")
 
 
 def as_text(photo: dict) -> str:
@@ -188,6 +225,10 @@ def as_text(photo: dict) -> str:
             row["error km"] = f"{place['error_km']:,.1f}"
         rows.append(row | {"map": place["map"]})
     text = tabulate(rows, headers="keys", disable_numparse=True)
+    for region in photo.get("regions", ()):
+        text += f"\n{region['probability']:.0%} within a region of {region['area_km2']:,.0f} km²"
+    if photo.get("countries"):
+        text += "\n" + ", ".join(f"{c['country']} {c['probability']:.0%}" for c in photo["countries"])
     truth = "\n  EXIF says {:.4f}, {:.4f}".format(*photo["truth"]) if photo["truth"] else ""
     return "\n".join(f"  {line}" for line in text.splitlines()) + truth
 

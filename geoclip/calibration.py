@@ -1,0 +1,216 @@
+"""Calibration: the temperature and the kernel with which a posterior's probabilities can be believed.
+
+They are fitted by maximum likelihood on images with known places that the model was not trained on.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from geoclip import earth, evaluation, paths
+from geoclip.model import GeoCLIP
+from geoclip.posterior import Places, Posterior, log_kernel
+
+APART_KM = 25.0  # least distance between the places of one answer
+
+# The grid of the fit, in steps of √2.
+TEMPERATURES = tuple(2.0 ** (step / 2) for step in range(-6, 7))
+KERNELS_KM = tuple(2.0 ** (step / 2) for step in range(2, 19))
+BACKGROUNDS = tuple(2.0 ** (step / 2) for step in range(-20, 0))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How scores become a posterior, and what that was fitted on. The defaults are those of training.
+
+    Args:
+        temperature: Divides the logits, in addition to the trained temperature.
+        kernel_km: Standard deviation of each place's kernel, in each direction.
+        background: Share of the gallery's own density, for images that tell the model nothing.
+        fitted_on: Name of the images it was fitted on; None: not calibrated.
+        images: Number of those images.
+        nats: Mean log density of their true places, in nats per km².
+        within: What the posterior says of being within 25 km of its mode, in increasing order, and
+        found: how often that was so (isotonic regression).
+    """
+
+    temperature: float = 1.0
+    kernel_km: float = 25.0
+    background: float = 0.0
+    fitted_on: str | None = None
+    images: int = 0
+    nats: float | None = None
+    within: tuple[float, ...] = ()
+    found: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        positive = 0 < self.temperature < math.inf and 0 < self.kernel_km < math.inf
+        if not positive or not 0 <= self.background < 1 or len(self.within) != len(self.found):
+            raise ValueError("temperature and kernel_km must be positive, and background in [0, 1)")
+
+    @property
+    def status(self) -> str:
+        """What may be said of its probabilities."""
+        return f"calibrated on {self.fitted_on}" if self.fitted_on else "not calibrated"
+
+    def hit_rate(self, mass: Tensor) -> Tensor:
+        """How often places with this probability of being within 25 km were so; the probability if not fitted."""
+        if not self.within:
+            return mass
+        return torch.from_numpy(np.interp(mass.numpy(), self.within, self.found))
+
+    def posterior(self, places: Places, logits: Float[Tensor, "n m"]) -> Posterior:
+        """The posteriors of n images from the logits of all places."""
+        return places.posterior(logits, self.kernel_km, self.temperature, self.background)
+
+    def save(self, checkpoint: Path | str) -> Path:
+        """Write it beside a checkpoint, as NAME.calibration.json."""
+        path = beside(checkpoint)
+        with paths.atomic(path) as temporary:
+            temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
+        return path
+
+    @classmethod
+    def load(cls, checkpoint: Path | str) -> "Calibration":
+        """Read the calibration of a checkpoint; the default if there is none. Raises ValueError for another file."""
+        path = beside(checkpoint)
+        if not path.is_file():
+            return cls()
+        try:
+            values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            values |= {name: tuple(values.get(name, ())) for name in ("within", "found")}
+            return cls(**values)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{path} is not a calibration ({error}); delete it, or run `calibrate` again"
+            ) from error
+
+
+def beside(checkpoint: Path | str) -> Path:
+    """The file of a checkpoint's calibration."""
+    return Path(checkpoint).with_suffix(".calibration.json")
+
+
+class Decider:
+    """A GeoCLIP model that answers by a decision on its posterior; a predictor.Model.
+
+    decision: as in Posterior.answer. describe: called with the posteriors of each batch; what it returns for
+    each photo is kept in `described`, in the order of the photos that could be read.
+    """
+
+    def __init__(
+        self,
+        model: GeoCLIP,
+        decision: str,
+        calibration: Calibration,
+        describe: Callable[[Posterior], list[dict]] | None = None,
+    ):
+        if model.gallery is None:
+            raise ValueError("the model has no gallery; give it one with use_gallery(Gallery(latlon))")
+        self.model, self.decision, self.calibration, self.describe = model, decision, calibration, describe
+        self.views = model.views
+        self.gallery = model.gallery
+        self.places = Places(model.gallery.latlon)
+        self.described: list[dict] = []
+
+    @torch.inference_mode()
+    def locate(
+        self, query: Float[Tensor, "n d"] | Float[Tensor, "n v c h w"], k: int = 1
+    ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
+        """The k best places that are 25 km apart, and the probability of being within 25 km of each.
+
+        query: as in GeoCLIP.locate. Where a posterior has fewer such places, the rest is NaN.
+        """
+        posterior = self.calibration.posterior(self.places, self.model.scores(query).cpu())
+        latlon = posterior.answers(self.decision, k, APART_KM)
+        mass = self.calibration.hit_rate(posterior.mass_within(latlon.nan_to_num(), APART_KM))
+        if self.describe:
+            self.described += self.describe(posterior)
+        return latlon, mass.masked_fill(latlon.isnan().any(-1), math.nan)
+
+
+@torch.inference_mode()
+def fit(
+    logits: Iterable[Float[Tensor, "_ m"]], truth: Float[Tensor, "n 2"], places: Places, fitted_on: str
+) -> Calibration:
+    """The calibration under which `truth` is most likely, on a grid in steps of √2.
+
+    logits: of all gallery places, in batches of images in the order of `truth`. Gallery places that are true
+    places of these images, to 1 m, are left out, because a gallery does not hold the places of new images.
+    """
+    known = evaluation.leaked(places.latlon, truth)
+    share = torch.bincount(places.cell[~known], minlength=len(places.centre)).double()
+    vectors = iter(earth.unit_sphere(truth.double()))
+    likelihood, background = [], []
+    for batch in logits:
+        for scores, vector in zip(batch.masked_fill(known, -math.inf), vectors, strict=False):
+            likelihood.append(_densities(scores, (1 - places.xyz @ vector).clamp_min(0).float()))
+            around = log_kernel(1 - places.centre @ vector, places.wide_km(KERNELS_KM[0])).exp()
+            background.append((around * share).sum() / share.sum())
+    return _most_likely(torch.stack(likelihood), torch.stack(background), fitted_on)
+
+
+@torch.inference_mode()
+def fit_neighbours(
+    logits: Float[Tensor, "n k"], latlon: Float[Tensor, "n k 2"], truth: Float[Tensor, "n 2"], fitted_on: str
+) -> Calibration:
+    """As `fit`, for scores of k places of each image's own. The background is uniform on the Earth."""
+    h = 1 - (earth.unit_sphere(latlon.double()) @ earth.unit_sphere(truth.double())[..., None])[..., 0]
+    likelihood = [_densities(*row) for row in zip(logits, h.clamp_min(0).float(), strict=True)]
+    uniform = torch.full((len(truth),), 1 / (4 * math.pi * earth.EARTH_RADIUS_KM**2), dtype=torch.double)
+    return _most_likely(torch.stack(likelihood), uniform, fitted_on)
+
+
+def _densities(logits: Float[Tensor, " m"], h: Float[Tensor, " m"]) -> Float[Tensor, "t k"]:
+    """Density per km² at a place where 1 − cos of the places' distances is h, by temperature and kernel."""
+    weight = torch.stack([(logits / temperature).softmax(0) for temperature in TEMPERATURES])
+    return (weight @ torch.stack([log_kernel(h, km).exp() for km in KERNELS_KM], 1)).double()
+
+
+def _most_likely(
+    likelihood: Float[Tensor, "n t k"], background: Float[Tensor, " n"], fitted_on: str
+) -> Calibration:
+    share = torch.tensor(BACKGROUNDS, dtype=torch.double)
+    background = background.clamp_min(1e-30)[:, None, None, None]
+    nats = ((1 - share) * likelihood[..., None] + share * background).log().mean(0)
+    t, k, b = torch.unravel_index(nats.argmax(), nats.shape)
+    best = TEMPERATURES[t], KERNELS_KM[k], BACKGROUNDS[b]
+    return Calibration(*best, fitted_on, len(likelihood), nats.max().item())
+
+
+def with_hit_rate(fitted: Calibration, mass: Float[Tensor, " n"], hit: Bool[Tensor, " n"]) -> Calibration:
+    """The calibration with the hit rate fitted, by isotonic regression, to the probabilities of n answers."""
+    from sklearn.isotonic import IsotonicRegression
+
+    regression = IsotonicRegression(y_min=0, y_max=1).fit(mass.double(), hit.double())
+    within, found = (tuple(knots.tolist()) for knots in (regression.X_thresholds_, regression.y_thresholds_))
+    return dataclasses.replace(fitted, within=within, found=found)
+
+
+def calibration_error(mass: Float[Tensor, " n"], hit: Bool[Tensor, " n"], bins: int = 15) -> float:
+    """Expected calibration error: mean |predicted − observed| over bins of equal size, in [0, 1].
+
+    mass: predicted probability of a hit; hit: whether it was one.
+    """
+    order = mass.argsort()
+    parts = zip(mass[order].double().chunk(bins), hit[order].double().chunk(bins), strict=True)
+    return sum(len(p) * abs((p.mean() - h.mean()).item()) for p, h in parts) / len(mass)
+
+
+def conformal_level(level: float, at_truth: Float[Tensor, " n"]) -> float:
+    """The level whose regions cover `level` of exchangeable images (split conformal prediction).
+
+    at_truth: Posterior.level at the true places of calibration images. It is their (n + 1) level / n quantile,
+    or 1 if there are too few images.
+    """
+    rank = math.ceil((len(at_truth) + 1) * level)
+    return 1.0 if rank > len(at_truth) else at_truth.sort().values[rank - 1].item()

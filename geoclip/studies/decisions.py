@@ -1,0 +1,167 @@
+"""Better answers from the same weights: what the notebooks on decisions and on uncertainty share."""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from geoclip import earth, evaluation
+from geoclip.calibration import Calibration
+from geoclip.datasets import blue_marble
+from geoclip.model import GeoCLIP
+from geoclip.posterior import Places, Posterior, log_kernel
+from geoclip.training.data import seeded
+from geoclip.training.module import GeoCLIPTraining
+
+BATCH = 50  # images whose scores of all places are held at once
+FLOOR = 1e-3  # part of the neighbours' density that is uniform, so that they rule nothing out
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and images with known places, and what to fit a posterior on before it answers for others.
+
+    features, latlon: backbone features and (lat, lon) degrees of all images. parts: pairs of rows, those to
+    fit on and those to answer for.
+    """
+
+    model: GeoCLIP
+    features: Float[Tensor, "n c"]
+    latlon: Float[Tensor, "n 2"]
+    parts: list[tuple[Tensor, Tensor]]
+
+    @cached_property
+    def places(self) -> Places:
+        return Places(self.model.gallery.latlon)
+
+    @property
+    def answered(self) -> Tensor:
+        """Rows of the images that are answered for."""
+        return torch.cat([rows for _, rows in self.parts])
+
+    def logits(self, rows: Tensor) -> Iterator[Float[Tensor, "_ m"]]:
+        """Logits of all gallery places, a batch of images at a time."""
+        for part in self.features[rows].split(BATCH):
+            yield self.model.scores(self.model.encode_features(part))
+
+
+@torch.inference_mode()
+def tile_case(module: GeoCLIPTraining, split: str, n: int) -> Case:
+    """n test tiles of a split, drawn at random.
+
+    For `random`, the posterior is fitted on n tiles of `val`. For `blocked`, it is fitted on the tiles of one
+    half of the blocks and answers for those of the other half, and the reverse.
+    """
+    model, config = module.model, module.config
+    if split == "random":
+        (known, there), (features, latlon) = (tile_features(module, name, n) for name in ("val", split))
+        parts = [(torch.arange(len(known)), len(known) + torch.arange(len(features)))]
+        return Case(model, torch.cat([known, features]), torch.cat([there, latlon]), parts)
+    features, latlon = tile_features(module, split, n)
+    block = (latlon / config.splits.block_deg).floor().unique(dim=0, return_inverse=True)[1]
+    first = torch.randperm(int(block.max()) + 1, generator=seeded("halves"))[block] % 2 == 0
+    rows = [half.nonzero()[:, 0] for half in (first, ~first)]
+    return Case(model, features, latlon, [(rows[0], rows[1]), (rows[1], rows[0])])
+
+
+@torch.inference_mode()
+def tile_features(
+    module: GeoCLIPTraining, split: str, n: int | None = None
+) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n 2"]]:
+    """Backbone features of n tiles of a split, drawn at random, and their places, (lat, lon) degrees."""
+    latlon = blue_marble.splits(module.config.splits)[split]
+    draws = blue_marble.test_augmentation(split, len(latlon))
+    rows = torch.randperm(len(latlon), generator=seeded("decisions", split))[:n]
+    parts = [
+        module.model.image_encoder.features(
+            blue_marble.render(latlon[part], module.config.tiles, draws[part])
+        )
+        for part in rows.split(256)
+    ]
+    return torch.cat(parts), latlon[rows].double()
+
+
+class Neighbours:
+    """Training images as a second gallery: the images whose backbone features are most like a query's.
+
+    features: of the training images; latlon: where they were taken, (lat, lon) degrees.
+    """
+
+    def __init__(self, features: Float[Tensor, "t c"], latlon: Float[Tensor, "t 2"]):
+        self.mean = features.mean(0)
+        self.features, self.latlon = self._unit(features), latlon.double()
+
+    def _unit(self, features: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        return normalize(features - self.mean, dim=-1)  # centred: else every cosine is close to 1
+
+    def find(
+        self, features: Float[Tensor, "n c"], k: int = 32
+    ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]]:
+        """The k nearest training images: 100 × cosine, and where they were taken, best first."""
+        found = [(self._unit(part) @ self.features.T).topk(k) for part in features.split(BATCH)]
+        index = torch.cat([part.indices for part in found])
+        return 100 * torch.cat([part.values for part in found]), self.latlon[index]
+
+
+def fused(
+    logits: Iterable[Float[Tensor, "_ m"]],
+    places: Places,
+    by_gallery: Calibration,
+    neighbours: tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]],
+    by_neighbours: Calibration,
+) -> Iterator[Float[Tensor, "_ m"]]:
+    """The product of both: logits of all gallery places plus the neighbours' log density there.
+
+    Both say the same in part, so the sum needs a calibration of its own.
+    """
+    near = iter(zip(*neighbours, strict=True))
+    for batch in logits:
+        rows = []
+        for scores, (cosine, latlon) in zip(batch, near, strict=False):
+            h = (1 - places.xyz @ earth.unit_sphere(latlon).T).clamp_min(0).float()
+            weight = (cosine / by_neighbours.temperature).softmax(0)
+            density = log_kernel(h, by_neighbours.kernel_km).exp() @ weight
+            uniform = FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
+            rows.append(scores / by_gallery.temperature + (density + uniform).log())
+        yield torch.stack(rows)
+
+
+@torch.inference_mode()
+def collect(
+    logits: Iterable[Float[Tensor, "_ m"]],
+    places: Places,
+    fitted: Calibration,
+    measures: Mapping[str, str | Callable[[Posterior, slice], Tensor]],
+) -> dict[str, Tensor]:
+    """Measures of the posterior of each image, by name.
+
+    A measure is a decision of Posterior.answer, or a function of some posteriors and their slice of all images.
+    """
+    kept: dict[str, list[Tensor]] = {name: [] for name in measures}
+    start = 0
+    for batch in logits:
+        rows = slice(start, start := start + len(batch))
+        posterior = fitted.posterior(places, batch)
+        for name, measure in measures.items():
+            found = posterior.answer(measure) if isinstance(measure, str) else measure(posterior, rows)
+            kept[name].append(found)
+    return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def paired(
+    error_km: Float[Tensor, " n"], reference_km: Float[Tensor, " n"], clusters: Sequence | None = None
+) -> dict[str, float]:
+    """Difference of accuracies, in points, of two answers to the same images, with its 95 % bootstrap interval."""
+    ends = evaluation.bootstrap(error_km, clusters) - evaluation.bootstrap(reference_km, clusters)
+    row = {}
+    for i, (name, km) in enumerate(evaluation.named_thresholds()):
+        row[name] = 100 * ((error_km <= km).double() - (reference_km <= km).double()).mean().item()
+        row[f"{name}_low"], row[f"{name}_high"] = (
+            torch.from_numpy(ends[:, i]).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
+        )
+    return row
