@@ -7,8 +7,8 @@ import torch
 from geoclip import calibration, earth
 from geoclip.calibration import Calibration
 from geoclip.gallery import Gallery
-from geoclip.image_encoder import ImageEncoderConfig
-from geoclip.location_encoder import LocationEncoderConfig
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
 from geoclip.posterior import Places, Posterior
 
@@ -87,12 +87,11 @@ def test_conformal_levels_cover_exchangeable_images():
 
 
 def test_a_decider_answers_with_distinct_places_and_their_probability():
-    model = GeoCLIP.build(
-        ImageEncoderConfig("conv", None, False, 16, 8),
-        LocationEncoderConfig((1.0,), 8, 16, 1, 8),
-        torch.Generator().manual_seed(0),
-        Gallery(torch.tensor([[0.0, 0.0], [0.0, 0.1], [40.0, 5.0], [-40.0, 5.0]])),
-    ).eval()
+    generator = torch.Generator().manual_seed(0)
+    images = ImageEncoder(ImageEncoderConfig("conv", None, False, 16, 8), generator)
+    locations = LocationEncoder(LocationEncoderConfig((1.0,), 8, 16, 1, 8), generator)
+    places = torch.tensor([[0.0, 0.0], [0.0, 0.1], [40.0, 5.0], [-40.0, 5.0]])
+    model = GeoCLIP(images, locations, Gallery(places)).eval()
     decider = calibration.Decider(
         model, "mode", Calibration(kernel_km=10.0), lambda p: [{"entropy": e} for e in p.entropy.tolist()]
     )
