@@ -26,6 +26,8 @@ CHANGES = {
     "10": {"PLACES": 4_000, "ELSEWHERE": 2_000, "SEEDS": 2},
     "11": {"VIEWS": 4},
     "12": {"TRAIN": 1_000, "EPOCHS": 1} | ONE,
+    "13": {"GAPS_KM": [100.0], "IMAGES": 40, "DECISIONS": ["mode"]} | ONE,
+    "14": {"IMAGES": 60},
     "15": {"PLACES": 1_000},
 }
 
