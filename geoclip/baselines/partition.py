@@ -14,6 +14,7 @@ import s2geometry
 import torch
 
 from geoclip import earth, paths
+from geoclip.datasets import folder
 
 COLUMNS = ("class_label", "hex_id", "imgs_per_cell", "latitude_mean", "longitude_mean")
 LEAF_LEVEL = 30
@@ -138,7 +139,8 @@ class Partition:
         Rows are sorted by class_label, which must be 0, 1, 2, … Raises ValueError for a missing column, a
         missing or repeated label, and as the class does.
         """
-        with open(path, encoding="utf-8") as file:
+        path = Path(path)
+        with path.open(encoding="utf-8-sig", errors="replace") as file:
             head = [line for line, _ in zip(file, range(10), strict=False)]
         names = [[name.strip() for name in line.split(",")] for line in head]
         start = next((number for number, fields in enumerate(names) if set(COLUMNS) <= set(fields)), None)
@@ -146,20 +148,24 @@ class Partition:
             raise ValueError(
                 f"{path} has no header with the columns {', '.join(COLUMNS)} in its first 10 lines"
             )
-        # as text: 1e5 and 0089 are tokens, not numbers
-        table = pd.read_csv(
-            path, skiprows=start, dtype={"hex_id": str}, skipinitialspace=True, encoding="utf-8"
-        )
-        table = table.rename(columns=str.strip).sort_values("class_label", kind="stable")
+        table = folder.read_text(path, skip=start)  # as text: 1e5 and 0089 are tokens, not numbers
+        for column in (COLUMNS[0], *COLUMNS[2:]):
+            table[column] = folder.numbers(path, table, column, "a number")
+        table = table.sort_values("class_label", kind="stable")
         wrong = np.flatnonzero(table["class_label"].to_numpy() != np.arange(len(table)))
         if wrong.size:
             found = table["class_label"].iloc[wrong[0]]
             raise ValueError(
-                f"{path}: class_label {found} where {wrong[0]} was expected; labels must be 0, 1, 2, …"
+                f"{path}: class_label {found:g} where {wrong[0]} was expected; labels must be 0, 1, 2, …"
             )
-        return cls(
-            table["hex_id"], table["imgs_per_cell"], table[list(COLUMNS[3:])].to_numpy(), source=str(path)
-        )
+        images = table["imgs_per_cell"]
+        if (wrong := (images % 1 != 0) | (images < 0)).any():
+            row = wrong.idxmax()
+            raise ValueError(
+                f"{path}, line {row + 2}: imgs_per_cell is {images[row]:g}, not a number of images"
+            )
+        tokens, places = table["hex_id"].str.strip(), table[list(COLUMNS[3:])].to_numpy()
+        return cls(tokens, images, places, source=str(path))
 
 
 def partition(

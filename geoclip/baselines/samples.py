@@ -194,9 +194,7 @@ def read_photos(config: RunConfig) -> tuple[folder.Geotagged, pd.DataFrame]:
         context.columns = list(OSV_COLUMNS)
         context["climate"], context["month"] = data.table["climate"], data.table["captured_at"].dt.month - 1
         return data, context
-    if not csv.is_file():
-        raise FileNotFoundError(f"{csv}: no such file")
-    header = [name.strip() for name in pd.read_csv(csv, nrows=0).columns]
+    header = folder.header(csv)
     if "S3_Label" in header:
         data = benchmarks.read_places365(csv, images)
         return data, pd.DataFrame({"scene": data.table["scene"].map(labels.SCENES.index)})

@@ -4,8 +4,11 @@ Every reader of photos and coordinates goes through this module, so all CSV file
 columns that are missing or swapped, values that are not numbers, and coordinates that are out of range.
 """
 
+import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from csv import Error as CSVError
+from csv import reader
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -83,7 +86,7 @@ def read(
     csv = Path(csv)
     if images is not None and not Path(images).is_dir():
         raise FileNotFoundError(f"{images}: no such image folder")
-    table = _read_text(csv)
+    table = read_text(csv)
     columns = columns or recognise(csv, table.columns, ("file", "lat", "lon"))
     if lacking := [column for column in (*columns.values(), *keep) if column not in table.columns]:
         raise ValueError(f"{csv}: no column {', '.join(lacking)}; the header is {','.join(table.columns)}")
@@ -102,7 +105,7 @@ def read(
 def read_places(csv: Path | str) -> np.ndarray:
     """(n, 2) places of any CSV with latitude and longitude columns (ALIASES). Raises as `read` does."""
     csv = Path(csv)
-    table = _read_text(csv)
+    table = read_text(csv)
     places = _checked_places(csv, table, recognise(csv, table.columns, ("lat", "lon")))
     return places[["lat", "lon"]].to_numpy(np.float64, copy=True)
 
@@ -115,7 +118,7 @@ def read_rows(csv: Path | str) -> tuple[pd.DataFrame, pd.DataFrame, list[dict]]:
     lacks a column or has the columns swapped.
     """
     csv = Path(csv)
-    table = _read_text(csv)
+    table = read_text(csv)
     columns = recognise(csv, table.columns, ("lat", "lon"))
     lat, lon = (columns["lat"], columns["lon"])
     latlon = table[[lat, lon]].apply(pd.to_numeric, errors="coerce").astype(np.float64)
@@ -127,6 +130,11 @@ def read_rows(csv: Path | str) -> tuple[pd.DataFrame, pd.DataFrame, list[dict]]:
         for row, column in bad[bad.any(axis=1)].idxmax(axis=1).items()
     ]
     return table, latlon.mask(bad.any(axis=1)), refused
+
+
+def header(csv: Path | str) -> list[str]:
+    """The names of a CSV's columns. Raises as `read` does."""
+    return list(read_text(Path(csv)).columns)
 
 
 def recognise(
@@ -146,30 +154,54 @@ def recognise(
     return {meaning: name for meaning, name in found.items() if name is not None}
 
 
-def _read_text(csv: Path) -> pd.DataFrame:
-    """The CSV as text without blank lines, indexed by line number - 2."""
-    if not csv.is_file():
-        raise FileNotFoundError(f"{csv}: no such file")
+def read_text(path: Path, skip: int = 0) -> pd.DataFrame:
+    """A CSV as text without blank lines, indexed by line number - 2. skip: lines before the header.
+
+    Raises FileNotFoundError, and ValueError for a file that is no CSV, has no rows, or rows of another length.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas only warns about long rows
             table = pd.read_csv(
-                csv, dtype=str, keep_default_na=False, skip_blank_lines=False, index_col=False
+                path,
+                skiprows=skip,
+                dtype=str,
+                keep_default_na=False,
+                skip_blank_lines=False,
+                index_col=False,
             )
+        table = table.rename(columns=str.strip).fillna("")
+        table = table[(table != "").any(axis=1)]
+        if table.empty:
+            raise ValueError(f"{path}: there are no rows below the header")
+        table.index += skip
+        if (table.iloc[:, -1] == "").any():
+            _refuse_short_rows(path, skip, table.shape[1])
     except pd.errors.EmptyDataError:
-        raise ValueError(f"{csv}: the file is empty") from None
-    except (pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
-        raise ValueError(f"{csv}: not a CSV file ({str(error).strip()})") from None
-    table = table.rename(columns=str.strip).fillna("")
-    table = table[(table != "").any(axis=1)]
-    if table.empty:
-        raise ValueError(f"{csv}: there are no rows below the header")
+        raise ValueError(f"{path}: the file is empty") from None
+    except (CSVError, pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a CSV file in UTF-8 ({str(error).strip()})") from None
     return table
+
+
+def _refuse_short_rows(path: Path, skip: int, columns: int) -> None:
+    """Raise ValueError for a row with fewer fields than the header, which pandas fills with empty ones."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = reader(file)
+        for row in itertools.islice(rows, skip, None):
+            if any(row) and len(row) < columns:
+                raise ValueError(
+                    f"{path}, line {rows.line_num}: {len(row)} fields, but the header has {columns}"
+                )
 
 
 def _checked_places(csv: Path, table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     """Columns lat, lon and line of the table, checked; 180° becomes -180°."""
-    places = pd.DataFrame({name: _degrees(csv, table, columns[name]) for name in ("lat", "lon")})
+    places = pd.DataFrame(
+        {name: numbers(csv, table, columns[name], "a number of degrees") for name in ("lat", "lon")}
+    )
     places["line"] = table.index + 2  # the header is line 1
     lat, lon = places["lat"], places["lon"]
     _check_order(csv, columns, lat, lon)
@@ -195,13 +227,14 @@ def _check_order(csv: Path, columns: Mapping[str, str], lat: pd.Series, lon: pd.
         )
 
 
-def _degrees(csv: Path, table: pd.DataFrame, column: str) -> pd.Series:
+def numbers(csv: Path, table: pd.DataFrame, column: str, what: str) -> pd.Series:
+    """A column of `read_text` as finite numbers; ValueError, with line, value and `what` it is not, for others."""
     value = pd.to_numeric(table[column], errors="coerce").astype(np.float64)
     bad = ~np.isfinite(value)
     if bad.any():
         first = bad.idxmax()
         raise ValueError(
-            f"{csv}, line {first + 2}: {column} is {table.at[first, column]!r}, not a number of degrees; "
+            f"{csv}, line {first + 2}: {column} is {table.at[first, column]!r}, not {what}; "
             f"{bad.sum():,} of {len(table):,} rows have no valid number"
         )
     return value

@@ -194,7 +194,10 @@ def _file(root: Path, *names: str) -> Path:
 
 
 def _lines(path: Path) -> list[str]:
-    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    if "\0" in text:
+        raise ValueError(f"{path}: not a text file in UTF-8; is it UTF-16, or damaged?")
+    lines = [line.strip() for line in text.splitlines()]
     while lines and not lines[-1]:
         lines.pop()
     if not lines:
@@ -238,9 +241,7 @@ def _geotags(path: Path) -> tuple[pd.DataFrame, list[str]]:
         raise FileNotFoundError(
             f"{path}: no geotag file; expected a CSV with the columns id, latitude, longitude"
         )
-    with path.open(encoding="utf-8-sig") as file:
-        header = [name.strip() for name in file.readline().split(",")]
-    columns = folder.recognise(path, header, ("file", "lat", "lon"), GEOTAGS)
+    columns = folder.recognise(path, folder.header(path), ("file", "lat", "lon"), GEOTAGS)
     table = folder.read(path, columns=columns).table.rename(columns={"file": "photo"})
     notes = []
     nowhere = (table["lat"] == 0) & (table["lon"] == 0)

@@ -9,6 +9,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import tarfile
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -135,7 +137,7 @@ class TarShards:
     def samples(self, part: int) -> Iterator[tuple[str, tuple[float, float] | PhotoError, bytes, int]]:
         """(id, (lat, lon) or the reason why it cannot be used, bytes of the photo, number) of each sample."""
         from webdataset.gopen import gopen
-        from webdataset.tariterators import group_by_keys, tar_file_expander
+        from webdataset.tariterators import group_by_keys
 
         url, odd = self.urls[part], []
 
@@ -146,10 +148,8 @@ class TarShards:
             return True
 
         try:
-            with gopen(url) as stream:
-                tail = _Tail(stream)
-                members = tar_file_expander([{"url": url, "stream": tail}])
-                for number, sample in enumerate(group_by_keys(members, handler=note)):
+            with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+                for number, sample in enumerate(group_by_keys(_members(tar, url), handler=note)):
                     name = sample["__key__"]
                     photo = next((sample[kind] for kind in IMAGE_SUFFIXES if kind in sample), None)
                     about = _json(sample.get("json"))
@@ -161,7 +161,6 @@ class TarShards:
                     except PhotoError as error:
                         place, photo = error, b""
                     yield name, place, photo, number
-                tail.check()
         except PhotoError:
             raise
         except Exception as error:  # tarfile, curl and the pipe each raise their own
@@ -330,24 +329,22 @@ def random_box(size: tuple[int, int], views: Views, generator: np.random.Generat
     return left, top, left + w, top + h
 
 
-class _Tail:
-    """A stream that remembers its end: a tar that was truncated between two files otherwise reads as
-    complete."""
+def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict]:
+    """The files of a tar as group_by_keys expects them, without webdataset's own (`__meta__/…`).
 
-    def __init__(self, stream):
-        self.stream, self.last = stream, b""
-
-    def read(self, size: int = -1) -> bytes:
-        data = self.stream.read(size)
-        self.last = (self.last + data)[-1024:]
-        return data
-
-    def check(self) -> None:
-        """Raise OSError unless the stream ends with the two empty blocks that end a tar."""
-        while self.read(1 << 20):
-            pass
-        if self.last.strip(b"\0") or len(self.last) < 1024:
-            raise OSError("the tar is truncated: it does not end with two empty blocks")
+    Raises OSError for anything but empty blocks after the last file, because tarfile takes a damaged header,
+    or a truncated tar, for the end.
+    """
+    for member in tar:
+        if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
+            yield {"__url__": url, "fname": member.name, "data": tar.extractfile(member).read()}
+    rest = tar.fileobj.read(512)
+    if len(rest) < 512:
+        raise OSError("the tar is truncated: it does not end with two empty blocks")
+    while rest:
+        if rest.strip(b"\0"):
+            raise OSError("the tar is damaged: a file in it has no valid header")
+        rest = tar.fileobj.read(1 << 20)
 
 
 def _json(text: bytes | None) -> dict:

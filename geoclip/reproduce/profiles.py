@@ -39,17 +39,16 @@ class Profile:
         try:
             text = path.read_text(encoding="utf-8")
             content = yaml.safe_load(Template(text).safe_substitute(os.environ | known)) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-        keys = ("parameters", "notebooks", "seeds", "data")
-        if not isinstance(content, dict) or (wrong := set(content) - set(keys)):
-            wrong = sorted(wrong) if isinstance(content, dict) else type(content).__name__
-            raise ValueError(f"{path}: a profile has {', '.join(keys)}, not {wrong}")
-        profile = cls(path.stem, **content)
-        for stem, own in profile.notebooks.items():
-            if wrong := sorted(set(own) - {"parameters", "grid"}):
-                raise ValueError(f"{path}, {stem}: a notebook has parameters and grid, not {wrong}")
-        return profile
+        kinds = {"parameters": dict, "notebooks": dict, "seeds": int, "data": dict}
+        _check(content, kinds, f"{path}: a profile has")
+        for stem, own in content.get("notebooks", {}).items():
+            _check(own, {"parameters": dict, "grid": dict}, f"{path}, {stem}: a notebook has")
+        kinds = {"samples": int, "source": str, "parameter": str, "key": object, "make": str}
+        for name, about in content.get("data", {}).items():
+            _check(about, kinds, f"{path}, {name}: data have", needed=("samples", "source"))
+        return cls(path.stem, **content)
 
     def given(self, notebook: Path, known: Mapping[str, Any]) -> dict[str, Any]:
         """The parameters that the notebook gets, of those that it has (`known`): the shared ones, then its own.
@@ -84,10 +83,11 @@ class Profile:
                 continue
             place = None if parameter is None else given[parameter]
             for key in keys if "key" in about else ():
-                place = {str(k): value for k, value in (place or {}).items()}.get(key)
+                inside = place.items() if isinstance(place, dict) else ()
+                place = {str(k): value for k, value in inside}.get(key)
             parts = fractions if parameter == "DATA" else (1,)
             count = ", ".join(f"{round(about['samples'] * part):,}" for part in parts)
-            gone = "" if parameter is None or (place and Path(place).exists()) else f"MISSING: {place}"
+            gone = "" if parameter is None or (place and Path(str(place)).exists()) else f"MISSING: {place}"
             if gone and "make" in about:
                 gone += f"; make it with: {about['make']}"
             found[name] = f"{count} samples ({about['source']})", gone
@@ -96,3 +96,16 @@ class Profile:
     def missing(self, given: Mapping[str, Any]) -> list[str]:
         """What of the data is missing, and how to make it."""
         return [f"{name} {gone}" for name, (_, gone) in self.samples(given).items() if gone]
+
+
+def _check(content: Any, kinds: Mapping[str, type], what: str, needed: Sequence[str] = ()) -> None:
+    """Raise ValueError that starts with `what` unless content is a mapping of these names to these types."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{what} {', '.join(kinds)}, not {content!r}")
+    if wrong := sorted(map(str, content.keys() - kinds.keys())):
+        raise ValueError(f"{what} {', '.join(kinds)}, not {wrong}")
+    for name, kind in kinds.items():
+        if name in content or name in needed:
+            value = content.get(name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{what} {name} of type {kind.__name__}, not {value!r}")

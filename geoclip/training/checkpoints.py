@@ -1,6 +1,7 @@
 """Reading the checkpoints of training runs. It imports no Lightning, so that prediction starts quickly."""
 
 import dataclasses
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,9 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        with zipfile.ZipFile(path) as file:
+            if damaged := file.testzip():  # torch does not compare the checksums that it writes
+                raise ValueError(damaged)
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         weights = checkpoint["state_dict"]
         checkpoint["geoclip_config"]["image"]  # of all models

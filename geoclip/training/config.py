@@ -3,8 +3,10 @@
 import dataclasses
 import json
 import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any, Literal
 
 import yaml
@@ -133,16 +135,30 @@ def as_config(values: dict[str, Any] | Path | str, config_class: type[RunConfig]
 
 
 def from_namespace(parsed, config_class: type[RunConfig], parser) -> RunConfig:
-    """Return the configuration that config_parser(config_class) parsed."""
+    """Return the configuration that config_parser(config_class) parsed. Raises ValueError for an empty value."""
+    refuse_empty(parsed, config_class)
     built = parser.instantiate(parsed)
     return config_class(**{field.name: built[field.name] for field in dataclasses.fields(config_class)})
+
+
+def refuse_empty(values, config_class: type, prefix: str = "") -> None:
+    """Raise ValueError for the name of a field without a value (null), which jsonargparse accepts for any type."""
+    for name, kind in typing.get_type_hints(config_class).items():
+        if dataclasses.is_dataclass(kind) and hasattr(values[name], "keys"):
+            refuse_empty(values[name], kind, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(kind) or (
+            values[name] is None and NoneType not in typing.get_args(kind)
+        ):
+            raise ValueError(
+                f"{prefix}{name} is {values[name]}: give it a value, or remove the line to use the default"
+            )
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:
     """Read a YAML file of names and values. Raises ValueError that names the file, and OSError."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a YAML file of plain values: {error}") from error
     if not isinstance(values or {}, dict):
         raise ValueError(f"{path} must hold names and values (NAME: VALUE), not {type(values).__name__}")
