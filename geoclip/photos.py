@@ -200,7 +200,8 @@ def _upright_rgb(image: Image.Image, name: str, side: int | None = None) -> Imag
         image.draft(None, (image.width // times, image.height // times))
     image.load()  # raises if the file is truncated
     with contextlib.suppress(Exception):  # a photo with garbage in its EXIF is still usable
-        image = ImageOps.exif_transpose(image)
+        if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # else a copy, of gigabytes if it is large
+            image = ImageOps.exif_transpose(image)
     times = min(image.size) // kept
     if times > 1 and image.mode in ("RGB", "RGBA", "L", "LA", "CMYK", "YCbCr"):
         image = image.reduce(times)

@@ -66,7 +66,7 @@ def test_any_csv_of_photos_and_places_is_recognised(tmp_path, header):
     [
         (["a.jpg,1,2", "b.jpg,nan,2"], r"set\.csv, line 3: LAT is 'nan', not a number .* 1 of 2 rows"),
         (["a.jpg,1,2", "b.jpg,,2"], r"line 3: LAT is '', not a number"),
-        (["a.jpg,1,2", "b.jpg,1"], r"line 3: LON is '', not a number"),
+        (["a.jpg,1,2", "b.jpg,1"], r"line 3: 2 fields, but the header has 3"),
         (["a.jpg,1,2", "", "b.jpg,1,12°E"], r"line 4: LON is '12°E'"),
         (["a.jpg,inf,2"], r"line 2: LAT is 'inf'"),
         (["a.jpg,1,2", "b.jpg,91.5,2", "c.jpg,3,170"], r"line 3: LAT is 91.5, beyond ±90; 1 of 3"),

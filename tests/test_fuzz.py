@@ -28,6 +28,7 @@ from geoclip.photos import PhotoError
 from geoclip.reproduce.profiles import Profile
 from geoclip.training.checkpoints import read_checkpoint
 from geoclip.training.config import TrainConfig, as_config, plain
+from geoclip.training.runs import Run
 
 HUGE = 200_000
 ODD = ("nan", "inf", "-inf", "1e999", "", "None", "1_0", "91", "181", "0x10", "½", "TRUE", "48,5")
@@ -447,6 +448,32 @@ def plain_profile(path):
     return {"parameters": {}, "notebooks": {}, "seeds": 3, "data": {}} | values
 
 
+def make_counts(where):
+    (where / "00000.tar").write_bytes(b"")
+    counts = {"successes": 9, "failed": [["1", "http://a/1", "HTTP 404 Not Found"]] * 3}
+    (where / "00000_stats.json").write_text(json.dumps(counts))
+    return [where / "00000_stats.json"]
+
+
+def read_counts(path):
+    found = shards.statistics(path.parent, 0, 12)
+    if found is None:
+        raise ValueError(f"the shard of {path} is downloaded again")
+    return found
+
+
+def make_result(where):
+    (where / "result.json").write_text(json.dumps({"steps": 10, "epochs": 2, "seconds": 1.5}, indent=1))
+    return [where / "result.json"]
+
+
+def plain_json(path):
+    try:
+        return json.loads(plain_text(path))
+    except ValueError as error:
+        raise Refused from error
+
+
 def same(one, other) -> bool:
     """Whether two answers are equal: numbers to 1e-12, NaN equal to NaN, True not equal to 1."""
     if isinstance(one, torch.Tensor):
@@ -481,6 +508,8 @@ FORMATS = {
     "tar": Format(make_tar, read_tar, plain_tar, binary_damage),
     "checkpoint": Format(make_checkpoint, read_checkpoint, plain_checkpoint, binary_damage),
     "config": Format(make_config, read_config, plain_config, text_damage),
+    "counts": Format(make_counts, read_counts, plain_json, text_damage),
+    "result": Format(make_result, lambda path: Run(path.parent, TINY).result, plain_json, text_damage),
     "profile": Format(make_profile, read_profile, plain_profile, text_damage),
 }
 

@@ -161,7 +161,7 @@ def small_file(tmp_path, **change):
         ({"class_label": [0, 1, 3]}, "class_label 3 where 2 was expected"),
         ({"class_label": [0, 1, 1]}, "class_label 1 where 2 was expected"),
         ({"latitude_mean": [52.0, 148.0, 38.0]}, "row 1.*148"),
-        ({"latitude_mean": [52.0, np.nan, 38.0]}, "row 1"),
+        ({"latitude_mean": [52.0, np.nan, 38.0]}, "line 3: latitude_mean is ''"),
     ],
 )
 def test_wrong_cell_files_are_refused_by_name(tmp_path, change, message):

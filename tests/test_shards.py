@@ -4,6 +4,8 @@ import contextlib
 import http.server
 import io
 import json
+import multiprocessing
+import random
 import socket
 import tarfile
 import time
@@ -182,6 +184,45 @@ def test_several_processes_and_machines_leave_the_same_photos(tmp_path):
             ranks = shards.download(table, tmp_path / "ranks", 4, limits=limits, rank=rank, world=2)
     assert one.photos == two.photos == ranks.photos == 20
     assert members(tmp_path / "one") == members(tmp_path / "two") == members(tmp_path / "ranks")
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_end_in_the_bytes_of_an_unbroken_download(tmp_path):
+    context, draw = multiprocessing.get_context("forkserver"), random.Random(0)
+    context.set_forkserver_preload(["geoclip.datasets.shards", "webdataset"])
+    limits = Limits(connections=3, retries=0, allow_private=True)
+    with server() as (address, _):
+        table = listed(*(f"{address}/{'404' if i % 9 == 4 else f'{i % 8}.jpg'}" for i in range(40)))
+        for folder in ("starts the server", "unbroken"):
+            process = context.Process(target=shards.download, args=(table, tmp_path / folder, 5, 1, limits))
+            began = time.monotonic()
+            process.start()
+            process.join()
+            duration = time.monotonic() - began
+        kills = folders = 0
+        while kills < 20:
+            out = tmp_path / str(folders)
+            process = context.Process(target=shards.download, args=(table, out, 5, 1, limits))
+            process.start()
+            process.join(draw.uniform(0, duration))
+            kills += process.is_alive()
+            process.kill()
+            process.join()
+            folders += (out / "unavailable.csv").is_file()
+        for number in range(folders + 1):
+            shards.download(table, tmp_path / str(number), 5, limits=limits)
+            assert whole(tmp_path / str(number)) == whole(tmp_path / "unbroken")
+
+
+def whole(folder):
+    """The contents of its files, but for locks and for temporary files of lists, which are kept for an hour."""
+    found = {
+        path.name: path.read_bytes()
+        for path in folder.iterdir()
+        if not path.name.startswith((".lock", ".u", ".l"))
+    }
+    assert len(found) == 2 * 8 + 2
+    return found
 
 
 def members(folder):

@@ -258,7 +258,7 @@ def test_each_run_gets_one_setting_and_one_seed(made):
     ("profile", "said"),
     [
         ({"notebooks": {"90_made": {"parameters": {"SPEED": 1}}}}, "no parameter SPEED; it has SETTINGS"),
-        ({"notebooks": {"90_made": {"grids": {}}}}, "has parameters and grid, not \\['grids'\\]"),
+        ({"notebooks": {"90_made": {"grids": {}}}}, "has parameters, grid, not \\['grids'\\]"),
         ({"notebooks": {"90_made": {"grid": {"SLOW": 3}}}}, "the grid's SLOW is 3"),
         ({"seed": 3}, "not \\['seed'\\]"),
         ({"seeds": 0}, "at least one seed"),

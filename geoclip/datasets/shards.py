@@ -12,6 +12,8 @@ import itertools
 import json
 import multiprocessing
 import socket
+import tempfile
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,9 +140,10 @@ def download(
     """
     out = paths.make_folder(Path(out).resolve())
     shards = -(-len(listed) // photos_a_shard)
+    sizes = [min(photos_a_shard, len(listed) - part * photos_a_shard) for part in range(shards)]
     with FileLock(out / f".lock-{rank}"):
         claim(out, listed, photos_a_shard)
-        wanted = [part for part in range(rank, shards, world) if statistics(out, part) is None]
+        wanted = [part for part in range(rank, shards, world) if statistics(out, part, sizes[part]) is None]
         for left in itertools.chain.from_iterable(out.glob(f".{part:05d}*") for part in wanted):
             left.unlink()  # temporary files of a killed run
         cut = [listed[part * photos_a_shard : (part + 1) * photos_a_shard] for part in wanted]
@@ -150,7 +153,7 @@ def download(
         else:
             with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
                 list(pool.map(_download_shard, *jobs))
-    made = [found for part in range(shards) if (found := statistics(out, part)) is not None]
+    made = [found for part in range(shards) if (found := statistics(out, part, sizes[part])) is not None]
     failed = pd.DataFrame([row for found in made for row in found["failed"]], columns=["id", "url", "reason"])
     with paths.atomic(out / UNAVAILABLE) as temporary:
         failed.to_csv(temporary, index=False)
@@ -170,28 +173,50 @@ def claim(out: Path, listed: pd.DataFrame, photos_a_shard: int) -> None:
         temporary.write_text(digest)
 
 
-def statistics(out: Path, part: int) -> dict | None:
-    """The counts of a shard: {"successes": n, "failed": [[id, url, reason], …]}; None if it is incomplete."""
+def statistics(out: Path, part: int, rows: int) -> dict | None:
+    """The counts of a shard of `rows` photos: {"successes": n, "failed": [[id, url, reason], …]}.
+
+    None if the shard is incomplete or its counts are damaged.
+    """
     try:
         found = json.loads((out / f"{part:05d}_stats.json").read_text(encoding="utf-8"))
-        return found if (out / f"{part:05d}.tar").is_file() and "failed" in found else None
-    except (OSError, ValueError):
+        whole = found["successes"] + len(found["failed"]) == rows
+        whole &= all(len(row) == 3 for row in found["failed"])
+        return found if whole and (out / f"{part:05d}.tar").is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def _download_shard(rows: pd.DataFrame, out: Path, part: int, limits: Limits) -> None:
-    """Write one tar and then its counts, each by renaming a temporary file."""
-    with paths.atomic(out / f"{part:05d}.tar") as temporary, temporary.open("wb") as file:
-        failed = asyncio.run(_fetch_all(rows, file, part, limits))
+    """Write one tar, in the list's order, and then its counts, each by renaming a temporary file."""
+    from webdataset import TarWriter
+
+    failed = []
+    with (
+        paths.atomic(out / f"{part:05d}.tar") as temporary,
+        tempfile.TemporaryFile(dir=out) as arrived,
+        temporary.open("wb") as file,
+        TarWriter(file, mtime=0) as tar,
+    ):
+        outcomes = asyncio.run(_fetch_all(rows["url"], arrived, limits))
+        for index, row in enumerate(rows.itertuples(index=False)):
+            if isinstance(outcomes[index], str):
+                failed.append([row.id, row.url, outcomes[index]])
+                continue
+            start, size = outcomes[index]
+            arrived.seek(start)
+            body = arrived.read(size)
+            about = json.dumps({"id": row.id, "url": row.url, "LAT": row.LAT, "LON": row.LON})
+            tar.write({"__key__": f"{part:05d}{index:05d}", _suffix(body): body, "json": about.encode()})
     counts = {"successes": len(rows) - len(failed), "failed": failed}
     with paths.atomic(out / f"{part:05d}_stats.json") as temporary:
         temporary.write_text(json.dumps(counts, ensure_ascii=False), encoding="utf-8")
 
 
-async def _fetch_all(rows: pd.DataFrame, file: BinaryIO, part: int, limits: Limits) -> list[list[str]]:
-    """Write photos to the tar as they arrive; returns [id, url, reason] of the others, in the list's order."""
-    from webdataset import TarWriter
-
+async def _fetch_all(
+    urls: Iterable[str], arrived: BinaryIO, limits: Limits
+) -> dict[int, tuple[int, int] | str]:
+    """Write photos to a file as they arrive; return where each lies, (start, size), or why there is none."""
     make_socket = None if limits.allow_private else _public_socket
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=limits.connections, socket_factory=make_socket),
@@ -201,22 +226,18 @@ async def _fetch_all(rows: pd.DataFrame, file: BinaryIO, part: int, limits: Limi
         auto_decompress=False,
         trust_env=limits.allow_private,
     )
-    failed, connections = {}, asyncio.Semaphore(limits.connections)
-
-    async def save(index: int, row) -> None:
-        async with connections:
-            body, reason = await _fetch(session, row.url, limits)
-            if reason:
-                failed[index] = [row.id, row.url, reason]
-                return
-            about = json.dumps({"id": row.id, "url": row.url, "LAT": row.LAT, "LON": row.LON})
-            key = f"{part:05d}{index:05d}"
-            tar.write({"__key__": key, _suffix(body): body, "json": about.encode()})
-
+    outcomes: dict[int, tuple[int, int] | str] = {}
+    running, waiting = {}, iter(enumerate(urls))
     async with session:
-        with TarWriter(file, mtime=0) as tar:
-            await asyncio.gather(*map(save, itertools.count(), rows.itertuples(index=False)))
-    return [failed[index] for index in sorted(failed)]
+        while True:
+            for index, url in itertools.islice(waiting, limits.connections - len(running)):
+                running[asyncio.create_task(_fetch(session, url, limits))] = index
+            if not running:
+                return outcomes
+            for task in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
+                body, reason = task.result()
+                outcomes[running.pop(task)] = reason or (arrived.tell(), len(body))
+                arrived.write(body)
 
 
 async def _fetch(session: aiohttp.ClientSession, url: str, limits: Limits) -> tuple[bytes, str]:

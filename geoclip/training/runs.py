@@ -60,10 +60,11 @@ class Run:
     def result(self) -> dict[str, Any]:
         """Steps, seconds, samples and parameters of a run that has ended."""
         try:
-            return json.loads(self.result_file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            found = json.loads(self.result_file.read_text(encoding="utf-8"))
+            return {"steps": found["steps"], "seconds": found["seconds"]} | found
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.result_file} is damaged ({error}): delete it and rerun the command"
+                f"{self.result_file} is damaged ({error!r}): delete it and rerun the command"
             ) from error
 
     def metrics(self):
