@@ -367,7 +367,7 @@ def tiny_checkpoint() -> bytes:
     file = io.BytesIO()
     gallery = {"latlon": torch.rand(50, 2), "source": "made"}
     weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if "tower" not in name}
-    config = plain(dataclasses.asdict(TINY)) | {"model": "geoclip"}
+    config = plain(TINY) | {"model": "geoclip"}
     torch.save({"state_dict": weights, "geoclip_config": config, "geoclip_gallery": gallery}, file)
     return file.getvalue()
 
@@ -383,12 +383,12 @@ def plain_checkpoint(path):
 
 def make_config(where):
     path = where / "train.yaml"
-    path.write_text(yaml.safe_dump(plain(dataclasses.asdict(TINY)), sort_keys=False))
+    path.write_text(yaml.safe_dump(plain(TINY), sort_keys=False))
     return [path]
 
 
 def read_config(path):
-    return plain(dataclasses.asdict(as_config(path)))
+    return plain(as_config(path))
 
 
 def plain_config(path):
@@ -406,7 +406,7 @@ def plain_config(path):
             raise Refused
         return {key: merged(value, given[key]) if key in given else value for key, value in default.items()}
 
-    return merged(plain(dataclasses.asdict(TrainConfig())), values or {})
+    return merged(plain(TrainConfig()), values or {})
 
 
 def make_profile(where):
