@@ -22,8 +22,7 @@ import yaml
 from geoclip.baselines.partition import COLUMNS, Partition, PartitionConfig, partition
 from geoclip.datasets import benchmarks, folder, nus_wide, shards, sources
 from geoclip.image_encoder import ImageEncoderConfig
-from geoclip.location_encoder import LocationEncoderConfig
-from geoclip.model import GeoCLIP
+from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.photos import PhotoError
 from geoclip.reproduce.profiles import Profile
 from geoclip.training.checkpoints import read_checkpoint
@@ -363,10 +362,10 @@ TINY = TrainConfig(
 
 @functools.cache
 def tiny_checkpoint() -> bytes:
-    model = GeoCLIP.build(TINY.image, TINY.location, torch.Generator().manual_seed(0))
+    encoder = LocationEncoder(TINY.location, torch.Generator().manual_seed(0))
     file = io.BytesIO()
     gallery = {"latlon": torch.rand(50, 2), "source": "made"}
-    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if "tower" not in name}
+    weights = {f"model.location_encoder.{name}": tensor for name, tensor in encoder.state_dict().items()}
     config = plain(TINY) | {"model": "geoclip"}
     torch.save({"state_dict": weights, "geoclip_config": config, "geoclip_gallery": gallery}, file)
     return file.getvalue()
