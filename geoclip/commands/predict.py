@@ -78,16 +78,16 @@ def run(options) -> int:
     answers = predictor.answer(asked, found, top_k, options.ten_crop, batch_size=16, progress=progress)
     failed |= {str(found[index]): reason for index, reason in answers.unreadable.items()}
     answered = describe_all(found, answers)
-    note = f"Probabilities are shares of the gallery ({model.gallery.source}) and are not calibrated."
     if asked is not model:
         answered = [photo | more for photo, more in zip(answered, asked.described, strict=True)]
-        note = f"Probabilities are those of being within 25 km, {asked.calibration.status}."
     for stream in (sys.stdout, sys.stderr):  # a terminal may be unable to show names of towns and files
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     print_answers(answered, failed, options.format)
     if options.format == "table" and answered and model.gallery is not None:
-        print(note)
+        shares = f"shares of the gallery ({model.gallery.source}) and are not calibrated"
+        within = shares if asked is model else f"those of being within 25 km, {asked.calibration.status}"
+        print(f"Probabilities are {within}.")
     for name, reason in failed.items():
         print(f"geoclip: {name}: {reason}", file=sys.stderr)
     if failed:
