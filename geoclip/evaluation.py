@@ -11,11 +11,11 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geoclip import earth
+from geoclip.posterior import GEOSCORE_SCALE_KM
 
 # Street, city, region, country, continent (paper, section 4.1).
 THRESHOLDS_KM = (1, 25, 200, 750, 2500)
 ACCURACY_COLUMNS = [f"acc_{km}km" for km in THRESHOLDS_KM]
-GEOSCORE_SCALE_KM = 1492.7
 FLOOR_DRAWS = 300_000  # pairs of image and place for the random floor's median, mean and geoscore
 
 

@@ -22,7 +22,7 @@ from torch.nn.functional import normalize
 from geoclip import earth
 from geoclip.earth import EARTH_RADIUS_KM
 
-GEOSCORE_KM = 1492.7  # geoscore = 5000 exp(−d / 1492.7 km)
+GEOSCORE_SCALE_KM = 1492.7  # geoscore = 5000 exp(−d / 1492.7 km)
 KNOTS, NODES = 4096, 96  # of a table of U: distances, and points of the quadrature at each
 PAIRS = 1 << 17  # pairs of a place and a kernel that are computed at once; they fit in a CPU's cache
 HEAVIEST, STARTS, ASCENTS, STEPS = 512, 128, 4, 12  # of a search, see _search
@@ -317,7 +317,9 @@ def _table(utility: str, km: float, kernel_km: float) -> Profile:
     density = kappa / -math.expm1(-2 * kappa) * np.exp(-2 * kappa * np.sin((theta - delta) / 2) ** 2)
     density *= i0e(kappa * np.sin(theta) * np.sin(delta)) * np.sin(theta)
     d = theta * EARTH_RADIUS_KM
-    worth = {"disc": np.ones_like(d), "distance": -d, "geoscore": 5000 * np.exp(-d / GEOSCORE_KM)}[utility]
+    worth = {"disc": np.ones_like(d), "distance": -d, "geoscore": 5000 * np.exp(-d / GEOSCORE_SCALE_KM)}[
+        utility
+    ]
     value = (density * worth * weights).sum(1) * (end - start)[:, 0] / 2
     knots_h = chord**2 / 2
     fall = -np.diff(value) / np.diff(knots_h)

@@ -5,7 +5,12 @@ from pathlib import Path
 
 
 def add_model_options(parser, precision: str) -> None:
-    """The options that `load_model` reads, and --ten-crop; `precision` is the default of --precision."""
+    """The options that `load_model` and `decide` read, and --ten-crop.
+
+    precision: default of --precision.
+    """
+    from jsonargparse.typing import restricted_string_type
+
     parser.add_argument(
         "--checkpoint", help="a model trained with `train`; default: the authors' released weights with CLIP"
     )
@@ -21,12 +26,6 @@ def add_model_options(parser, precision: str) -> None:
         default=precision,
         help="arithmetic of the image tower; auto: bf16 if that is faster; int8: fastest on a CPU",
     )
-
-
-def add_decision_option(parser) -> None:
-    """The option that `decide` reads."""
-    from jsonargparse.typing import restricted_string_type
-
     rule = restricted_string_type("decision", r"^(argmax|mode|median|geoscore|disc:\d+(\.\d+)?)$")
     parser.add_argument(
         "--decision",

@@ -38,7 +38,9 @@ def run(options) -> int:
     model = load_model(options)
     if model.gallery is None or not hasattr(model, "scores"):
         raise ValueError(f"{options.checkpoint} is a baseline, which has no posterior to calibrate")
-    name, query, truth = tiles(options) if not (options.csv or options.benchmark) else photos(options, model)
+    name, query, truth = (
+        tiles(options, model) if not (options.csv or options.benchmark) else photos(options, model)
+    )
     if len(truth) < 50:
         raise ValueError(f"{name}: {len(truth)} images are too few to fit a calibration on; 50 are the least")
     places = Places(model.gallery.latlon)
@@ -55,7 +57,7 @@ def run(options) -> int:
     return 0
 
 
-def tiles(options):
+def tiles(options, model):
     """Queries and places of validation tiles. Raises ValueError for a model that was not trained on tiles."""
     import torch
 
@@ -70,7 +72,7 @@ def tiles(options):
         )
     features, truth = decisions.tile_features(module, "val", options.limit)
     with torch.inference_mode():
-        return f"{LABEL}, val", module.model.encode_features(features), truth
+        return f"{LABEL}, val", model.encode_features(features.to(model.logit_scale.device)), truth
 
 
 def photos(options, model):

@@ -8,7 +8,6 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 from geoclip.commands import (
-    add_decision_option,
     add_model_options,
     decide,
     load_model,
@@ -41,7 +40,6 @@ def parser() -> ArgumentParser:
         "--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, or the CSV's folder"
     )
     add_model_options(parser, precision="fp32")
-    add_decision_option(parser)
     parser.add_argument(
         "--coordinates-only", action="store_true", help="ceiling, floors and leaks, without a model"
     )

@@ -10,7 +10,6 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import PositiveInt
 
 from geoclip.commands import (
-    add_decision_option,
     add_model_options,
     decide,
     load_model,
@@ -41,7 +40,6 @@ def parser() -> ArgumentParser:
     parser.add_argument("--format", choices=FORMATS, default="table", help="format of the output")
     parser.add_argument("--map", help="also draw a map: OUT.png, .pdf or .svg")
     add_model_options(parser, precision="auto")
-    add_decision_option(parser)
     parser.add_argument(
         "--gallery",
         help="official (the authors' 100 K), a benchmark's name, or a CSV with latitudes and longitudes; "
