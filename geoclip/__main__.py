@@ -10,6 +10,7 @@ import contextlib
 import importlib
 import importlib.resources
 import os
+import re
 import shlex
 import signal
 import sys
@@ -74,18 +75,32 @@ def _run(arguments: list[str]) -> int:
     try:
         options = parser.parse_args(rest)
     except argparse.ArgumentError as error:
-        message = _options_as_typed(str(error), rest)
+        message = _options_as_typed(str(error), rest, parser)
         raise ValueError(f"{message}\n  {parser.prog} --help lists the options") from error
     paths.geoclip_data()  # raises if the folder is missing, before any work is done
     return command.run(options) or 0
 
 
-def _options_as_typed(message: str, arguments: list[str]) -> str:
-    """`message` with each option named as it was typed: jsonargparse names --top-k "top_k"."""
+RULES = {  # for what jsonargparse calls "Not of type ..."
+    "PositiveInt": "must be a positive integer",
+    "NonNegativeInt": "must be an integer of 0 or more",
+    "decision": "choose from argmax, mode, median, geoscore and disc:KM, such as disc:25",
+}
+
+
+def _options_as_typed(message: str, arguments: list[str], parser) -> str:
+    """`message` with each option named as it is typed, where jsonargparse calls --top-k "top_k"."""
     for argument in arguments:
         option = argument.partition("=")[0]
         key = option.lstrip("-").replace("-", "_")
         message = message.replace(f'Parser key "{key}":\n ', f"{option}:")
+    for kind, rule in RULES.items():
+        message = re.sub(f"Not of type {kind}: .*", rule, message)
+    options = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
+    required = re.search(r"arguments are required: (.+)", message)
+    if required:
+        named = ", ".join(options.get(name, name) for name in required[1].split(", "))
+        message = message.replace(required[1], named)
     return message
 
 

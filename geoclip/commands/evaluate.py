@@ -21,7 +21,7 @@ Writes one tidy table (default data/results/evaluate/NAME.csv, with its provenan
 with its 95 % interval over photographers, accuracy without the test points that the gallery holds, the
 gallery's ceiling, random and constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with
 the photos that could not be read, which count as misses and make the exit status 1. Benchmarks are read from
-the folder that GEOCLIP_DATA names; its layout and sources are described in geoclip/datasets/benchmarks.py.
+the folder that GEOCLIP_DATA names; its layout and sources are described in geoclip/datasets/benchmarks.toml.
 """
 
 

@@ -65,7 +65,8 @@ def run(options) -> int:
             found += photos.find_photos([source])
         except FileNotFoundError as error:
             failed[source] = str(error).removeprefix(f"{source}: ")
-    if not found:
+    if not any(path.exists() for path in found):  # said before the model is loaded, or even downloaded
+        failed |= {str(path): "no such file" for path in found}
         raise FileNotFoundError(f"no photos: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
     found = list(dict.fromkeys(found))
     model = load_model(options)

@@ -65,9 +65,8 @@ def data_folder() -> Path:
     found = paths.geoclip_data()
     if found is None:
         raise FileNotFoundError(
-            "benchmarks are read from the folder named by the environment variable GEOCLIP_DATA, which is "
-            "not set; "
-            "geoclip/datasets/benchmarks.py describes its layout"
+            "benchmarks are read from the folder named by the environment variable GEOCLIP_DATA, which is not "
+            "set; geoclip/datasets/benchmarks.toml describes its layout"
         )
     return found
 

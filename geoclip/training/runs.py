@@ -136,10 +136,13 @@ def train(
     last checkpoint; False starts again. progress: show a progress bar, or a line an epoch without a terminal.
     epochs: stop after this many, to be resumed later. devices: processes on each machine; nodes: machines,
     each started by torchrun or SLURM, on a shared disk. Raises ValueError for devices that do not exist and
-    for a directory that holds a run of another configuration.
+    for a directory that holds a run of another configuration, and FileNotFoundError for missing data.
     """
     options = check_devices(config, devices, accelerator, nodes)
-    run = Run(paths.make_folder(Path(directory or run_folder(config))), config, kind)
+    directory = Path(directory or run_folder(config))
+    if config.data != "blue_marble" and not (directory / "result.json").is_file():
+        os.stat(config.data)  # raises FileNotFoundError before a folder is made
+    run = Run(paths.make_folder(directory), config, kind)
     if rank_zero_only.rank > 0:  # the first rank holds the lock, and prepares and ends the run for all
         if not (resume and run.result_file.is_file()):
             fit(run, resume, progress, epochs, options)
