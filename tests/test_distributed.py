@@ -1,11 +1,14 @@
 """Two ranks on a CPU do what one does with the same global batch."""
 
+import dataclasses
 import functools
 import os
 import socket
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -15,6 +18,7 @@ from geoclip.datasets.sources import Views, open_source
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.training import module as training_module
+from geoclip.training import runs
 from geoclip.training.config import TrainConfig, plain
 from geoclip.training.data import EpochSampler, seeded, training_set
 from geoclip.training.module import GeoCLIPTraining
@@ -45,8 +49,8 @@ RANKS = {
 }
 
 
-def trained(config, directory, ranks):
-    """What `python -m geoclip train` leaves in `directory`; two machines are two torchrun on this one."""
+def start(config, directory, ranks):
+    """Start `python -m geoclip train` on these ranks; two machines are two torchrun on this one."""
     yaml_file = directory.parent / "train.yaml"
     yaml_file.write_text(yaml.safe_dump(plain(config)))
     env = {
@@ -80,6 +84,12 @@ def trained(config, directory, ranks):
         started.append(subprocess.Popen(
             command, env=env | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         ))  # fmt: skip
+    return started
+
+
+def trained(config, directory, ranks):
+    """What `python -m geoclip train` leaves in `directory`."""
+    started = start(config, directory, ranks)
     said = [process.communicate(timeout=180)[0] for process in started]
     assert [process.returncode for process in started] == [0] * len(started), "\n".join(said)[-3000:]
     assert "".join(said).count("evaluate it with") == 1  # one rank speaks for all
@@ -97,20 +107,39 @@ def free_port():
 @pytest.mark.slow
 def test_two_ranks_give_the_weights_queue_and_loss_of_one(config, tmp_path):
     one, *others = (trained(config, tmp_path / ranks.replace(" ", "-"), ranks) for ranks in RANKS)
-    start = GeoCLIPTraining.build(config, training_set(config)).state_dict()
-    moved = [(one[name] - start[name]).abs().max().item() for name in one if name.endswith("weight")]
+    new = GeoCLIPTraining.build(config, training_set(config)).state_dict()
+    moved = [(one[name] - new[name]).abs().max().item() for name in one if name.endswith("weight")]
     assert min(moved) > 1e-3  # a hundred times more than they may differ
-    for ranks in RANKS:  # given again, what has ended is left as it is, by all ranks
-        folder = tmp_path / ranks.replace(" ", "-")
-        before = (folder / "result.json").read_text()
-        trained(config, folder, ranks)
-        assert (folder / "result.json").read_text() == before
+    folder = tmp_path / "two-machines"  # given again, what has ended is left as it is, by all ranks
+    before = (folder / "result.json").read_text()
+    trained(config, folder, "two machines")
+    assert (folder / "result.json").read_text() == before
     for two in others:
         assert one.keys() == two.keys()
         for name in one:
             assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
         for name in ("places", "oldest"):
             assert torch.equal(one[f"queue.{name}"], two[f"queue.{name}"])
+
+
+@pytest.mark.slow
+def test_sigterm_ends_both_ranks_and_a_rerun_resumes(config, tmp_path):
+    long = dataclasses.replace(config, epochs=20)
+    [process] = start(long, tmp_path / "run", "two on one machine")
+    while not (tmp_path / "run" / "last.ckpt").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    ranks = psutil.Process(process.pid).children(recursive=True)
+    process.terminate()
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 143 and "rerun the command to resume" in said
+    assert psutil.wait_procs(ranks, timeout=10)[1] == []
+    assert not (tmp_path / "run" / "result.json").exists()
+    resumed = trained(long, tmp_path / "run", "two on one machine")
+    unbroken = runs.train(long, tmp_path / "one", accelerator="cpu", devices=1)
+    weights = torch.load(unbroken.checkpoint, weights_only=True)["state_dict"]
+    for name, weight in weights.items():
+        assert torch.allclose(weight.float(), resumed[name].float(), atol=1e-3), name
 
 
 def test_each_rank_sees_the_others_places_as_negatives(config, monkeypatch):
