@@ -6,6 +6,7 @@ CONDA := $(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX))
 VENV ?= $(or $(wildcard .venv),$(CONDA),.venv)
 BIN := $(VENV)/bin/python
 READY := $(VENV)/geoclip-ready
+JOBS ?= 2
 
 # Relative paths in GEOCLIP_* become absolute: notebooks run in another folder.
 absolute = $(shell case '$($(1))' in (/*) echo '$($(1))';; (*) echo '$(CURDIR)/$($(1))';; esac)
@@ -33,10 +34,12 @@ help:  ## list the targets
 reproduce: weights  ## run all notebooks, write figures/ and data/results/, print the results (ONLY="03 04", PROFILE=paper)
 	@$(BIN) -m geoclip reproduce $(if $(ONLY),--only $(ONLY)) $(if $(PROFILE),--profile $(PROFILE))
 
-test: weights  ## run all tests, then compare all notebooks with their committed outputs
-	$(BIN) -m pytest tests -m ""
+# Threads that wait must not spin while another process needs their core.
+test: export OMP_WAIT_POLICY := PASSIVE
+test: weights  ## run all tests, then compare all notebooks with their committed outputs (JOBS=4)
+	$(BIN) -m pytest tests -m "" --numprocesses $(JOBS) --dist worksteal
 	$(BIN) -m pytest --nbval notebooks --nbval-sanitize-with tests/nbval.cfg --nbval-cell-timeout 1200 \
-	  --nbval-kernel-startup-timeout 180 --nbval-current-env -W default
+	  --nbval-kernel-startup-timeout 180 --nbval-current-env -W default --numprocesses $(JOBS) --dist loadscope
 
 lab: weights  ## open JupyterLab on the first notebook
 	$(BIN) -m jupyterlab notebooks/00_where_is_this.ipynb

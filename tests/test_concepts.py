@@ -48,3 +48,17 @@ def test_ranking():
     assert ranking(score, relevant, among) == {"n": 4, "share": 50.0, "auc": 0.75}
     with pytest.raises(ValueError, match="both"):
         ranking(score, torch.zeros(5, dtype=torch.bool), among)
+
+
+def test_the_interval_of_a_ranking_grows_if_places_of_a_block_stand_together():
+    generator = torch.Generator().manual_seed(0)
+    spread = earth.sample_sphere(400, generator)
+    clustered = spread[:20].repeat_interleave(20, 0)
+    relevant, among = torch.arange(400) % 40 < 20, torch.ones(400, dtype=torch.bool)
+    score = relevant.float() + 2 * torch.randn(20, generator=generator).repeat_interleave(20)
+    width = {}
+    for name, latlon in {"spread": spread, "clustered": clustered}.items():
+        found = ranking(score, relevant, among, latlon)
+        assert found["auc_low"] <= found["auc"] <= found["auc_high"]
+        width[name] = found["auc_high"] - found["auc_low"]
+    assert width["clustered"] > 2 * width["spread"]

@@ -33,11 +33,17 @@ def test_figures_show_every_distance_and_its_interval():
         assert (band.min(), band.max()) == (7.0, 12.0)
         assert list(axis.lines[0].get_xdata()) == [0, 256, 1024]
     assert curves.get_suptitle() == "made; means and 95 % intervals over 3 seeds"
-    settings = figures.draw_settings(summary())
+    settings = figures.draw_settings(summary(), ["blocked"])
+    assert [axis.get_title("left") for axis in settings.axes] == ["blocked"]
     labels = [text.get_text() for text in settings.axes[0].get_yticklabels()]
     assert labels == ["queue 1024", "queue 256", "queue 0"]  # the first setting on top
     segments = settings.axes[0].collections[0].get_segments()
     assert np.allclose(segments[0][:, 0], [7.0, 12.0])
+    by_split = figures.draw_by_split(summary(), ["queue 0", "queue 256"], ["acc_200km", "acc_750km"])
+    assert [axis.get_title("left") for axis in by_split.axes] == ["≤ 200 km", "≤ 750 km"]
+    for axis in by_split.axes:
+        assert [text.get_text() for text in axis.get_xticklabels()] == ["random", "blocked"]
+        assert len(axis.collections) == 2
 
 
 def test_the_best_model_of_a_block_has_the_lowest_median_over_tests_and_seeds():

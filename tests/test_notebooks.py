@@ -77,6 +77,50 @@ def test_results_carry_the_notebooks_number_and_are_compared(path):
         assert (paths.EXPECTED / f"{name}.csv").exists() and f'"{name}"' in held, name
 
 
+NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?")
+
+
+def numbers(text):
+    """The numbers in a text: (value, decimals)."""
+    found = [number.replace(",", "") for number in NUMBER.findall(text)]
+    return {(float(number), len(number.partition(".")[2])) for number in found}
+
+
+def printed(path):
+    """What the notebook prints and shows, and the tables that its results are compared with."""
+    outputs = [output for cell, _ in read(path)[1] for output in cell.outputs]
+    texts = [output.get("text") or output.get("data", {}).get("text/plain", "") for output in outputs]
+    tables = [file.read_text(encoding="utf-8") for file in paths.EXPECTED.glob(f"{path.name[:2]}_*.*")]
+    return "\n".join(texts + tables)
+
+
+def unsupported(text, path):
+    """The numbers of `text` that no number that the notebook prints rounds to."""
+    known = [value for value, _ in numbers(printed(path))]
+    return [
+        value
+        for value, decimals in numbers(text)
+        if not any(abs(other - value) <= 0.5 * 10.0**-decimals * 1.001 for other in known)
+    ]
+
+
+@each_notebook
+def test_each_number_of_the_answer_stands_in_an_output_or_a_result(path):
+    first = read(path)[0].cells[0].source
+    answer = first[first.index("**Answer.**") : first.index("**Needs.**")]
+    assert unsupported(answer, path) == []
+    assert len(answer.split()) <= 75
+
+
+def test_each_number_of_the_readmes_table_of_answers_stands_in_its_notebook():
+    readme = (paths.ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \[(\d\d)\]\(notebooks/\S+\) \| .+? \| (.+) \|$", readme, re.MULTILINE)
+    assert [number for number, _ in rows] == [path.name[:2] for path in ALL]
+    assert {number: unsupported(text, notebooks.find(number)) for number, text in rows} == {
+        number: [] for number, _ in rows
+    }
+
+
 @each_notebook
 def test_outputs_are_those_of_one_clean_run(path):
     notebook, code = read(path)

@@ -215,7 +215,7 @@ def test_nbval_leaves_the_digits_of_a_compared_table_to_its_comparison(table, ca
     assert one != other
     clean = [re.sub(config["tables"]["regex"], config["tables"]["replace"], text) for text in (one, other)]
     assert clean[0] == clean[1] == "Last digits vary between machines; they are compared as 03_training."
-    plain = "  model  acc_25km\n   full      51.5\n"
+    plain = "  model  ≤ 25 km\n   full     51.5\n"
     assert re.sub(config["tables"]["regex"], "", plain) == plain
 
 

@@ -195,9 +195,22 @@ def test_galleries_hold_the_smaller_ones(study, tile_config):
         runner.gallery_of(study, 501)
 
 
-def test_tiles_are_embedded_for_the_standard_split_alone(tile_config):
-    with pytest.raises(ValueError, match="standard split"):
-        runner.tile_folder(tile_config, 1)
+def test_blocked_tiles_are_divided_by_their_distance_from_training(tile_config):
+    splits = dataclasses.replace(tile_config.splits, test=200, block_deg=3.0, gap_km=0.0)
+    tests = runner.tile_tests(dataclasses.replace(tile_config, splits=splits))
+    places = runner.blue_marble.splits(splits)
+    assert list(tests) == ["random", "0 to 50 km", "50 to 100 km", "100 to 200 km", "beyond 200 km"]
+    assert sum(len(latlon) for _, latlon in tests.values()) == 400
+    for name, (low, high) in {"50 to 100 km": (50, 100), "beyond 200 km": (200, 20_016)}.items():
+        features, latlon = tests[name]
+        nearest_km = earth.haversine_km(latlon[:, None], places["train"]).amin(1)
+        assert len(features) == len(latlon) and low <= nearest_km.min() and nearest_km.max() < high
+
+
+def test_tiles_are_embedded_for_the_split_that_is_asked_for(tile_config):
+    source = sources.Tiles("train", tile_config.tiles, sizes=tile_config.splits)
+    assert torch.equal(source.latlon, runner.blue_marble.splits(tile_config.splits)["train"])
+    assert source.hash != sources.Tiles("train", tile_config.tiles).hash
 
 
 SMALL_TILES = {

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from geoclip.studies.statistics import over_seeds, paired_differences, plus_minus, t_interval, verdict
+from geoclip.studies.statistics import across, over_seeds, paired_differences, plus_minus, t_interval, verdict
 
 COLUMNS = ("acc_25km",)
 
@@ -83,3 +83,21 @@ def test_verdict():
     assert verdict(0.1, 2.0) == "higher"
     assert verdict(-2.0, -0.1) == "lower"
     assert verdict(-0.1, 0.1) == verdict(float("nan"), float("nan")) == "not told apart"
+
+
+def test_across_lays_settings_down_and_splits_across():
+    runs = pd.DataFrame(
+        [
+            {"split": split, "setting": setting, "seed": seed, "acc_25km": value + seed}
+            for split, setting, value in [
+                ("near", "b", 50),
+                ("near", "a", 40),
+                ("far", "b", 5),
+                ("far", "a", 4),
+            ]
+            for seed in (0, 2)
+        ]
+    )
+    table = across(over_seeds(runs, ["split", "setting"], ["acc_25km"]), "acc_25km")
+    assert list(table.columns) == ["setting", "near", "far"] and table["setting"].tolist() == ["b", "a"]
+    assert table["far"].tolist() == ["6.0 ± 12.7", "5.0 ± 12.7"]

@@ -174,9 +174,13 @@ class Tiles:
     """The tiles of a split of geoclip.datasets.blue_marble, rendered for each view; 4,096 per part."""
 
     def __init__(
-        self, split: str, config: blue_marble.TileConfig | None = None, tiles_a_part: int = PHOTOS_A_PART
+        self,
+        split: str,
+        config: blue_marble.TileConfig | None = None,
+        tiles_a_part: int = PHOTOS_A_PART,
+        sizes: blue_marble.SplitConfig | None = None,
     ):
-        splits = blue_marble.splits()
+        splits = blue_marble.splits(sizes or blue_marble.SplitConfig())
         if split not in splits:
             raise ValueError(f"blue_marble has no split {split!r}; choose from {', '.join(splits)}")
         self.latlon, self.config = splits[split], config or blue_marble.TileConfig()

@@ -157,8 +157,15 @@ def hold_to_expected(
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` as text, rounded for reading: percentages and short distances to 0.1, else to four digits."""
-    return pd.DataFrame({name: [_readable(value, str(name)) for value in table[name]] for name in table})
+    """`table` as text for reading: percentages and short distances to 0.1, other numbers to four digits; the
+    column acc_25km is headed "≤ 25 km"."""
+    columns = {name: [_readable(value, str(name)) for value in table[name]] for name in table}
+    return pd.DataFrame({heading(str(name)): column for name, column in columns.items()})
+
+
+def heading(column: str) -> str:
+    """Heading of a column: "≤ 2,500 km" for acc_2500km, and any other name as it is."""
+    return re.sub(r"^acc_(\d+)km$", lambda match: f"≤ {int(match[1]):,} km", column)
 
 
 def show(table: pd.DataFrame, compared_as: str | None = None) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from geoclip import earth
+from geoclip.studies.probes import blocks
 
 BOUNDS_KM = (0, 1, 5, 25, 200, 750, 2500, 10_000, 20_100)
 
@@ -44,17 +45,32 @@ def mean_query(embeddings: Float[Tensor, "n d"], chosen: Bool[Tensor, " n"]) -> 
 
 
 def ranking(
-    score: Float[Tensor, " n"], relevant: Bool[Tensor, " n"], among: Bool[Tensor, " n"]
+    score: Float[Tensor, " n"],
+    relevant: Bool[Tensor, " n"],
+    among: Bool[Tensor, " n"],
+    latlon: Float[Tensor, "n 2"] | None = None,
+    draws: int = 100,
 ) -> dict[str, float]:
     """Return how well `score` ranks relevant places first: n, share (percent relevant), auc (0.5 is chance).
 
     auc is the probability that a relevant place scores higher than another one. Only places in `among` count.
-    Raises ValueError if all of them are relevant, or none is.
+    With `latlon`, auc_low and auc_high are its 95 % interval by bootstrap over blocks of 10°. Raises
+    ValueError if all places are relevant, or none is.
     """
     from sklearn.metrics import roc_auc_score
 
-    relevant, score = relevant[among], score[among]
+    relevant, score = relevant[among].numpy(), score[among].numpy()
     if relevant.all() or not relevant.any():
         raise ValueError("a ranking needs both relevant and other places")
-    share = 100 * relevant.double().mean().item()
-    return {"n": len(relevant), "share": share, "auc": float(roc_auc_score(relevant.numpy(), score.numpy()))}
+    found = {"n": len(relevant), "share": 100 * relevant.mean(), "auc": float(roc_auc_score(relevant, score))}
+    if latlon is not None:
+        block = np.unique(blocks(latlon[among]), return_inverse=True)[1]
+        generator, resampled = np.random.default_rng(0), []
+        while len(resampled) < draws:
+            weight = np.bincount(
+                generator.integers(block.max() + 1, size=block.max() + 1), minlength=block.max() + 1
+            )
+            if weight[block[relevant]].any():  # a draw without a relevant place has no ranking
+                resampled.append(roc_auc_score(relevant, score, sample_weight=weight[block]))
+        found["auc_low"], found["auc_high"] = map(float, np.percentile(resampled, [2.5, 97.5]))
+    return found

@@ -1,5 +1,6 @@
 """Figures of the studies: accuracy of settings with its intervals, and which model is best where."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import matplotlib.pyplot as plt
@@ -18,26 +19,61 @@ COLOURS = ("#000000", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
 DISTANCES = list(zip(evaluation.named_thresholds(), COLOURS, ("o", "s", "^", "D", "v"), strict=True))
 
 
-def draw_settings(summary: pd.DataFrame) -> Figure:
-    """Draw the accuracy of each setting at the five distances, with intervals, in one panel for each split.
+def draw_settings(summary: pd.DataFrame, splits: Sequence[str], difference: bool = False) -> Figure:
+    """Draw each setting at the five distances, with intervals, in one panel for each of `splits`.
 
-    summary: of statistics.over_seeds, with the columns data, split and setting.
+    summary: of statistics.over_seeds or paired_differences, with the columns data, split and setting.
+    difference: the values are points above or below a reference, drawn as a line at 0.
     """
-    splits = list(summary["split"].unique())
     names = list(summary["setting"].unique())[::-1]
     with plt.rc_context(STYLE):
-        size = (4.2 * len(splits) + 1, 0.34 * len(names) + 1.3)
+        size = (3.4 * len(splits) + 1.4, 0.4 * len(names) + 1.3)
         figure, axes = plt.subplots(1, len(splits), figsize=size, sharey=True, squeeze=False)
         for axis, split in zip(axes[0], splits, strict=True):
             part = summary[summary["split"] == split].set_index("setting").loc[names]
-            for (column, km), colour, marker in DISTANCES:
+            for number, ((column, km), colour, marker) in enumerate(DISTANCES):
                 mean = part[column].to_numpy()
                 ends = np.abs(part[[f"{column}_low", f"{column}_high"]].to_numpy().T - mean)
                 style = {"fmt": marker, "markersize": 4, "linestyle": "none", "color": colour, "capsize": 2}
-                xerr = np.nan_to_num(ends)
-                axis.errorbar(mean, np.arange(len(names)), xerr=xerr, label=f"{km:,} km", **style)
-            axis.set(title=f"{split} test split", xlabel="found within the distance, %", xlim=(-2, 102))
+                rows = np.arange(len(names)) + 0.13 * (2 - number)  # the nearest distance on top
+                axis.errorbar(mean, rows, xerr=np.nan_to_num(ends), label=f"≤ {km:,} km", **style)
+            if difference:
+                axis.axvline(0, color="#999999", linewidth=0.8)
+                axis.set(title=split, xlabel="difference in the percentage found, points")
+            else:
+                axis.set(title=split, xlabel="found within the distance, %", xlim=(-2, 102))
             axis.set_yticks(range(len(names)), names)
+        _finish(figure, axes, summary)
+    return figure
+
+
+def draw_by_split(summary: pd.DataFrame, settings: Sequence[str], columns: Sequence[str]) -> Figure:
+    """Draw the accuracy of `settings` over the test splits, in their order, in one panel for each column.
+
+    summary: of statistics.over_seeds, with the columns data, split and setting.
+    """
+    splits, kilometres = list(summary["split"].unique()), dict(evaluation.named_thresholds())
+    with plt.rc_context(STYLE):
+        size = (3.7 * len(columns), 3.4)
+        figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False)
+        lines = itertools.cycle(zip(COLOURS, "os^Dv", ("-", "--", "-.", ":", (0, (5, 1))), strict=True))
+        for setting, (colour, marker, line) in zip(settings, lines, strict=False):
+            part = summary[summary["setting"] == setting].set_index("split").loc[splits]
+            for axis, column in zip(axes[0], columns, strict=True):
+                ends = np.abs(
+                    part[[f"{column}_low", f"{column}_high"]].to_numpy().T - part[column].to_numpy()
+                )
+                style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "capsize": 2}
+                yerr = np.nan_to_num(ends)
+                axis.errorbar(range(len(splits)), part[column], yerr=yerr, label=setting, **style)
+        for axis, column in zip(axes[0], columns, strict=True):
+            names = [split.replace(" km", "").replace("beyond", ">") for split in splits]
+            axis.set_xticks(range(len(splits)), names, fontsize=7)
+            axis.set(
+                title=f"≤ {kilometres[column]:,} km", xlabel="test split; km from the nearest training place"
+            )
+            axis.set_ylim(-2, 102)
+        axes[0, 0].set_ylabel("found within the distance, %")
         _finish(figure, axes, summary)
     return figure
 
@@ -57,7 +93,9 @@ def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str]
             part = part.sort_values(x)
             values = part[x].to_numpy(float)
             for (column, km), colour, marker in DISTANCES:
-                axis.plot(values, part[column], label=f"{km:,} km", color=colour, marker=marker, markersize=4)
+                axis.plot(
+                    values, part[column], label=f"≤ {km:,} km", color=colour, marker=marker, markersize=4
+                )
                 low, high = (part[f"{column}_{end}"].to_numpy(float) for end in ("low", "high"))
                 axis.fill_between(values, low, high, color=colour, alpha=0.25, linewidth=0)
             if (values == 0).any():  # linear below the smallest value that is not 0

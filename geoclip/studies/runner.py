@@ -1,13 +1,15 @@
 """Grids of settings and seeds: each combination is trained and scored once, in processes, into one table.
 
-The ablations (notebooks 04, 05, 06 and 09) train on features of a frozen tower, as the paper does: for Blue
-Marble tiles that of the tower that notebook 03 trains, for photos CLIP's. Notebook 12 trains each model
-whole, on tiles.
+The ablations (notebooks 04, 05, 06 and 09) train on features of a frozen tower, as the paper does: for photos
+CLIP's, for Blue Marble tiles that of a model trained as in notebook 03, on the training places of the same
+split. Notebook 12 trains each model whole, on tiles.
 """
 
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import multiprocessing
 import os
 import threading
@@ -35,6 +37,8 @@ from geoclip.training.module import GeoCLIPTraining, TrainingModule
 RECIPE = 1  # raise it when a change of the code changes the errors of a model that is trained already
 BATCH = 256  # images scored at once
 SPLITS = ("random", "blocked")  # of the tiles
+# Bands in km of a blocked tile's distance from the nearest training place: one test split each in the ablations.
+BANDS_KM = (0, 50, 100, 200, math.inf)
 RESULTS = ("steps", "samples", "seconds", "parameters")  # columns from a run's result.json
 
 Tests = Mapping[str, tuple[Float[Tensor, "n v c"], Float[Tensor, "n 2"]]]
@@ -221,14 +225,16 @@ def open_study(
     Args:
         reference: YAML file of the fields of TrainConfig.
         data: Folder of the training photos' features, scored on the authors' 100 K gallery. None stands for
-            Blue Marble tiles, four augmented views of each, through the tower that notebook 03 trains.
+            Blue Marble tiles, four augmented views of each, through a tower trained as in notebook 03.
         tests: Split → folder of features; required with `data`.
 
     Raises FileNotFoundError for missing folders, and ValueError for features of another tower.
     """
     config = baselines.as_config(Path(reference))
     if data is None:
-        trained = runs.train(baselines.as_config(paths.profile("train_embedded")))
+        tower = baselines.as_config(paths.profile("train_embedded"))
+        splits = dataclasses.replace(config.splits, gallery=tower.splits.gallery)
+        trained = runs.train(dataclasses.replace(tower, splits=splits))
         image = dataclasses.replace(config.image, weights=str(trained.checkpoint))
         config = dataclasses.replace(config, image=image)
         config = dataclasses.replace(config, data=str(tile_folder(config, views=4)))
@@ -271,16 +277,9 @@ def gallery_of(study: Study, size: int) -> Float[Tensor, "m 2"]:
 
 
 def tile_folder(config: TrainConfig, views: int) -> Path:
-    """Return the folder of the training tiles' features, `views` augmented views of each; make it if needed.
-
-    Raises ValueError if `config` asks for other training tiles than the standard ones.
-    """
-    encoder, source = ImageEncoder(config.image).eval(), sources.Tiles("train", config.tiles)
-    if not torch.equal(blue_marble.splits(config.splits)["train"], source.latlon):
-        raise ValueError(
-            "only the standard split is embedded: leave splits.train, splits.test and splits.seed "
-            "at their defaults"
-        )
+    """Return the folder of the training tiles' features, `views` augmented views of each; make it if needed."""
+    encoder = ImageEncoder(config.image).eval()
+    source = sources.Tiles("train", config.tiles, sizes=config.splits)
     how = sources.Views(number=views)
     info = dataclasses.asdict(features.FeatureInfo.of(source, encoder, how))
     key = hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()[:16]
@@ -294,6 +293,8 @@ def tile_folder(config: TrainConfig, views: int) -> Path:
 @torch.inference_mode()
 def tile_tests(config: TrainConfig, crops: Literal["one", "five", "ten"] = "one") -> Tests:
     """Return split → tower features of its test tiles, augmented as in every evaluation, and their places.
+
+    The blocked tiles are divided by their distance from the nearest training place: "0 to 50 km" and so on.
 
     crops: "one" takes whole tiles. "five" renders them at 256 / 224 of their pixels and cuts out the corners
     and the centre, as prediction does with photos; "ten" adds the mirror image of each.
@@ -310,4 +311,11 @@ def tile_tests(config: TrainConfig, crops: Literal["one", "five", "ten"] = "one"
         views = torch.stack(list(cuts[crops](images, side)), 1)
         found = torch.cat([encoder.features(part.flatten(0, 1)) for part in views.split(BATCH)])
         tests[split] = (found.unflatten(0, views.shape[:2]).clone(), latlon)
+    found, latlon = tests.pop("blocked")
+    away_km = evaluation.ceiling(latlon, blue_marble.splits(config.splits)["train"])
+    for low, high in itertools.pairwise(BANDS_KM):
+        inside = (away_km >= low) & (away_km < high)
+        if inside.any():
+            name = f"{low} to {high} km" if high < math.inf else f"beyond {low} km"
+            tests[name] = (found[inside], latlon[inside])
     return tests

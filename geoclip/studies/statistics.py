@@ -115,6 +115,13 @@ def readable(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = 
     return text.assign(seeds=table["seeds"])
 
 
+def across(table: pd.DataFrame, column: str, rows: str = "setting", columns: str = "split") -> pd.DataFrame:
+    """Lay out one column of over_seeds or paired_differences as plus_minus: settings down, splits across."""
+    text = readable(table, [rows, columns], [column])
+    wide = text.pivot(index=rows, columns=columns, values=column)
+    return wide.loc[text[rows].unique(), text[columns].unique()].reset_index().rename_axis(None, axis=1)
+
+
 def ceiling_by_size(
     truth: Float[Tensor, "n 2"],
     places: Float[Tensor, "m 2"],
