@@ -21,7 +21,7 @@ ROWS = {
     (blue_marble.LABEL, "blocked"): "Blue Marble tiles ¹, blocked split",
 }
 NEEDS_PHOTOS, NEEDS_COORDINATES = "needs photos ²", "needs coordinates ²"
-NOT_PUBLISHED = "not published"
+NOT_PUBLISHED = "not in the paper"
 # Columns: the model and the measure in notebook 07, and what a cell without a result says.
 COLUMNS = {
     PAPER: (PAPER, "accuracy", NOT_PUBLISHED),
@@ -33,8 +33,8 @@ COLUMNS = {
 NOTES = (
     f"Percent within {' / '.join(f'{km:,}' for km in THRESHOLDS_KM)} km. Ceiling: the gallery's nearest place; floor: "
     "a random place of the gallery; both follow from coordinates.\n\n"
-    "¹ Overhead imagery, a stand-in for photos, on which the whole system trains in about a minute; the paper has no "
-    "such numbers. ² Not to be had without a benchmark's files, and CLIP's weights; notebook 07 fills them in from the "
+    "¹ Overhead imagery, a stand-in for photos, on which the whole system trains in a few minutes; the paper has no "
+    "such numbers. ² Unavailable without a benchmark's files, and CLIP's weights; notebook 07 fills them in from the "
     "folder that `GEOCLIP_DATA` names, the column *ours* with a model trained on MP-16."
 )
 

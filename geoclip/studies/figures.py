@@ -39,7 +39,7 @@ def draw_settings(summary: pd.DataFrame, splits: Sequence[str], difference: bool
                 axis.errorbar(mean, rows, xerr=np.nan_to_num(ends), label=f"≤ {km:,} km", **style)
             if difference:
                 axis.axvline(0, color="#999999", linewidth=0.8)
-                axis.set(title=split, xlabel="difference in the percentage found, points")
+                axis.set(title=split, xlabel="points below (left) or above the reference")
             else:
                 axis.set(title=split, xlabel="found within the distance, %", xlim=(-2, 102))
             axis.set_yticks(range(len(names)), names)
@@ -104,6 +104,7 @@ def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str]
                 axis.set_xscale("log")
             axis.set_xticks(values, [f"{value:,g}" for value in values])
             axis.minorticks_off()
+            axis.tick_params(labelbottom=True)  # in each row
             axis.set(title=", ".join(map(str, key)), xlabel=label, ylim=(-2, 102))
         for axis in axes[:, 0]:
             axis.set_ylabel("found within the distance, %")
