@@ -100,7 +100,7 @@ def destination(
     east_km, north_km = east_km.double(), north_km.double()
     angle = torch.hypot(east_km, north_km) / EARTH_RADIUS_KM
     bearing = torch.atan2(east_km, north_km)
-    up = torch.stack([lat.cos() * lon.cos(), lat.cos() * lon.sin(), lat.sin()], -1)
+    up = unit_sphere(latlon.double())
     north = torch.stack([-lat.sin() * lon.cos(), -lat.sin() * lon.sin(), lat.cos()], -1)
     east = torch.stack([-lon.sin(), lon.cos(), torch.zeros_like(lon)], -1)
     ahead = bearing.cos()[..., None] * north + bearing.sin()[..., None] * east

@@ -70,7 +70,7 @@ class LocationEncoder(nn.Module):
 
         Raises OSError, which says what is missing, if the weights cannot be downloaded.
         """
-        encoder = cls()
+        encoder = cls(LocationEncoderConfig(sigmas=(1.0, 16.0, 256.0)))
         encoder.load_state_dict(pretrained.location_encoder_state())
         return encoder.eval()
 

@@ -17,7 +17,7 @@ import pandas as pd
 
 # Recognised column names, in lower case. The released training CSV has IMG_FILE,LAT,LON.
 ALIASES = {
-    "file": ("img_file", "img_id", "path", "file", "image"),
+    "file": ("img_file", "img_id", "path", "file", "filename", "name", "image"),
     "lat": ("lat", "latitude"),
     "lon": ("lon", "lng", "longitude"),
     "author": ("author", "creator_id"),

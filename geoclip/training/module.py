@@ -118,7 +118,7 @@ class TrainingModule(lightning.LightningModule):
     def validation_step(self, batch: dict[str, Tensor], index: int) -> None:
         values = self.loss(batch, seeded(self.config.seed, "validation", index))
         values = {f"val/{name}": value for name, value in values.items()}
-        self.log_dict(values, batch_size=len(batch["latlon"]))
+        self.log_dict(values, batch_size=len(batch["latlon"]), sync_dist=True)
 
     def configure_optimizers(self):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]

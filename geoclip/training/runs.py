@@ -190,6 +190,8 @@ def check_same_configuration(run: Run) -> None:
             for name in wanted
             if kept.get(name) != wanted[name]
         ]
+        if run.result_file.is_file() and (old := run.result.get("recipe", RECIPE)) != RECIPE:
+            different.append(f"recipe of the code: {old} there, {RECIPE} here")
         if different:
             raise ValueError(
                 f"{run.directory} holds a run of another configuration ({'; '.join(different)}): name another "
@@ -258,6 +260,7 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, devices: dic
             "resumed": resumed is not None,
             "epoch_seconds": watch.seconds,
             "parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+            "recipe": RECIPE,
         }
         with paths.atomic(run.result_file) as temporary:
             temporary.write_text(json.dumps(result, indent=1))
@@ -363,7 +366,8 @@ def quiet():
     """Silence Lightning's advice (worker counts, hardware, tips), which would end up in notebooks."""
     advice = (
         "does not have many workers|exists and is not empty|Checkpoint directory|Experiment logs directory|"
-        "number of training batches.*is smaller than the logging|across ranks is zero|isinstance.treespec, LeafSpec"
+        "number of training batches.*is smaller than the logging|across ranks is zero|isinstance.treespec, LeafSpec|"
+        "in eval mode at the start of training"
     )
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
