@@ -115,8 +115,6 @@ def hold_to_expected(
     """Compare `table` with data/expected/NAME.csv row by row and print one line.
 
     Args:
-        table: The results of this run.
-        name: Name of the table, which begins with the notebook's number.
         keys: Columns that together identify a row.
         tolerance: Column, or a pattern such as "acc_*" → largest accepted absolute difference in the column's
             unit; None: the column is not compared. The first matching pattern counts. Columns without a
