@@ -73,9 +73,10 @@ def problems(html: Path) -> list[str]:
 
 
 def build(out: Path) -> int:
-    """Copy the sources to OUT/source, build OUT/html from them, check it; the number of problems."""
+    """Copy the sources to `out`/source, build `out`/html from them and check it; the number of problems."""
     source, html = out / "source", out / "html"
-    shutil.rmtree(source, ignore_errors=True)
+    for folder in (source, html):
+        shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(
         BOOK, source, ignore=lambda folder, names: [n for n in names if not n.endswith((".md", ".rst"))]
     )
