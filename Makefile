@@ -7,6 +7,7 @@ VENV ?= $(or $(wildcard .venv),$(CONDA),.venv)
 BIN := $(VENV)/bin/python
 READY := $(VENV)/geoclip-ready
 JOBS ?= 2
+BOOK_READY := $(VENV)/geoclip-book-ready
 
 # Relative paths in GEOCLIP_* become absolute: notebooks run in another folder.
 absolute = $(shell case '$($(1))' in (/*) echo '$($(1))';; (*) echo '$(CURDIR)/$($(1))';; esac)
@@ -24,7 +25,7 @@ export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab bench accept lint setup python weights
+.PHONY: help reproduce test lab book bench accept lint setup python weights
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -43,6 +44,9 @@ test: weights  ## run all tests, then compare all notebooks with their committed
 
 lab: weights  ## open JupyterLab on the first notebook
 	$(BIN) -m jupyterlab notebooks/00_where_is_this.ipynb
+
+book: $(BOOK_READY)  ## build the book of README, notebooks as committed and API: book/_build/html/index.html
+	@$(BIN) book/build.py
 
 bench: weights  ## measure speed beside the authors' package (minutes); the table is data/results/11_bench.csv
 	$(BIN) bench.py
@@ -68,6 +72,11 @@ $(READY): pyproject.toml constraints.txt | python
 	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,index]'
 	@MPLCONFIGDIR=$$($(BIN) -c 'from geoclip import paths; print(paths.CACHE / "matplotlib")') \
 	  $(BIN) -c 'import matplotlib.font_manager'
+	@touch $@
+
+$(BOOK_READY): pyproject.toml constraints.txt | $(READY)
+	@echo "Installing Sphinx and what else the book needs (once)"
+	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book]'
 	@touch $@
 
 weights: $(READY)

@@ -197,7 +197,7 @@ def with_hit_rate(fitted: Calibration, mass: Float[Tensor, " n"], hit: Bool[Tens
 
 
 def calibration_error(mass: Float[Tensor, " n"], hit: Bool[Tensor, " n"], bins: int = 15) -> float:
-    """Expected calibration error: mean |predicted − observed| over bins of equal size, in [0, 1].
+    """Expected calibration error: mean `|predicted − observed|` over bins of equal size, in [0, 1].
 
     mass: predicted probability of a hit; hit: whether it was one.
     """

@@ -21,7 +21,7 @@ def check_latlon(latlon, source: str = "coordinates") -> Float[Tensor, "*n 2"]:
     """The coordinates as a float tensor with longitude in [-180, 180); 180° becomes -180°.
 
     latlon: anything that torch.as_tensor accepts, of shape (..., 2), in degrees. Raises ValueError, with
-    `source`, row and value, for another shape, NaN, |lat| > 90 (often swapped columns) or |lon| > 180.
+    `source`, row and value, for another shape, NaN, `|lat| > 90` (often swapped columns) or `|lon| > 180`.
     """
     latlon = torch.as_tensor(latlon)
     if not latlon.is_floating_point():

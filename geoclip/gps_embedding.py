@@ -1,9 +1,9 @@
-"""GPS embeddings for other tasks: `embed_places`, and `GPSEmbedding` for scikit-learn's pipelines.
+"""GPS embeddings for other tasks: `embed_places`, and `GPSEmbedding` for scikit-learn's pipelines::
 
     embedding = embed_places([[48.8566, 2.3522], [-33.8688, 151.2093]])       # (2, 512), NumPy
 
 Three ways to use the encoder without this package; all take (lat, lon) degrees of any number of places and
-compute the phase in float32:
+compute the phase in float32::
 
     encoder, places = LocationEncoder.pretrained(), torch.zeros(2, 2)
     n = {0: torch.export.Dim("n", min=1)}

@@ -74,8 +74,8 @@ class ContextConfig(RunConfig):
         use_context: Use the heads; without them, the coordinates come from the feature alone.
         context_weight: Weight of the mean loss of the heads beside the distance.
         distance: Loss of the coordinates: the chord or the great_circle between the places, in Earth radii;
-            or, for comparison, degrees: the mean of |Δlat| / 90 and |Δlon| / 180, which is discontinuous at
-            ±180°.
+            or, for comparison, degrees: the mean of `|Δlat| / 90` and `|Δlon| / 180`, which is discontinuous
+            at ±180°.
         hidden: Width of the layer from feature and probabilities to coordinates.
         caption_epochs: How many of `epochs`, at the start, train the tower on image-caption pairs; the decay
             of the learning rate starts again after them.

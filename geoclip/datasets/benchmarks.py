@@ -1,6 +1,6 @@
 """The public benchmarks and training sets: what each contains, its file format, and where to get it.
 
-The environment variable GEOCLIP_DATA names the folder that holds the data you bring:
+The environment variable GEOCLIP_DATA names the folder that holds the data you bring::
 
     GEOCLIP_DATA/im2gps3k_places365.csv     the CSV of a card, here or in benchmarks/
     GEOCLIP_DATA/images/im2gps3k/…          its images, named as in the CSV

@@ -1,6 +1,6 @@
 """NUS-WIDE (Chua et al. 2009): Flickr photos with 81 concepts, and the geo-tagged subset of the paper.
 
-The official layout, in one folder (GEOCLIP_DATA/nus-wide):
+The official layout, in one folder (GEOCLIP_DATA/nus-wide)::
 
     ConceptsList/Concepts81.txt                                      one concept per line
     Groundtruth/TrainTestLabels/Labels_<concept>_<Train|Test>.txt    0 or 1 per line, one line per photo

@@ -114,15 +114,15 @@ def hold_to_expected(
 ) -> None:
     """Compare `table` with data/expected/NAME.csv row by row and print one line.
 
-    keys: columns that together identify a row.
-    tolerance: column, or a pattern such as "acc_*" → largest accepted absolute difference in the column's
-        unit;
-        None: the column is not compared. The first matching pattern counts. Columns without a pattern must
-        agree in the six digits that are stored. NaN equals NaN.
-    optional: rows that may be missing on either side, because they need data of the user: True for all, or
-        column → list of values. Optional rows that are on both sides are compared.
-    parameters: see `changed_parameters`. If one of them differs from the accepted run, nothing is compared
-        and the line says which.
+    Args:
+        keys: Columns that together identify a row.
+        tolerance: Column, or a pattern such as "acc_*" → largest accepted absolute difference in the column's
+            unit; None: the column is not compared. The first matching pattern counts. Columns without a
+            pattern must agree in the six digits that are stored. NaN equals NaN.
+        optional: Rows that may be missing on either side, because they need data of the user: True for all,
+            or column → list of values. Optional rows that are on both sides are compared.
+        parameters: See `changed_parameters`. If one of them differs from the accepted run, nothing is
+            compared and the line says which.
 
     Raises AssertionError that names row, column and both values, FileNotFoundError if no table has been
     accepted, and ValueError if `keys` do not identify the rows.

@@ -133,8 +133,8 @@ def ceiling_by_size(
 ) -> pd.DataFrame:
     """The ceiling of galleries drawn from the distinct `places`: a tidy table, a row per size.
 
-    Values are means over `galleries` draws; *_low and *_high are 95 % intervals over draws of galleries and
-    bootstraps over photographers together. Raises ValueError for a size larger than the number of distinct
+    Values are means over `galleries` draws; `*_low` and `*_high` are 95 % intervals over draws of galleries
+    and bootstraps over photographers together. Raises ValueError for a size larger than the number of distinct
     places.
     """
     unique = torch.unique(places, dim=0)

@@ -304,7 +304,7 @@ def previous(checkpoint: Path | str) -> Path:
 
 
 def last_good(checkpoint: Path, set_aside: bool = True) -> Path | None:
-    """Return the last checkpoint that can be read, or None. Others are renamed to *.damaged, with a warning."""
+    """Return the last checkpoint that can be read, or None. Others are renamed to `*.damaged`, with a warning."""
     for path in (checkpoint, previous(checkpoint)):
         if not path.is_file():
             continue
