@@ -123,6 +123,11 @@ class Decider:
         self.described: list[dict] = []
 
     @torch.inference_mode()
+    def posterior(self, query: Float[Tensor, "n d"] | Float[Tensor, "n v c h w"]) -> Posterior:
+        """The posteriors of n images. query: as in GeoCLIP.locate."""
+        return self.calibration.posterior(self.places, self.model.scores(query).cpu())
+
+    @torch.inference_mode()
     def locate(
         self, query: Float[Tensor, "n d"] | Float[Tensor, "n v c h w"], k: int = 1
     ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
@@ -130,7 +135,7 @@ class Decider:
 
         query: as in GeoCLIP.locate. Where a posterior has fewer such places, the rest is NaN.
         """
-        posterior = self.calibration.posterior(self.places, self.model.scores(query).cpu())
+        posterior = self.posterior(query)
         latlon = posterior.answers(self.decision, k, APART_KM)
         mass = self.calibration.hit_rate(posterior.mass_within(latlon.nan_to_num(), APART_KM))
         if self.describe:

@@ -68,6 +68,11 @@ class Grid:
     inside: np.ndarray
     extent: tuple[float, float, float, float]
 
+    @property
+    def width_km(self) -> float:
+        """Width of a pixel."""
+        return (self.extent[1] - self.extent[0]) / self.inside.shape[1] / KM
+
     def image(self, values: np.ndarray) -> np.ma.MaskedArray:
         """`values` (n,) of the pixels as an image (rows, columns), masked outside the Earth."""
         values = np.asarray(values)
@@ -208,12 +213,13 @@ def similarity(
     label: str = "cosine similarity",
     limits: tuple[float, float] | None = None,
     bar: bool = True,
+    regions: dict[str, shapely.Geometry] | None = None,
 ) -> None:
     """Heat map of `values` (n,), one per pixel of `grid(axes)`; the best places are numbered, the truth is
     ringed.
 
     top_k: (k, 2), best first; truth: (2,); both (lat, lon) in degrees. limits: range of the colours, by
-    default that of the values.
+    default that of the values. regions: polygons in (lon, lat) to outline, by their label.
     """
     picture = pixels.image(_array(values))
     low, high = limits or (picture.min(), picture.max())
@@ -223,6 +229,11 @@ def similarity(
         handles.append(_ring(axes, truth))
     if top_k is not None:
         handles.append(_numbered(axes, top_k))
+    rim = [withStroke(linewidth=2.2, foreground="white")]
+    for style, (name, shape) in zip(("-", (0, (2, 1))), (regions or {}).items(), strict=False):
+        look = {"edgecolor": "black", "linewidth": 0.9, "linestyle": style, "path_effects": rim}
+        axes.add_geometries([shape], PLATE, facecolor="none", zorder=3.5, **look)
+        handles.append(Line2D([], [], color="black", lw=0.9, ls=style, label=name))
     if handles:
         _legend(axes, handles)
     if bar:

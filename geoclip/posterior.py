@@ -10,6 +10,7 @@ where U is u smoothed by the kernel, a function of one distance. It need not be 
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -160,13 +161,14 @@ class Posterior:
         # the area is ∫ 1 = E[1 / density] over the region
         return least, torch.where(density >= least[:, None], (-density).exp(), 0).mean(1)
 
-    def mass_by(self, label: Callable[[Tensor], Tensor], labels: int) -> Float[Tensor, "n l"]:
-        """Probability of each of `labels` areas, such as countries; an estimate from draws.
+    def mass_by(self, label: Callable[[np.ndarray], np.ndarray]) -> list[dict[str, float]]:
+        """Probability of areas, such as countries, by name, for each image, the largest first; from draws.
 
-        label: places (m, 2) → the area of each (m,), an integer from 0, or −1 for none.
+        label: places (m, 2) → the name of the area of each (m,), or None.
         """
-        found = label(self.drawn[0].flatten(0, 1)).view(len(self), -1)
-        return (found[..., None] == torch.arange(labels)).double().mean(1)
+        found = label(self.drawn[0].flatten(0, 1).numpy()).reshape(len(self), -1)
+        counted = (Counter(row.tolist()).most_common() for row in found)
+        return [{name: n / DRAWS for name, n in row if name is not None} for row in counted]
 
     def _tables(self, utility: str, km: float = 0.0) -> list[Profile]:
         return [_table(utility, km, layer.kernel_km) for layer in self.layers]
@@ -199,8 +201,8 @@ class Posterior:
         found = torch.full((len(self), k, 2), math.nan, dtype=torch.double)
         h_apart = 1 - math.cos(min(apart_km / EARTH_RADIUS_KM, math.pi))
         for rows, layers in self._chunks(ASCENTS + 2 * k):
-            heavy = [_heaviest(layer, HEAVIEST) for layer in layers]
-            starts = torch.cat([_heaviest(layer, STARTS).xyz for layer in heavy], 1)
+            heavy = [heaviest(layer, HEAVIEST) for layer in layers]
+            starts = torch.cat([heaviest(layer, STARTS).xyz for layer in heavy], 1)
             value = _utility(starts, heavy, profiles)[0]
             place, value = _distinct(starts, value, ASCENTS + 2 * (k - 1), h_apart)
             place, value = _distinct(*_ascend(place, heavy, profiles, STEPS), k, h_apart)
@@ -373,7 +375,7 @@ def _distinct(place: Tensor, value: Tensor, k: int, h_apart: float) -> tuple[Ten
     return torch.cat(chosen, 1), torch.cat(values, 1)
 
 
-def _heaviest(layer: Layer, count: int) -> Layer:
+def heaviest(layer: Layer, count: int) -> Layer:
     """The `count` heaviest kernels of each image."""
     xyz, weight, km = layer
     weight, index = weight.topk(min(count, weight.shape[1]), dim=1)

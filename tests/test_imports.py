@@ -7,7 +7,7 @@ from geoclip import paths
 
 PACKAGE = paths.ROOT / "geoclip"
 CORE = """paths config photos earth pretrained layers location_encoder engines.openvino_tower image_encoder
-gps_queue loss gallery engines.place_index posterior predictor model evaluation calibration maps""".split()
+gps_queue loss gallery engines.place_index posterior regions predictor model evaluation calibration maps""".split()
 ORDER = [
     *CORE,
     "datasets",

@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import ExifTags, Image
+from shapely.geometry import shape
 
 from geoclip import earth, pretrained
 from geoclip.__main__ import main
@@ -411,7 +412,22 @@ def test_a_decision_answers_with_distinct_places_regions_and_countries(files, ch
         half, most = photo["regions"]
         assert (half["probability"], most["probability"]) == (0.5, 0.9)
         assert 0 < half["area_km2"] < most["area_km2"]
+        assert shape(half["geometry"]).area < shape(most["geometry"]).area
         assert sum(found["probability"] for found in photo["countries"]) <= 1 and photo["countries"]
+
+
+def test_geojson_has_regions_and_places_in_lon_lat(files, checkpoint, capsys):
+    options = ["--checkpoint", checkpoint, "--top-k", "2", "--format", "geojson"]
+    assert main(["predict", str(files / "b.jpg"), *options, "--decision", "mode"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["type"] == "FeatureCollection"
+    half, most, first, _ = found["features"]
+    assert [f["properties"]["probability"] for f in (half, most)] == [0.5, 0.9]
+    assert half["geometry"]["type"] == "MultiPolygon" and half["properties"]["file"] == str(files / "b.jpg")
+    assert first["geometry"]["coordinates"] == [first["properties"]["lon"], first["properties"]["lat"]]
+    assert shape(most["geometry"]).contains(shape(first["geometry"]))
+    assert main(["predict", str(files / "b.jpg"), *options]) == 0  # argmax has no regions
+    assert [f["geometry"]["type"] for f in json.loads(capsys.readouterr().out)["features"]] == ["Point"] * 2
 
 
 def test_a_calibrated_checkpoint_answers_by_its_posterior(files, checkpoint, capsys, tmp_path):
@@ -445,10 +461,12 @@ def test_too_few_images_to_calibrate_on(checkpoint, capsys):
 
 
 def test_maps_are_written(files, checkpoint, tmp_path, capsys):
-    one, many = tmp_path / "one.png", tmp_path / "many.png"
+    one, many, dense = (tmp_path / f"{name}.png" for name in ("one", "many", "dense"))
     assert main(["predict", str(files / "b.jpg"), "--checkpoint", checkpoint, "--map", str(one)]) == 0
+    options = ["--checkpoint", checkpoint, "--decision", "mode", "--map", str(dense)]
+    assert main(["predict", str(files / "b.jpg"), *options]) == 0
     assert main(["predict", str(files), "--checkpoint", checkpoint, "--map", str(many)]) == 1
-    for path in (one, many):
+    for path in (one, many, dense):
         with Image.open(path) as image:
             assert min(image.size) > 300
             assert len(image.convert("RGB").getcolors(1 << 20)) > 10

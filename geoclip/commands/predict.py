@@ -1,6 +1,7 @@
 """Say where photos were taken: best places, probability, nearest town, a link to a map."""
 
 import csv
+import functools
 import json
 import math
 import sys
@@ -17,18 +18,20 @@ from geoclip.commands import (
     read_gallery,
 )
 
-FORMATS = ("table", "json", "csv")
+FORMATS = ("table", "json", "csv", "geojson")
 COLUMNS = ["file", "rank", "lat", "lon", "probability", "town", "country", "town_km", "map"]
 COLUMNS += ["truth_lat", "truth_lon", "error_km"]
 MAP_SUFFIXES = (".png", ".pdf", ".svg")
 PROGRESS_FROM = 20  # photos
 LEVELS = (0.5, 0.9)  # probabilities of the regions
+DENSITY = "log₁₀ of the probability per km²"
 EPILOG = """
 Photos that cannot be used are listed on stderr with the reason; the others are answered, and the exit status
 is 1. If EXIF records where a photo was taken, the output shows that position and the error of each answer in
 km; the model never sees it. With --decision argmax, probabilities are shares of the gallery's places and are
 not calibrated. With another decision the answers are distinct places, 25 km apart, each with the probability
-of being within 25 km of it, and the output tells the areas that hold 50 and 90 % and the likely countries.
+of being within 25 km of it, and the output tells the areas that hold 50 and 90 % and the likely countries; json and
+geojson carry the outlines of these areas, and the map of a single photo draws them.
 """
 
 
@@ -71,7 +74,9 @@ def run(options) -> int:
     found = list(dict.fromkeys(found))
     model = load_model(options)
     prepare_gallery(model, options)
-    asked = model if options.index else decide(model, options, describe_posteriors)
+    outlined = options.format in ("json", "geojson") or (bool(options.map) and len(found) == 1)
+    describe = functools.partial(describe_posteriors, outlined=outlined)
+    asked = model if options.index else decide(model, options, describe)
     top_k = 1 if model.gallery is None else options.top_k
     progress = len(found) >= PROGRESS_FROM
     answers = predictor.answer(asked, found, top_k, options.ten_crop, batch_size=16, progress=progress)
@@ -93,7 +98,7 @@ def run(options) -> int:
         total = len(answered) + len(failed)
         print(f"geoclip: {len(failed)} of {total} photos could not be used", file=sys.stderr)
     if options.map and answered:
-        draw(model, answered, options)
+        draw(asked, answered, options)
     return 1 if failed else 0
 
 
@@ -169,21 +174,26 @@ def truth_of(path: Path) -> tuple[float, float] | None:
         return None
 
 
-def describe_posteriors(posterior) -> list[dict]:
-    """For each photo: regions that hold 50 and 90 % with their areas, and the five most probable countries."""
-    import pandas as pd
+def describe_posteriors(posterior, outlined: bool = False) -> list[dict]:
+    """For each photo: regions that hold 50 and 90 % with their areas, and the five most probable countries.
 
+    outlined: regions with their outlines too, as GeoJSON.
+    """
+    from shapely.geometry import mapping
+
+    from geoclip import regions
     from geoclip.datasets import geography
 
     areas = {level: posterior.region(level)[1].tolist() for level in LEVELS}
-    places, _ = posterior.drawn
-    countries, _ = geography.country_and_continent(places.flatten(0, 1).numpy())
+    shares = posterior.mass_by(lambda places: geography.country_and_continent(places)[0])
     described = []
-    for i, drawn in enumerate(countries.reshape(places.shape[:2])):
-        share = pd.Series(drawn).replace("", None).value_counts().head(5) / len(drawn)
-        regions = [{"probability": level, "area_km2": areas[level][i]} for level in LEVELS]
-        found = [{"country": country, "probability": mass} for country, mass in share.items()]
-        described.append({"regions": regions, "countries": found})
+    for i, share in enumerate(shares):
+        found = [{"probability": level, "area_km2": areas[level][i]} for level in LEVELS]
+        for region in found if outlined else ():
+            shape, pixel_km = regions.outline(posterior[i : i + 1], region["probability"])
+            region |= {"outline_pixel_km": round(pixel_km, 3), "geometry": mapping(shape)}
+        countries = [{"country": name, "probability": mass} for name, mass in list(share.items())[:5]]
+        described.append({"regions": found, "countries": countries})
     return described
 
 
@@ -204,9 +214,25 @@ def print_answers(answered: list[dict], failed: dict[str, str], style: str) -> N
             for photo in answered
         ]
         print(json.dumps({"photos": found, "failed": listed}, indent=2, ensure_ascii=False))
+    elif style == "geojson":
+        features = [feature for photo in answered for feature in as_features(photo)]
+        print(json.dumps({"type": "FeatureCollection", "features": features}, ensure_ascii=False))
     elif answered:
         for photo in answered:
             print(f"{photo['file']}\n{as_text(photo)}\n")
+
+
+def as_features(photo: dict) -> list[dict]:
+    """The answers for one photo as features of GeoJSON: its regions, then its places."""
+    places = [
+        place | {"geometry": {"type": "Point", "coordinates": [place["lon"], place["lat"]]}}
+        for place in photo["places"]
+    ]
+    features = []
+    for found in [*photo.get("regions", ()), *places]:
+        about = {"file": photo["file"]} | {name: value for name, value in found.items() if name != "geometry"}
+        features.append({"type": "Feature", "geometry": found["geometry"], "properties": about})
+    return features
 
 
 def as_text(photo: dict) -> str:
@@ -233,10 +259,12 @@ def as_text(photo: dict) -> str:
 
 
 def draw(model, answered: list[dict], options) -> None:
-    """One photo: a similarity map and its places. Several: the best place of each, and arcs to the truth."""
+    """One photo: a map of the similarity, or of the posterior and its regions, and the places. Several: the best
+    place of each, and arcs to the truth."""
     import torch
+    from shapely.geometry import shape
 
-    from geoclip import gallery, maps, paths
+    from geoclip import gallery, maps, paths, regions
 
     source = model_name(options.checkpoint) if model.gallery is None else model.gallery.source
     figure = maps.figure(data=maps.plain(f"answers from {source}"))
@@ -246,10 +274,17 @@ def draw(model, answered: list[dict], options) -> None:
         [photo] = answered
         axes = maps.earth_axes(figure, title=maps.plain(Path(photo["file"]).name), filled=False)
         pixels = maps.grid(axes, 300)
-        query = model.encode_views(model.views(photo["file"], options.ten_crop)[None])[0]
-        places = gallery.embed(model.location_encoder, torch.as_tensor(pixels.latlon).float())
-        top_k = [(place["lat"], place["lon"]) for place in photo["places"]]
-        maps.similarity(axes, pixels, (places @ query.detach()).cpu(), top_k=top_k, truth=photo["truth"])
+        latlon, views = torch.as_tensor(pixels.latlon), model.views(photo["file"], options.ten_crop)[None]
+        shown = {"top_k": [(place["lat"], place["lon"]) for place in photo["places"]]}
+        if "regions" in photo:
+            density = regions.widened(model.posterior(views), pixels.width_km).log_density(latlon[None])[0]
+            outlines = {f"{r['probability']:.0%}": shape(r["geometry"]) for r in photo["regions"]}
+            values, top = density / math.log(10), density.max().item() / math.log(10)
+            shown |= {"regions": outlines, "label": DENSITY, "limits": (top - 6, top)}
+        else:
+            query = model.encode_views(views)[0].detach()
+            values = (gallery.embed(model.location_encoder, latlon.float()) @ query).cpu()
+        maps.similarity(axes, pixels, values, truth=photo["truth"], **shown)
     else:
         axes = maps.earth_axes(figure, title=f"Best place of each photo ({len(best)})")
         maps.points(axes, best, "answer", size=14)
