@@ -6,7 +6,7 @@ They are fitted by maximum likelihood on images with known places that the model
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,36 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geoclip import earth, evaluation, paths
-from geoclip.model import GeoCLIP
-from geoclip.posterior import Places, Posterior, log_kernel
+from geoclip.kernels import log_kernel
+from geoclip.posterior import Places, Posterior
 
+FALSE_ALARMS = 0.05  # share of familiar images that may be called unlike all training images
 APART_KM = 25.0  # least distance between the places of one answer
 
 # The grid of the fit, in steps of √2.
 TEMPERATURES = tuple(2.0 ** (step / 2) for step in range(-6, 7))
 KERNELS_KM = tuple(2.0 ** (step / 2) for step in range(2, 19))
 BACKGROUNDS = tuple(2.0 ** (step / 2) for step in range(-20, 0))
+
+
+@dataclass(frozen=True)
+class NeighbourFit:
+    """How training images enter the logits, and when an image is unlike all of them.
+
+    Args:
+        features: Name and hash of the features of the training images.
+        gallery_temperature: Divides the logits of the gallery before the neighbours are added.
+        temperature, kernel_km: Of the neighbours' own density, as in Calibration.
+        least: 100 × the cosine with the nearest training image, below which an image is unlike all of them.
+        false_alarms: Share of the images that it was fitted on that are below `least`.
+    """
+
+    features: str
+    gallery_temperature: float
+    temperature: float
+    kernel_km: float
+    least: float
+    false_alarms: float = FALSE_ALARMS
 
 
 @dataclass(frozen=True)
@@ -41,6 +62,8 @@ class Calibration:
         nats: Mean log density of their true places, in nats per km².
         within: What the posterior says of being within 25 km of its mode, in increasing order, and
         found: how often that was so (isotonic regression).
+        prior: As in Places.posterior.
+        neighbours: With training images as a second gallery, what `fused` adds to the logits.
     """
 
     temperature: float = 1.0
@@ -51,6 +74,8 @@ class Calibration:
     nats: float | None = None
     within: tuple[float, ...] = ()
     found: tuple[float, ...] = ()
+    prior: str = "gallery"
+    neighbours: NeighbourFit | None = None
 
     def __post_init__(self):
         positive = 0 < self.temperature < math.inf and 0 < self.kernel_km < math.inf
@@ -70,24 +95,26 @@ class Calibration:
 
     def posterior(self, places: Places, logits: Float[Tensor, "n m"]) -> Posterior:
         """The posteriors of n images from the logits of all places."""
-        return places.posterior(logits, self.kernel_km, self.temperature, self.background)
+        return places.posterior(logits, self.kernel_km, self.temperature, self.background, self.prior)
 
     def save(self, checkpoint: Path | str) -> Path:
-        """Write it beside a checkpoint, as NAME.calibration.json."""
-        path = beside(checkpoint)
+        """Write it beside a checkpoint, see `beside`."""
+        path = beside(checkpoint, self.neighbours is not None)
         with paths.atomic(path) as temporary:
             temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
         return path
 
     @classmethod
-    def load(cls, checkpoint: Path | str) -> "Calibration":
+    def load(cls, checkpoint: Path | str, neighbours: bool = False) -> "Calibration":
         """Read the calibration of a checkpoint; the default if there is none. Raises ValueError for another file."""
-        path = beside(checkpoint)
+        path = beside(checkpoint, neighbours)
         if not path.is_file():
             return cls()
         try:
             values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             values |= {name: tuple(values.get(name, ())) for name in ("within", "found")}
+            if values.get("neighbours"):
+                values["neighbours"] = NeighbourFit(**values["neighbours"])
             return cls(**values)
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(
@@ -95,73 +122,36 @@ class Calibration:
             ) from error
 
 
-def beside(checkpoint: Path | str) -> Path:
-    """The file of a checkpoint's calibration."""
-    return Path(checkpoint).with_suffix(".calibration.json")
-
-
-class Decider:
-    """A GeoCLIP model that answers by a decision on its posterior; a predictor.Model.
-
-    decision: as in Posterior.answer. describe: called with the posteriors of each batch; what it returns for
-    each photo is kept in `described`, in the order of the photos that could be read.
-    """
-
-    def __init__(
-        self,
-        model: GeoCLIP,
-        decision: str,
-        calibration: Calibration,
-        describe: Callable[[Posterior], list[dict]] | None = None,
-    ):
-        if model.gallery is None:
-            raise ValueError("the model has no gallery; give it one with use_gallery(Gallery(latlon))")
-        self.model, self.decision, self.calibration, self.describe = model, decision, calibration, describe
-        self.views = model.views
-        self.gallery = model.gallery
-        self.places = Places(model.gallery.latlon)
-        self.described: list[dict] = []
-
-    @torch.inference_mode()
-    def posterior(self, query: Float[Tensor, "n d"] | Float[Tensor, "n v c h w"]) -> Posterior:
-        """The posteriors of n images. query: as in GeoCLIP.locate."""
-        return self.calibration.posterior(self.places, self.model.scores(query).cpu())
-
-    @torch.inference_mode()
-    def locate(
-        self, query: Float[Tensor, "n d"] | Float[Tensor, "n v c h w"], k: int = 1
-    ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
-        """The k best places that are 25 km apart, and the probability of being within 25 km of each.
-
-        query: as in GeoCLIP.locate. Where a posterior has fewer such places, the rest is NaN.
-        """
-        posterior = self.posterior(query)
-        latlon = posterior.answers(self.decision, k, APART_KM)
-        mass = self.calibration.hit_rate(posterior.mass_within(latlon.nan_to_num(), APART_KM))
-        if self.describe:
-            self.described += self.describe(posterior)
-        return latlon, mass.masked_fill(latlon.isnan().any(-1), math.nan)
+def beside(checkpoint: Path | str, neighbours: bool = False) -> Path:
+    """The file of a checkpoint's calibration: NAME.calibration.json, or NAME.neighbours.json for that with neighbours."""
+    return Path(checkpoint).with_suffix(".neighbours.json" if neighbours else ".calibration.json")
 
 
 @torch.inference_mode()
 def fit(
-    logits: Iterable[Float[Tensor, "_ m"]], truth: Float[Tensor, "n 2"], places: Places, fitted_on: str
+    logits: Iterable[Float[Tensor, "_ m"]],
+    truth: Float[Tensor, "n 2"],
+    places: Places,
+    fitted_on: str,
+    prior: str = "gallery",
 ) -> Calibration:
-    """The calibration under which `truth` is most likely, on a grid in steps of √2.
+    """The calibration under which `truth` is most likely, on a grid in steps of √2. prior: as in Places.posterior.
 
     logits: of all gallery places, in batches of images in the order of `truth`. Gallery places that are true
     places of these images, to 1 m, are left out, because a gallery does not hold the places of new images.
     """
     known = evaluation.leaked(places.latlon, truth)
-    share = torch.bincount(places.cell[~known], minlength=len(places.centre)).double()
+    share, counts = places.share(prior, ~known), places.counts(prior).log().float()
     vectors = iter(earth.unit_sphere(truth.double()))
     likelihood, background = [], []
     for batch in logits:
         for scores, vector in zip(batch.masked_fill(known, -math.inf), vectors, strict=False):
-            likelihood.append(_densities(scores, (1 - places.xyz @ vector).clamp_min(0).float()))
+            h = (1 - places.xyz @ vector).clamp_min(0).float()
+            likelihood.append(_densities(scores, h, counts))
             around = log_kernel(1 - places.centre @ vector, places.wide_km(KERNELS_KM[0])).exp()
-            background.append((around * share).sum() / share.sum())
-    return _most_likely(torch.stack(likelihood), torch.stack(background), fitted_on)
+            background.append((around * share).sum())
+    fitted = _most_likely(torch.stack(likelihood), torch.stack(background), fitted_on)
+    return dataclasses.replace(fitted, prior=prior)
 
 
 @torch.inference_mode()
@@ -175,9 +165,11 @@ def fit_neighbours(
     return _most_likely(torch.stack(likelihood), uniform, fitted_on)
 
 
-def _densities(logits: Float[Tensor, " m"], h: Float[Tensor, " m"]) -> Float[Tensor, "t k"]:
+def _densities(
+    logits: Float[Tensor, " m"], h: Float[Tensor, " m"], log_count: Tensor | float = 0.0
+) -> Float[Tensor, "t k"]:
     """Density per km² at a place where 1 − cos of the places' distances is h, by temperature and kernel."""
-    weight = torch.stack([(logits / temperature).softmax(0) for temperature in TEMPERATURES])
+    weight = torch.stack([(logits / temperature + log_count).softmax(0) for temperature in TEMPERATURES])
     return (weight @ torch.stack([log_kernel(h, km).exp() for km in KERNELS_KM], 1)).double()
 
 
@@ -199,6 +191,20 @@ def with_hit_rate(fitted: Calibration, mass: Float[Tensor, " n"], hit: Bool[Tens
     regression = IsotonicRegression(y_min=0, y_max=1).fit(mass.double(), hit.double())
     within, found = (tuple(knots.tolist()) for knots in (regression.X_thresholds_, regression.y_thresholds_))
     return dataclasses.replace(fitted, within=within, found=found)
+
+
+@torch.inference_mode()
+def with_hits(
+    fitted: Calibration, logits: Iterable[Float[Tensor, "_ m"]], truth: Float[Tensor, "n 2"], places: Places
+) -> Calibration:
+    """`with_hit_rate`, of the modes of the posteriors of n images with known places. logits: as in `fit`."""
+    found = []
+    for batch in logits:
+        posterior = fitted.posterior(places, batch)
+        mode = posterior.answer("mode")
+        found.append((mode, posterior.mass_within(mode, APART_KM)))
+    mode, mass = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return with_hit_rate(fitted, mass, earth.haversine_km(mode, truth) <= APART_KM)
 
 
 def calibration_error(mass: Float[Tensor, " n"], hit: Bool[Tensor, " n"], bins: int = 15) -> float:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geoclip import earth
-from geoclip.posterior import GEOSCORE_SCALE_KM
+from geoclip.kernels import GEOSCORE_SCALE_KM
 
 # Street, city, region, country, continent (paper, section 4.1).
 THRESHOLDS_KM = (1, 25, 200, 750, 2500)

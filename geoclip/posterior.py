@@ -22,15 +22,12 @@ from torch.nn.functional import normalize
 
 from geoclip import earth
 from geoclip.earth import EARTH_RADIUS_KM
+from geoclip.kernels import Profile, density, log_kernel, table
 
-GEOSCORE_SCALE_KM = 1492.7  # geoscore = 5000 exp(−d / 1492.7 km)
-KNOTS, NODES = 4096, 96  # of a table of U: distances, and points of the quadrature at each
 PAIRS = 1 << 17  # pairs of a place and a kernel that are computed at once; they fit in a CPU's cache
 HEAVIEST, STARTS, ASCENTS, STEPS = 512, 128, 4, 12  # of a search, see _search
+CROWD_KM = 25.0  # a prior that is divided out counts the places within this distance
 DRAWS = 256  # places drawn from each posterior, for regions and entropy
-
-# h = 1 − cos d → (U, −dU / dh), in float32
-Profile = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Layer(NamedTuple):
@@ -112,7 +109,7 @@ class Posterior:
     def _profiles(self, decision: str) -> list[Profile]:
         rule, _, km = decision.partition(":")
         if decision == "mode":
-            return [_density(layer.kernel_km) for layer in self.layers]
+            return [density(layer.kernel_km) for layer in self.layers]
         if decision in ("median", "geoscore"):
             return self._tables("distance" if decision == "median" else decision)
         if rule == "disc" and km.replace(".", "", 1).isdecimal() and float(km) > 0:
@@ -137,7 +134,7 @@ class Posterior:
         angle = 2 * math.pi * turn
         centre = earth.from_unit_sphere(_take(xyz, chosen))
         places = earth.destination(centre, distance * angle.sin(), distance * angle.cos())
-        profiles = [_density(layer.kernel_km) for layer in self.layers]
+        profiles = [density(layer.kernel_km) for layer in self.layers]
         return places, self._at(places, lambda vector, layers: _utility(vector, layers, profiles)[0]).log()
 
     @property
@@ -156,10 +153,10 @@ class Posterior:
         """
         if not 0 < level < 1:
             raise ValueError(f"the level of a region must be in (0, 1), got {level}")
-        density = self.drawn[1]
-        least = density.quantile(1 - level, dim=1)
+        log_density = self.drawn[1]
+        least = log_density.quantile(1 - level, dim=1)
         # the area is ∫ 1 = E[1 / density] over the region
-        return least, torch.where(density >= least[:, None], (-density).exp(), 0).mean(1)
+        return least, torch.where(log_density >= least[:, None], (-log_density).exp(), 0).mean(1)
 
     def mass_by(self, label: Callable[[np.ndarray], np.ndarray]) -> list[dict[str, float]]:
         """Probability of areas, such as countries, by name, for each image, the largest first; from draws.
@@ -171,7 +168,7 @@ class Posterior:
         return [{name: n / DRAWS for name, n in row if name is not None} for row in counted]
 
     def _tables(self, utility: str, km: float = 0.0) -> list[Profile]:
-        return [_table(utility, km, layer.kernel_km) for layer in self.layers]
+        return [table(utility, km, layer.kernel_km) for layer in self.layers]
 
     def _expected(self, latlon: Tensor, utility: str, km: float = 0.0) -> Tensor:
         profiles = self._tables(utility, km)
@@ -232,7 +229,26 @@ class Places:
         self.cell: Int[Tensor, " m"] = torch.unique(row * 1e6 + column, return_inverse=True)[1]
         total = torch.zeros(int(self.cell.max()) + 1, 3, dtype=torch.double)
         self.centre = normalize(total.index_add_(0, self.cell, self.xyz), dim=-1)
-        self.share = torch.bincount(self.cell).double() / len(self.latlon)
+
+    @functools.cached_property
+    def crowd(self) -> Float[Tensor, " m"]:
+        """Number of places within CROWD_KM of each, itself among them."""
+        from scipy.spatial import KDTree
+
+        tree, chord = KDTree(self.xyz), 2 * math.sin(CROWD_KM / EARTH_RADIUS_KM / 2)
+        return torch.from_numpy(tree.query_ball_point(self.xyz, chord, return_length=True)).double()
+
+    def counts(self, prior: str) -> Float[Tensor, " m"]:
+        """What each place counts before an image is seen, see `posterior`. Raises ValueError for another prior."""
+        if prior not in ("gallery", "divided"):
+            raise ValueError(f"the prior {prior!r} is not gallery or divided")
+        return 1 / self.crowd if prior == "divided" else torch.ones(len(self.xyz), dtype=torch.double)
+
+    def share(self, prior: str = "gallery", keep: Tensor | None = None) -> Float[Tensor, " c"]:
+        """Share of each cell before an image is seen; keep: a mask of the places that count."""
+        counts = self.counts(prior) if keep is None else self.counts(prior) * keep
+        share = torch.zeros(len(self.centre), dtype=torch.double).index_add_(0, self.cell, counts)
+        return share / share.sum()
 
     def posterior(
         self,
@@ -240,22 +256,27 @@ class Places:
         kernel_km: float,
         temperature: float = 1.0,
         background: float = 0.0,
+        prior: str = "gallery",
     ) -> Posterior:
         """The posteriors of n images from the logits, cosine × e^s, of all places.
 
         temperature: divides the logits. kernel_km: standard deviation of each place's kernel, in each
-        direction. background: share of the gallery's own density, pooled in cells. Raises ValueError as
-        Posterior.at does.
+        direction. background: share of the gallery's own density, pooled in cells. prior: "gallery" expects
+        images where the gallery has many places; "divided" divides by their number within 25 km, so that
+        images are expected evenly over the land that the gallery covers. Raises ValueError as Posterior.at does.
         """
         if logits.shape[1] != len(self.xyz):
             raise ValueError(f"{logits.shape[1]} scores for {len(self.xyz)} places")
         _check_positive(temperature=temperature, kernel_km=kernel_km)
-        weight = _softmax(logits / temperature, torch.float)
+        scaled = logits / temperature
+        if prior != "gallery":
+            scaled = scaled + self.counts(prior).log().float()
+        weight = _softmax(scaled, torch.float)
         kept, index = weight.topk(min(self.keep, len(self.xyz)), dim=1)
         pooled = torch.zeros(len(weight), len(self.centre)).index_add_(1, self.cell, weight)
         pooled = pooled.scatter_add_(1, self.cell[index], -kept).clamp_min(0).double()
         total = kept.double().sum(1, keepdim=True) + pooled.sum(1, keepdim=True)
-        pooled = (1 - background) * pooled / total + background * self.share
+        pooled = (1 - background) * pooled / total + background * self.share(prior)
         near = Layer(self.xyz[index], (1 - background) * kept / total, kernel_km)
         return Posterior([near, Layer(self.centre[None], pooled, self.wide_km(kernel_km))])
 
@@ -277,66 +298,6 @@ def _softmax(logits: Tensor, dtype: torch.dtype = torch.double) -> Tensor:
             "the scores are NaN or infinite: the model's weights or the image's values are damaged"
         )
     return (logits - top).to(dtype).softmax(-1)
-
-
-def log_kernel(h: Tensor, kernel_km: float) -> Tensor:
-    """Log density of the kernel per km² where 1 − cos of the distance is h."""
-    kappa = (EARTH_RADIUS_KM / kernel_km) ** 2
-    return -kappa * h - math.log(-math.expm1(-2 * kappa) * 2 * math.pi * kernel_km**2)
-
-
-def _density(kernel_km: float) -> Profile:
-    """The kernel itself: its expectation is the density."""
-    kappa = (EARTH_RADIUS_KM / kernel_km) ** 2
-
-    def profile(h):
-        value = log_kernel(h.float(), kernel_km).exp_()
-        return value, kappa * value
-
-    return profile
-
-
-@functools.lru_cache(maxsize=64)
-def _table(utility: str, km: float, kernel_km: float) -> Profile:
-    """A utility of the distance d, smoothed by the kernel: tabulated over the chord, linear in h between knots.
-
-    utility: "disc" (1 within `km`, else 0), "distance" (−d) or "geoscore".
-    """
-    from scipy.special import i0e
-
-    kappa, radius = (EARTH_RADIUS_KM / kernel_km) ** 2, min(km / EARTH_RADIUS_KM, math.pi)
-    reach = 9 * kernel_km / EARTH_RADIUS_KM
-    varies = (max(0, radius - reach), min(math.pi, radius + reach)) if utility == "disc" else (0, math.pi)
-    chord = 2 * np.linspace(math.sin(varies[0] / 2), math.sin(varies[1] / 2), KNOTS)
-    delta = 2 * np.arcsin(np.clip(chord / 2, 0, 1))[:, None]
-    # A kernel at the distance δ has at the distance θ, all around, the density
-    # κ / (1 − e^(−2κ)) · exp(κ (cos(θ − δ) − 1)) · e^(−z) I₀(z) · sin θ, with z = κ sin θ sin δ.
-    start, end = np.maximum(0, delta - reach), np.minimum(math.pi, delta + reach)
-    if utility == "disc":
-        end = np.clip(radius, start, end)
-    nodes, weights = np.polynomial.legendre.leggauss(NODES)
-    theta = start + (end - start) * (nodes + 1) / 2
-    density = kappa / -math.expm1(-2 * kappa) * np.exp(-2 * kappa * np.sin((theta - delta) / 2) ** 2)
-    density *= i0e(kappa * np.sin(theta) * np.sin(delta)) * np.sin(theta)
-    d = theta * EARTH_RADIUS_KM
-    worth = {"disc": np.ones_like(d), "distance": -d, "geoscore": 5000 * np.exp(-d / GEOSCORE_SCALE_KM)}[
-        utility
-    ]
-    value = (density * worth * weights).sum(1) * (end - start)[:, 0] / 2
-    knots_h = chord**2 / 2
-    fall = -np.diff(value) / np.diff(knots_h)
-    # from entry 1 on, U = base − fall · h after each knot; the first and the last entry are constant
-    base = np.concatenate([value[:1], value[:-1] + fall * knots_h[:-1], value[-1:]])
-    base, fall = (torch.from_numpy(column).float() for column in (base, np.pad(fall, 1)))
-    per = (KNOTS - 1) / (chord[-1] - chord[0])
-
-    def profile(h):
-        h = h.clamp_min(0).float()
-        entry = (2 * h).sqrt_().sub_(chord[0]).mul_(per).add_(1).clamp_(0, KNOTS).int()
-        slope = fall[entry]
-        return base[entry] - slope * h, slope
-
-    return profile
 
 
 def _utility(vector: Tensor, layers: list[Layer], profiles: list[Profile]) -> tuple[Tensor, Tensor]:

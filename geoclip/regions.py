@@ -8,7 +8,8 @@ import shapely
 import torch
 
 from geoclip import earth
-from geoclip.posterior import HEAVIEST, Posterior, heaviest, log_kernel
+from geoclip.kernels import log_kernel
+from geoclip.posterior import HEAVIEST, Posterior, heaviest
 
 PIXELS_ACROSS = 64  # pixels on the side of a square as large as the region
 REACH = 7  # standard deviations of a kernel
@@ -48,7 +49,7 @@ def _contour(posterior: Posterior, least: float, pixel_km: float) -> shapely.Mul
     columns = max(16, math.ceil(360 / degrees * max(np.cos(np.deg2rad(seeds[:, 0])).mean(), 0.01)))
     step = np.array([180 / rows, 360 / columns])
     around = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), -1).reshape(-1, 2)
-    near, nodes = ((seeds + [90, 180]) / step).round().astype(int), np.empty((0, 2), int)
+    near, nodes = ((seeds + np.array([90, 180])) / step).round().astype(int), np.empty((0, 2), int)
     values = np.empty(0)
     while True:
         near = (near[:, None] + around).reshape(-1, 2)

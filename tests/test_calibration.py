@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 
@@ -5,7 +6,8 @@ import pytest
 import torch
 
 from geoclip import calibration, earth
-from geoclip.calibration import Calibration
+from geoclip.calibration import Calibration, NeighbourFit
+from geoclip.decider import Decider
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
@@ -60,6 +62,9 @@ def test_a_calibration_is_kept_beside_its_checkpoint(tmp_path):
     fitted = Calibration(0.5, 4.0, 0.1, "400 tiles", 400, -8.7)
     assert fitted.save(checkpoint).name == "last.calibration.json"
     assert Calibration.load(checkpoint) == fitted
+    near = dataclasses.replace(fitted, neighbours=NeighbourFit("mine, 0", 0.5, 1.0, 8.0, 61.0))
+    assert near.save(checkpoint).name == "last.neighbours.json"
+    assert Calibration.load(checkpoint, True) == near and Calibration.load(checkpoint) == fitted
 
 
 @pytest.mark.parametrize(
@@ -92,7 +97,7 @@ def test_a_decider_answers_with_distinct_places_and_their_probability():
     locations = LocationEncoder(LocationEncoderConfig((1.0,), 8, 16, 1, 8), generator)
     places = torch.tensor([[0.0, 0.0], [0.0, 0.1], [40.0, 5.0], [-40.0, 5.0]])
     model = GeoCLIP(images, locations, Gallery(places)).eval()
-    decider = calibration.Decider(
+    decider = Decider(
         model, "mode", Calibration(kernel_km=10.0), lambda p: [{"entropy": e} for e in p.entropy.tolist()]
     )
     query = model.encode_places(torch.tensor([[40.0, 5.0], [0.0, 0.0]])).detach()

@@ -233,6 +233,18 @@ def test_the_background_is_the_gallerys_own_density():
     assert mass == pytest.approx(0.4 / 4, abs=1e-6)
 
 
+def test_a_divided_prior_counts_land_and_not_places():
+    crowd = [[0.0, 0.001 * i] for i in range(9)]
+    places, logits = Places(torch.tensor([*crowd, [0.0, 90.0]])), torch.zeros(1, 10)
+    assert places.crowd.tolist() == [9] * 9 + [1]
+    for prior, share in (("gallery", 0.1), ("divided", 0.5)):
+        posterior = places.posterior(logits, 5.0, background=0.2, prior=prior)
+        mass = posterior.mass_within(torch.tensor([[0.0, 90.0]]), 2000).item()
+        assert mass == pytest.approx(share, abs=1e-6)
+    with pytest.raises(ValueError, match="'even' is not gallery or divided"):
+        places.posterior(logits, 5.0, prior="even")
+
+
 def test_what_is_refused():
     places = torch.zeros(2, 2)
     with pytest.raises(ValueError, match="NaN or infinite"):

@@ -455,6 +455,45 @@ def test_a_calibrated_checkpoint_answers_by_its_posterior(files, checkpoint, cap
     assert "last.calibration.json is not a calibration" in capsys.readouterr().err
 
 
+def test_training_features_enter_the_posterior_and_tell_unfamiliar_photos(
+    files, checkpoint, capsys, tmp_path
+):
+    own = tmp_path / "last.ckpt"
+    shutil.copy(checkpoint, own)
+    (tmp_path / "result.json").write_text("{}")
+    for name, start in (("train", 0), ("mine", 100)):
+        for i in range(start, start + 60):
+            save(tmp_path / f"{i}.png", i)
+        rows = [f"{i}.png,{i % 60 - 30},{2 * (i % 60)}" for i in range(start, start + 60)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["file,lat,lon", *rows]))
+    train, features = str(tmp_path / "train.csv"), str(tmp_path / "features")
+    options = ["--checkpoint", str(own), "--neighbours", features]
+    asked = ["predict", str(files / "b.jpg"), "--format", "json"]
+    assert (
+        main(["embed", train, "--out", features, "--checkpoint", str(own), "--views", "1", "--workers", "0"])
+        == 0
+    )
+    assert main([*asked, *options]) == 2
+    assert "fit them first, with `calibrate --neighbours`" in capsys.readouterr().err
+    assert main(["calibrate", *options, "--csv", str(tmp_path / "mine.csv")]) == 0
+    assert "last.neighbours.json" in capsys.readouterr().out
+    assert main([*asked, *options]) == 0
+    [photo] = json.loads(capsys.readouterr().out)["photos"]
+    assert photo["unfamiliar"] is False
+    fitted = json.loads((tmp_path / "last.neighbours.json").read_text())
+    fitted["neighbours"]["least"] = 101.0  # more than any cosine
+    (tmp_path / "last.neighbours.json").write_text(json.dumps(fitted))
+    assert main([*asked[:2], *options]) == 0
+    printed = capsys.readouterr().out
+    assert "far from anything it was trained on" in printed and "5% of photos like those" in printed
+    assert main([*asked[:2], "--checkpoint", str(own)]) == 0
+    assert "is not known without --neighbours" in capsys.readouterr().out
+    fitted["neighbours"]["features"] = "other, 0"
+    (tmp_path / "last.neighbours.json").write_text(json.dumps(fitted))
+    assert main([*asked, *options]) == 2
+    assert "but `calibrate` was given other, 0" in capsys.readouterr().err
+
+
 def test_too_few_images_to_calibrate_on(checkpoint, capsys):
     assert main(["calibrate", "--checkpoint", checkpoint]) == 2
     assert "20 images are too few to fit a calibration on" in capsys.readouterr().err

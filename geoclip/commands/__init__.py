@@ -34,24 +34,94 @@ def add_model_options(parser, precision: str) -> None:
         "(the most probability within KM), median (least expected distance) or geoscore; default: mode for a "
         "checkpoint that `calibrate` has calibrated, else argmax",
     )
+    parser.add_argument(
+        "--neighbours",
+        help="features of the training images (`embed`), as given to `calibrate --neighbours`: they enter the "
+        "posterior, and tell photos that are unlike all of them",
+    )
 
 
 def decide(model, options, describe=None):
     """The model, or a Decider that answers by --decision. Raises ValueError for a model without a gallery.
 
-    A calibration holds for the checkpoint's own gallery; with another one nothing is calibrated.
+    A calibration holds for the checkpoint's own, whole gallery; with another one nothing is calibrated.
     """
-    from geoclip.calibration import Calibration, Decider
+    from geoclip.calibration import Calibration, beside
+    from geoclip.decider import Decider
 
-    own = options.checkpoint and options.gallery in (None, "own")
-    found = Calibration.load(options.checkpoint) if own else Calibration()
+    found = Calibration()
+    if options.checkpoint and options.gallery in (None, "own"):
+        found = Calibration.load(options.checkpoint, bool(options.neighbours))
+        if getattr(options, "gallery_size", None) and found.fitted_on:
+            print("geoclip: not calibrated: the calibration is of the whole gallery", file=sys.stderr)
+            found = Calibration()
     if options.decision is None:
         options.decision = "mode" if found.fitted_on and model.gallery is not None else "argmax"
+    if options.neighbours and (options.decision == "argmax" or found.neighbours is None):
+        raise ValueError(
+            "--neighbours: fit them first, with `calibrate --neighbours`, for the checkpoint's own whole gallery, "
+            f"and answer by a decision on the posterior ({beside(options.checkpoint or 'last.ckpt', True).name})"
+        )
     if options.decision == "argmax":
         return model
     if model.gallery is None:
         raise ValueError(f"--decision: {options.checkpoint} is a baseline, which has no posterior")
-    return Decider(model, options.decision, found, describe)
+    neighbours = None
+    if found.neighbours is not None:
+        neighbours, name = read_neighbours(options.neighbours, model)
+        if name != found.neighbours.features:
+            raise ValueError(
+                f"--neighbours: {options.neighbours} holds features of {name}, but `calibrate` was given "
+                f"{found.neighbours.features}"
+            )
+    return Decider(model, options.decision, found, describe, neighbours)
+
+
+def read_neighbours(folder: str, model):
+    """The Neighbours of a feature folder, by its first views, and the folder's name and hash.
+
+    Raises as FeatureData does, and ValueError if another tower made the features.
+    """
+    from geoclip.datasets.features import FeatureData
+    from geoclip.image_encoder import tower_hash
+    from geoclip.neighbours import Neighbours
+
+    encoder = model.image_encoder
+    data = FeatureData(folder, encoder.config)
+    if encoder.tower is not None and data.info.tower_hash != tower_hash(encoder.tower):
+        raise ValueError(
+            f"{folder} holds features of another tower than the checkpoint's; embed again with it"
+        )
+    return Neighbours(data.tensor()[:, 0].float(), data.latlon), f"{data.info.source}, {data.info.data}"
+
+
+def load_tiles_model(options):
+    """The module of a checkpoint trained on the embedded tiles, and what answers for it, see load_model.
+
+    Raises ValueError if it was not trained on them.
+    """
+    import torch
+
+    from geoclip import baselines
+
+    note_unfinished(options.checkpoint)
+    module = baselines.load(options.checkpoint)
+    if module.config.data != "blue_marble":
+        raise ValueError(
+            f"{options.checkpoint} was not trained on the embedded data; give --benchmark or --csv"
+        )
+    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    if not hasattr(module.model, "scores"):  # a baseline
+        return module, module
+    module.model.image_encoder.use_precision(options.precision)
+    return module, module.model
+
+
+def note_unfinished(checkpoint: str) -> None:
+    """Say on stderr if the training run of a checkpoint has not finished."""
+    last = Path(checkpoint).resolve()
+    if last.name == "last.ckpt" and not last.with_name("result.json").is_file():
+        print(f"geoclip: the training run in {last.parent} has not finished", file=sys.stderr)
 
 
 def load_model(options):
@@ -67,9 +137,7 @@ def load_model(options):
     path = options.checkpoint
     if not path:
         return GeoCLIP.pretrained(options.clip_weights, options.precision)
-    last = Path(path).resolve()
-    if last.name == "last.ckpt" and not last.with_name("result.json").is_file():
-        print(f"geoclip: the training run in {last.parent} has not finished", file=sys.stderr)
+    note_unfinished(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     checkpoint = checkpoints.read_checkpoint(path)
     if checkpoint["geoclip_config"].get("model", "geoclip") == "geoclip":

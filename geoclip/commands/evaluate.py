@@ -11,6 +11,7 @@ from geoclip.commands import (
     add_model_options,
     decide,
     load_model,
+    load_tiles_model,
     model_name,
     read_gallery,
 )
@@ -149,15 +150,10 @@ def score_tiles(options):
     import torch
     from tqdm import tqdm
 
-    from geoclip import baselines, evaluation
+    from geoclip import evaluation
     from geoclip.datasets import blue_marble
 
-    module = baselines.load(options.checkpoint)
-    if module.config.data != "blue_marble":
-        raise ValueError(
-            f"{options.checkpoint} was not trained on the embedded data; give --benchmark or --csv"
-        )
-    model = load_model(options)
+    module, model = load_tiles_model(options)
     gallery = choose_gallery(options, model)
     model = decide(model, options)
     from_places = model.gallery is not None
@@ -177,7 +173,7 @@ def describe(options, data: str, split: str, gallery: str) -> dict[str, object]:
     """The columns that tell what was evaluated."""
     model = "coordinates only" if options.coordinates_only else model_name(options.checkpoint)
     if options.decision and options.decision != "argmax":
-        model = f"{model}, {options.decision}"
+        model = f"{model}, {options.decision}{', neighbours' if options.neighbours else ''}"
     crops = 10 if options.ten_crop else 1
     about = {"data": data, "split": split, "model": model, "crops": crops}
     return about | {"seed": options.seed, "gallery": gallery}

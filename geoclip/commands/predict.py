@@ -92,6 +92,8 @@ def run(options) -> int:
         shares = f"shares of the gallery ({model.gallery.source}) and are not calibrated"
         within = shares if asked is model else f"those of being within 25 km, {asked.calibration.status}"
         print(f"Probabilities are {within}.")
+        if asked is not model:
+            print(familiarity(asked.calibration.neighbours))
     for name, reason in failed.items():
         print(f"geoclip: {name}: {reason}", file=sys.stderr)
     if failed:
@@ -197,6 +199,15 @@ def describe_posteriors(posterior, outlined: bool = False) -> list[dict]:
     return described
 
 
+def familiarity(neighbours) -> str:
+    """What "far from anything it was trained on" means, or that it is not known."""
+    if neighbours is None:
+        return "Whether a photo is far from anything it was trained on is not known without --neighbours."
+    return (
+        f"{neighbours.false_alarms:.0%} of photos like those are called far from anything it was trained on."
+    )
+
+
 def print_answers(answered: list[dict], failed: dict[str, str], style: str) -> None:
     """Write the answers to stdout."""
     if style == "csv":
@@ -252,6 +263,8 @@ def as_text(photo: dict) -> str:
     text = tabulate(rows, headers="keys", disable_numparse=True)
     for region in photo.get("regions", ()):
         text += f"\n{region['probability']:.0%} within a region of {region['area_km2']:,.0f} km²"
+    if photo.get("unfamiliar"):
+        text += "\nfar from anything it was trained on"
     if photo.get("countries"):
         text += "\n" + ", ".join(f"{c['country']} {c['probability']:.0%}" for c in photo["countries"])
     truth = "\n  EXIF says {:.4f}, {:.4f}".format(*photo["truth"]) if photo["truth"] else ""

@@ -1,6 +1,5 @@
 """Better answers from the same weights: what the notebooks on decisions and on uncertainty share."""
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,18 +7,18 @@ from functools import cached_property
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import normalize
 
-from geoclip import earth, evaluation
+from geoclip import evaluation
 from geoclip.calibration import Calibration
 from geoclip.datasets import blue_marble
 from geoclip.model import GeoCLIP
-from geoclip.posterior import Places, Posterior, log_kernel
+from geoclip.neighbours import Neighbours, fused
+from geoclip.posterior import Places, Posterior
 from geoclip.training.data import seeded
 from geoclip.training.module import GeoCLIPTraining
 
 BATCH = 50  # images whose scores of all places are held at once
-FLOOR = 1e-3  # part of the neighbours' density that is uniform, so that they rule nothing out
+__all__ = ["BATCH", "Case", "Neighbours", "collect", "fused", "paired", "tile_case", "tile_features"]
 
 
 @dataclass(frozen=True)
@@ -84,51 +83,6 @@ def tile_features(
         for part in rows.split(256)
     ]
     return torch.cat(parts), latlon[rows].double()
-
-
-class Neighbours:
-    """Training images as a second gallery: the images whose backbone features are most like a query's.
-
-    features: of the training images; latlon: where they were taken, (lat, lon) degrees.
-    """
-
-    def __init__(self, features: Float[Tensor, "t c"], latlon: Float[Tensor, "t 2"]):
-        self.mean = features.mean(0)
-        self.features, self.latlon = self._unit(features), latlon.double()
-
-    def _unit(self, features: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
-        return normalize(features - self.mean, dim=-1)  # centred: else every cosine is close to 1
-
-    def find(
-        self, features: Float[Tensor, "n c"], k: int = 32
-    ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]]:
-        """The k nearest training images: 100 × cosine, and where they were taken, best first."""
-        found = [(self._unit(part) @ self.features.T).topk(k) for part in features.split(BATCH)]
-        index = torch.cat([part.indices for part in found])
-        return 100 * torch.cat([part.values for part in found]), self.latlon[index]
-
-
-def fused(
-    logits: Iterable[Float[Tensor, "_ m"]],
-    places: Places,
-    by_gallery: Calibration,
-    neighbours: tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]],
-    by_neighbours: Calibration,
-) -> Iterator[Float[Tensor, "_ m"]]:
-    """The product of both: logits of all gallery places plus the neighbours' log density there.
-
-    Both say the same in part, so the sum needs a calibration of its own.
-    """
-    near = iter(zip(*neighbours, strict=True))
-    for batch in logits:
-        rows = []
-        for scores, (cosine, latlon) in zip(batch, near, strict=False):
-            h = (1 - places.xyz @ earth.unit_sphere(latlon).T).clamp_min(0).float()
-            weight = (cosine / by_neighbours.temperature).softmax(0)
-            density = log_kernel(h, by_neighbours.kernel_km).exp() @ weight
-            uniform = FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
-            rows.append(scores / by_gallery.temperature + (density + uniform).log())
-        yield torch.stack(rows)
 
 
 @torch.inference_mode()

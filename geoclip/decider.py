@@ -1,0 +1,79 @@
+"""A model that answers by a decision on its posterior, as the commands ask it."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from geoclip.calibration import APART_KM, Calibration
+from geoclip.model import GeoCLIP
+from geoclip.neighbours import Neighbours, fused
+from geoclip.posterior import Places, Posterior
+
+
+class Decider:
+    """A GeoCLIP model that answers by a decision on its posterior; a predictor.Model.
+
+    decision: as in Posterior.answer. describe: called with the posteriors of each batch; what it returns for
+    each photo is kept in `described`, in the order of the photos that could be read. neighbours: training images
+    that enter the posterior too, as calibration.neighbours says.
+    """
+
+    def __init__(
+        self,
+        model: GeoCLIP,
+        decision: str,
+        calibration: Calibration,
+        describe: Callable[[Posterior], list[dict]] | None = None,
+        neighbours: Neighbours | None = None,
+    ):
+        if model.gallery is None:
+            raise ValueError("the model has no gallery; give it one with use_gallery(Gallery(latlon))")
+        self.model, self.decision, self.calibration, self.describe = model, decision, calibration, describe
+        if neighbours is not None and calibration.neighbours is None:
+            raise ValueError(
+                "the calibration was not fitted with training images; run `calibrate --neighbours`"
+            )
+        self.views, self.neighbours = model.views, neighbours
+        self.gallery = model.gallery
+        self.places = Places(model.gallery.latlon)
+        self.described: list[dict] = []
+
+    @torch.inference_mode()
+    def posterior(self, query: Float[Tensor, "n d"] | Float[Tensor, "n v c h w"]) -> Posterior:
+        """The posteriors of n images. query: as in GeoCLIP.locate; with neighbours, the views."""
+        return self.calibration.posterior(self.places, self._logits(query)[0])
+
+    def _logits(self, query: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Logits of all places, and 100 × the cosine of each image with its nearest training image."""
+        fit = self.calibration.neighbours
+        if self.neighbours is None or fit is None:
+            return self.model.scores(query).cpu(), None
+        features = self.model.image_encoder.features(query.flatten(0, 1).to(self.model.logit_scale.device))
+        views = query.shape[:2]
+        scores = self.model.scores(self.model.encode_features(features).unflatten(0, views).mean(1)).cpu()
+        near = self.neighbours.find(features.unflatten(0, views).mean(1).cpu().float())
+        alone, gallery = Calibration(fit.temperature, fit.kernel_km), Calibration(fit.gallery_temperature)
+        return next(fused([scores], self.places, gallery, near, alone)), near[0][:, 0]
+
+    @torch.inference_mode()
+    def locate(
+        self, query: Float[Tensor, "n d"] | Float[Tensor, "n v c h w"], k: int = 1
+    ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
+        """The k best places that are 25 km apart, and the probability of being within 25 km of each.
+
+        query: as in `posterior`. Where a posterior has fewer such places, the rest is NaN.
+        """
+        logits, nearest = self._logits(query)
+        posterior = self.calibration.posterior(self.places, logits)
+        latlon = posterior.answers(self.decision, k, APART_KM)
+        mass = self.calibration.hit_rate(posterior.mass_within(latlon.nan_to_num(), APART_KM))
+        if self.describe:
+            found, fit = self.describe(posterior), self.calibration.neighbours
+            if fit is not None and nearest is not None:
+                for about, cosine in zip(found, nearest.tolist(), strict=True):
+                    about["unfamiliar"] = cosine < fit.least
+            self.described += found
+        return latlon, mass.masked_fill(latlon.isnan().any(-1), math.nan)

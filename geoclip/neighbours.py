@@ -1,0 +1,80 @@
+"""Training images as a second gallery: where the images most like a query were taken."""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from geoclip import earth
+from geoclip.calibration import Calibration
+from geoclip.kernels import log_kernel
+from geoclip.posterior import Places
+
+BATCH = 50  # queries whose cosines with all training images are held at once
+FLOOR = 1e-3  # part of the neighbours' density that is uniform, so that they rule nothing out
+
+
+class Neighbours:
+    """Training images whose backbone features are compared with a query's.
+
+    features: of the training images; latlon: where they were taken, (lat, lon) degrees; authors: the photographer
+    of each, if `find` is to leave out the query's own.
+    """
+
+    def __init__(
+        self, features: Float[Tensor, "t c"], latlon: Float[Tensor, "t 2"], authors: Sequence | None = None
+    ):
+        self.mean = features.mean(0)
+        self.features, self.latlon = self._unit(features), latlon.double()
+        self.authors = None if authors is None else np.asarray(authors)
+
+    def _unit(self, features: Float[Tensor, "n c"]) -> Float[Tensor, "n c"]:
+        return normalize(features - self.mean, dim=-1)  # centred: else every cosine is close to 1
+
+    def find(
+        self, features: Float[Tensor, "n c"], k: int = 32, authors: Sequence | None = None
+    ) -> tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]]:
+        """The k nearest training images: 100 × cosine, and where they were taken, best first.
+
+        authors: photographers of the queries; training images by the same one are left out (−inf if fewer than k
+        are left). Raises ValueError if those of the training images are not known.
+        """
+        if authors is not None and self.authors is None:
+            raise ValueError("the photographers of the training images are not known")
+        found = []
+        for start in range(0, len(features), BATCH):
+            rows = slice(start, start + BATCH)
+            cosine = self._unit(features[rows]) @ self.features.T
+            if authors is not None:
+                same = np.asarray(authors)[rows, None] == self.authors
+                cosine = cosine.masked_fill(torch.from_numpy(same), -math.inf)
+            found.append(cosine.topk(min(k, len(self.latlon))))
+        index = torch.cat([part.indices for part in found])
+        return 100 * torch.cat([part.values for part in found]), self.latlon[index]
+
+
+def fused(
+    logits: Iterable[Float[Tensor, "_ m"]],
+    places: Places,
+    by_gallery: Calibration,
+    neighbours: tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]],
+    by_neighbours: Calibration,
+) -> Iterator[Float[Tensor, "_ m"]]:
+    """The product of both: logits of all gallery places plus the neighbours' log density there.
+
+    Both say the same in part, so the sum needs a calibration of its own.
+    """
+    near = iter(zip(*neighbours, strict=True))
+    for batch in logits:
+        rows = []
+        for scores, (cosine, latlon) in zip(batch, near, strict=False):
+            h = (1 - places.xyz @ earth.unit_sphere(latlon).T).clamp_min(0).float()
+            weight = (cosine / by_neighbours.temperature).softmax(0)
+            density = log_kernel(h, by_neighbours.kernel_km).exp() @ weight
+            uniform = FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
+            rows.append(scores / by_gallery.temperature + (density + uniform).log())
+        yield torch.stack(rows)
