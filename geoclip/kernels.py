@@ -13,8 +13,8 @@ from geoclip.earth import EARTH_RADIUS_KM
 GEOSCORE_SCALE_KM = 1492.7  # geoscore = 5000 exp(−d / 1492.7 km)
 KNOTS, NODES = 4096, 96  # of a table of U: distances, and points of the quadrature at each
 
-# h = 1 − cos d → (U, −dU / dh), in float32
-Profile = Callable[[Tensor], tuple[Tensor, Tensor]]
+# h = 1 − cos d → (U, −dU / dh), in float32; False: without the second
+Profile = Callable[[Tensor, bool], tuple[Tensor, Tensor | None]]
 
 
 def log_kernel(h: Tensor, kernel_km: float) -> Tensor:
@@ -27,9 +27,11 @@ def density(kernel_km: float) -> Profile:
     """The kernel itself: its expectation is the density."""
     kappa = (EARTH_RADIUS_KM / kernel_km) ** 2
 
-    def profile(h):
-        value = log_kernel(h.float(), kernel_km).exp_()
-        return value, kappa * value
+    top = float(log_kernel(torch.zeros(()), kernel_km))
+
+    def profile(h, gradient=True):
+        value = h.float().mul_(-kappa).add_(top).exp_()
+        return value, kappa * value if gradient else None
 
     return profile
 
@@ -68,7 +70,7 @@ def table(utility: str, km: float, kernel_km: float) -> Profile:
     base, fall = (torch.from_numpy(column).float() for column in (base, np.pad(fall, 1)))
     per = (KNOTS - 1) / (chord[-1] - chord[0])
 
-    def profile(h):
+    def profile(h, gradient=True):
         h = h.clamp_min(0).float()
         entry = (2 * h).sqrt_().sub_(chord[0]).mul_(per).add_(1).clamp_(0, KNOTS).int()
         slope = fall[entry]

@@ -135,7 +135,7 @@ class Posterior:
         centre = earth.from_unit_sphere(_take(xyz, chosen))
         places = earth.destination(centre, distance * angle.sin(), distance * angle.cos())
         profiles = [density(layer.kernel_km) for layer in self.layers]
-        return places, self._at(places, lambda vector, layers: _utility(vector, layers, profiles)[0]).log()
+        return places, self._at(places, lambda vector, layers: _utility(vector, layers, profiles, False)[0]).log()
 
     @property
     def entropy(self) -> Float[Tensor, " n"]:
@@ -172,7 +172,7 @@ class Posterior:
 
     def _expected(self, latlon: Tensor, utility: str, km: float = 0.0) -> Tensor:
         profiles = self._tables(utility, km)
-        return self._at(latlon, lambda vector, layers: _utility(vector, layers, profiles)[0])
+        return self._at(latlon, lambda vector, layers: _utility(vector, layers, profiles, False)[0])
 
     def _at(self, latlon: Tensor, compute) -> Tensor:
         """compute(unit vectors (b, q, 3), layers) of one or q places for each image, in chunks."""
@@ -200,7 +200,7 @@ class Posterior:
         for rows, layers in self._chunks(ASCENTS + 2 * k):
             heavy = [heaviest(layer, HEAVIEST) for layer in layers]
             starts = torch.cat([heaviest(layer, STARTS).xyz for layer in heavy], 1)
-            value = _utility(starts, heavy, profiles)[0]
+            value = _utility(starts, heavy, profiles, False)[0]
             place, value = _distinct(starts, value, ASCENTS + 2 * (k - 1), h_apart)
             place, value = _distinct(*_ascend(place, heavy, profiles, STEPS), k, h_apart)
             none = value.isneginf()
@@ -300,13 +300,16 @@ def _softmax(logits: Tensor, dtype: torch.dtype = torch.double) -> Tensor:
     return (logits - top).to(dtype).softmax(-1)
 
 
-def _utility(vector: Tensor, layers: list[Layer], profiles: list[Profile]) -> tuple[Tensor, Tensor]:
-    """Expected utility (b, q) at unit vectors (b, q, 3), and its gradient in space (b, q, 3)."""
-    value = pull = 0
+def _utility(
+    vector: Tensor, layers: list[Layer], profiles: list[Profile], gradient: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Expected utility (b, q) at unit vectors (b, q, 3), and its gradient in space (b, q, 3), or 0 without."""
+    value = pull = torch.zeros(())
     for (xyz, weight, _), profile in zip(layers, profiles, strict=True):
-        worth, fall = (part.double() for part in profile(1 - vector @ xyz.mT))
-        value = value + (worth @ weight[..., None])[..., 0]
-        pull = pull + fall @ (weight[..., None] * xyz)
+        worth, fall = profile((vector @ xyz.mT).neg_().add_(1), gradient)
+        value = value + (worth.double() @ weight[..., None])[..., 0]
+        if fall is not None:
+            pull = pull + fall.double() @ (weight[..., None] * xyz)
     return value, pull
 
 
