@@ -39,6 +39,7 @@ from geoclip.engines import openvino_tower
 from geoclip.image_encoder import ImageEncoder
 from geoclip.location_encoder import LocationEncoder
 from geoclip.model import GeoCLIP
+from geoclip.posterior import Places
 
 OURS, AUTHORS = "ours", f"authors' package {pretrained.VERSION}"
 TOWER = pretrained.CLIP_TOWER
@@ -279,6 +280,19 @@ def search(bench: Bench) -> None:
         del places
 
 
+def decision(bench: Bench) -> None:
+    """The posterior of 1 and of 256 queries over 100,000 places, and its mode, beyond the search; on the CPU."""
+    n = 2_000 if bench.quick else 100_000
+    generator = torch.Generator().manual_seed(0)
+    latlon = torch.as_tensor(pretrained.official_gallery())[:n].double()
+    places = Places(latlon)
+    for q in (1, 16 if bench.quick else 256):
+        centre = earth.unit_sphere(latlon[torch.randint(n, (q,), generator=generator)])
+        logits = (60 * centre @ places.xyz.T).float() + 3 * torch.randn(q, n, generator=generator)
+        seconds = bench.seconds(lambda logits=logits: places.posterior(logits, 5.0, 0.5, 0.02).answer("mode"))
+        bench.add(f"decision, {q} quer{'y' if q == 1 else 'ies'}", seconds, size=n, items=q)
+
+
 def training(bench: Bench) -> None:
     """A step on features, 512 images against 512 + 4,096 places; on a GPU an epoch of MP-16's size too."""
     from geoclip.training import runs
@@ -402,7 +416,7 @@ def step_flop(batch: int = 512, queue: int = 4096, c: int = 768) -> float:
     return 3 * (batch * image + (batch + queue) * place_flop(config) + logits)
 
 
-GROUPS = (start, photo, training, tower, embedding, search, decoding)
+GROUPS = (start, photo, training, tower, embedding, search, decision, decoding)
 
 
 def main() -> int:
@@ -421,7 +435,7 @@ def main() -> int:
     try:
         limits(bench)
         for name, group in groups.items():
-            if options.only in (None, name) and not (cuda and group in (start, photo)):
+            if options.only in (None, name) and not (cuda and group in (start, photo, decision)):
                 group(bench)
     finally:  # what was measured before an interruption is kept
         with paths.atomic(out) as temporary:

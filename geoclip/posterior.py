@@ -135,7 +135,9 @@ class Posterior:
         centre = earth.from_unit_sphere(_take(xyz, chosen))
         places = earth.destination(centre, distance * angle.sin(), distance * angle.cos())
         profiles = [density(layer.kernel_km) for layer in self.layers]
-        return places, self._at(places, lambda vector, layers: _utility(vector, layers, profiles, False)[0]).log()
+        return places, self._at(
+            places, lambda vector, layers: _utility(vector, layers, profiles, False)[0]
+        ).log()
 
     @property
     def entropy(self) -> Float[Tensor, " n"]:

@@ -21,6 +21,7 @@ def test_limits_are_those_of_the_work():
     bench.limits(measured)
     bench.embedding(measured)
     bench.search(measured)
+    bench.decision(measured)
     table = measured.table().set_index("task")
     one_place = 2 * 3 * (512 * 1024 + 2 * 1024**2 + 1024 * 512)  # three levels, multiply and add
     assert bench.place_flop(LocationEncoderConfig()) == one_place
@@ -28,6 +29,7 @@ def test_limits_are_those_of_the_work():
     assert encoded["rate"] == pytest.approx(1000 / encoded["median_s"])
     searched = table.loc["search, 1 query"]
     assert searched["limit_s"] >= searched["size"] * 512 * 4 / measured.bandwidth * 0.999
+    assert {"decision, 1 query", "decision, 16 queries"} <= set(table.index)
     assert np.isclose(searched["share_of_limit"], searched["limit_s"] / searched["median_s"])
 
 

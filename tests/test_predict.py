@@ -455,6 +455,7 @@ def test_a_calibrated_checkpoint_answers_by_its_posterior(files, checkpoint, cap
     assert "last.calibration.json is not a calibration" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_training_features_enter_the_posterior_and_tell_unfamiliar_photos(
     files, checkpoint, capsys, tmp_path
 ):
