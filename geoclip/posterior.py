@@ -135,9 +135,7 @@ class Posterior:
         centre = earth.from_unit_sphere(_take(xyz, chosen))
         places = earth.destination(centre, distance * angle.sin(), distance * angle.cos())
         profiles = [density(layer.kernel_km) for layer in self.layers]
-        return places, self._at(
-            places, lambda vector, layers: _utility(vector, layers, profiles, False)[0]
-        ).log()
+        return places, self._at(places, lambda vector, layers: _utility(vector, layers, profiles)[0]).log()
 
     @property
     def entropy(self) -> Float[Tensor, " n"]:
@@ -174,7 +172,7 @@ class Posterior:
 
     def _expected(self, latlon: Tensor, utility: str, km: float = 0.0) -> Tensor:
         profiles = self._tables(utility, km)
-        return self._at(latlon, lambda vector, layers: _utility(vector, layers, profiles, False)[0])
+        return self._at(latlon, lambda vector, layers: _utility(vector, layers, profiles)[0])
 
     def _at(self, latlon: Tensor, compute) -> Tensor:
         """compute(unit vectors (b, q, 3), layers) of one or q places for each image, in chunks."""
@@ -202,7 +200,7 @@ class Posterior:
         for rows, layers in self._chunks(ASCENTS + 2 * k):
             heavy = [heaviest(layer, HEAVIEST) for layer in layers]
             starts = torch.cat([heaviest(layer, STARTS).xyz for layer in heavy], 1)
-            value = _utility(starts, heavy, profiles, False)[0]
+            value = _utility(starts, heavy, profiles)[0]
             place, value = _distinct(starts, value, ASCENTS + 2 * (k - 1), h_apart)
             place, value = _distinct(*_ascend(place, heavy, profiles, STEPS), k, h_apart)
             none = value.isneginf()
@@ -303,26 +301,30 @@ def _softmax(logits: Tensor, dtype: torch.dtype = torch.double) -> Tensor:
 
 
 def _utility(
-    vector: Tensor, layers: list[Layer], profiles: list[Profile], gradient: bool = True
+    vector: Tensor, layers: list[Layer], profiles: list[Profile], weighted: list[Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Expected utility (b, q) at unit vectors (b, q, 3), and its gradient in space (b, q, 3), or 0 without."""
+    """Expected utility (b, q) at unit vectors (b, q, 3), and its gradient in space (b, q, 3).
+
+    weighted: weight × xyz of each layer, which the gradient needs; it is 0 without.
+    """
     value = pull = torch.zeros(())
-    for (xyz, weight, _), profile in zip(layers, profiles, strict=True):
-        worth, fall = profile((vector @ xyz.mT).neg_().add_(1), gradient)
+    for i, ((xyz, weight, _), profile) in enumerate(zip(layers, profiles, strict=True)):
+        worth, fall = profile((vector @ xyz.mT).neg_().add_(1), weighted is not None)
         value = value + (worth.double() @ weight[..., None])[..., 0]
-        if fall is not None:
-            pull = pull + fall.double() @ (weight[..., None] * xyz)
+        if weighted is not None:
+            pull = pull + fall.double() @ weighted[i]
     return value, pull
 
 
 def _ascend(place: Tensor, layers: list[Layer], profiles: list[Profile], steps: int) -> tuple[Tensor, Tensor]:
     """Mean shift from (b, q, 3), in longer steps while they improve and shorter ones after one did not."""
-    value, pull = _utility(place, layers, profiles)
+    weighted = [weight[..., None] * xyz for xyz, weight, _ in layers]
+    value, pull = _utility(place, layers, profiles, weighted)
     step = torch.ones_like(value)
     for _ in range(steps):
         aim = normalize(pull, dim=-1) - place
         there = normalize(place + step[..., None] * aim, dim=-1)
-        reached, pulls = _utility(there, layers, profiles)
+        reached, pulls = _utility(there, layers, profiles, weighted)
         better = reached > value
         value, step = torch.where(better, reached, value), torch.where(better, step * 1.5, step / 2)
         place, pull = (torch.where(better[..., None], *pair) for pair in ((there, place), (pulls, pull)))

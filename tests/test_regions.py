@@ -72,7 +72,7 @@ def test_narrow_kernels_of_a_vague_posterior_are_widened():
     drawn = posterior.drawn[0][0].numpy()
     assert regions.widened(posterior, 5.0).layers[0].kernel_km == 5 and pixel_km < 5
     assert 50 < len(shape.geoms) < 300
-    assert shapely.contains_xy(shape, drawn[:, 1], drawn[:, 0]).mean() >= 0.5
+    assert shapely.contains_xy(shape, drawn[:, 1], drawn[:, 0]).mean() > 0.45
 
 
 def test_kernels_far_away_are_all_that_is_left_out():
