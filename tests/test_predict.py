@@ -15,6 +15,7 @@ from shapely.geometry import shape
 
 from geoclip import earth, pretrained
 from geoclip.__main__ import main
+from geoclip.calibration import Calibration
 from geoclip.datasets.blue_marble import SplitConfig
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, load_clip
@@ -453,6 +454,23 @@ def test_a_calibrated_checkpoint_answers_by_its_posterior(files, checkpoint, cap
     (own.parent / "last.calibration.json").write_text("{")
     assert main(["predict", str(files / "b.jpg"), "--checkpoint", str(own)]) == 2
     assert "last.calibration.json is not a calibration" in capsys.readouterr().err
+
+
+def test_a_part_of_the_gallery_is_not_calibrated_and_the_checkpoint_is_read_once(
+    checkpoint, capsys, tmp_path, monkeypatch
+):
+    own, reads, load = tmp_path / "last.ckpt", [], torch.load
+    shutil.copy(checkpoint, own)
+    Calibration(fitted_on="some tiles").save(own)
+    monkeypatch.setattr(torch, "load", lambda *a, **b: reads.append(a) or load(*a, **b))
+    options = ["--checkpoint", str(own), "--split", "random", "--out", str(tmp_path / "table.csv")]
+    assert main(["evaluate", *options]) == 0
+    assert len(reads) == 1
+    assert pd.read_csv(tmp_path / "table.csv")["model"][0].endswith(", mode")
+    capsys.readouterr()
+    assert main(["evaluate", *options, "--gallery-size", "30"]) == 0
+    assert "not calibrated: the calibration is of the whole gallery" in capsys.readouterr().err
+    assert not pd.read_csv(tmp_path / "table.csv")["model"][0].endswith(", mode")
 
 
 @pytest.mark.slow
