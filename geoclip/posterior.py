@@ -311,7 +311,7 @@ def _utility(
     for i, ((xyz, weight, _), profile) in enumerate(zip(layers, profiles, strict=True)):
         worth, fall = profile((vector @ xyz.mT).neg_().add_(1), weighted is not None)
         value = value + (worth.double() @ weight[..., None])[..., 0]
-        if weighted is not None:
+        if weighted is not None and fall is not None:
             pull = pull + fall.double() @ weighted[i]
     return value, pull
 
