@@ -1,0 +1,89 @@
+"""The rehearsal: its world is the same each time, has the layouts of the real sets, and holds their faults."""
+
+import urllib.error
+import urllib.request
+
+import pandas as pd
+import pytest
+
+from geoclip import photos
+from geoclip.datasets import benchmarks, nus_wide, shards
+from geoclip.reproduce import rehearsal
+
+N = 40
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return rehearsal.make(tmp_path_factory.mktemp("made") / "world", N, port=0)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_seed_gives_one_world(world, tmp_path):
+    assert contents(rehearsal.make(tmp_path / "again", N, port=0)) == contents(world)
+    before = contents(world)
+    assert rehearsal.make(world, N, port=0) == world and contents(world) == before  # it is kept
+    with pytest.raises(ValueError, match="holds something else than this rehearsal"):
+        rehearsal.make(world, N, seed=1, port=0)
+    with pytest.raises(ValueError, match="at least 40 images"):
+        rehearsal.make(tmp_path / "small", 39)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", rehearsal.BENCHMARKS)
+def test_the_readers_of_the_real_sets_read_it(world, name):
+    found = benchmarks.load(name, world)
+    wanted = benchmarks.card(name)
+    assert found.name == f"{wanted.title} rehearsal, 40 of {wanted.n:,}"
+    assert len(found.missing()) == 1 and (found.authors is None) == (name == "gws15k")
+    opened, unusable = {}, []
+    for row in range(N):
+        if found.path(row).exists():
+            try:
+                opened[row] = photos.open_photo(found.path(row))
+            except photos.PhotoError as error:
+                unusable.append(error.reason)
+    assert len(opened) == N - 2 and len(unusable) == 1 and "truncated" in unusable[0]
+    assert {image.size for image in opened.values()} == {rehearsal.PIXELS}  # upright
+    for row in opened:
+        assert photos.exif_latlon(found.path(row)) == pytest.approx(found.latlon[row], abs=1e-6)
+    if found.authors is not None:  # several photos of a place, by several photographers
+        places = pd.DataFrame(found.latlon.round(1)).assign(author=found.authors).groupby([0, 1])["author"]
+        assert places.size().max() > 2 and places.nunique().max() > 1
+
+
+def test_the_list_of_mp16_joins_its_places(world):
+    urls = shards.read_urls(world / rehearsal.ADDRESSES)
+    places = benchmarks.load("mp16", world).table
+    assert len(urls) == len(places) == 2 * N - 1
+    assert len(shards.join_places(urls, places)) == 2 * N - 2  # one without a place, one without an address
+    assert urls["url"].str.rsplit("/", n=1).str[1].duplicated().sum() == 2  # a photo under two ids
+    assert set(places["scene"]) == set(benchmarks.SCENES)
+
+
+def test_addresses_answer_as_their_fault_says(world, monkeypatch):
+    monkeypatch.setattr(rehearsal, "SLOW_S", 0.05)
+    names = shards.read_urls(world / rehearsal.ADDRESSES)["url"].str.rsplit("/", n=1).str[1]
+    stored = (world / rehearsal.SERVER / names[7]).read_bytes()
+    with rehearsal.addresses(world) as address:
+
+        def get(kind):
+            with urllib.request.urlopen(f"{address}/{kind}/{names[7]}") as response:
+                return response.read(), int(response.headers["Content-Length"])
+
+        assert get("photo") == get("slow") == (stored, len(stored))
+        assert get("page")[0].startswith(b"<html>")
+        with pytest.raises(Exception, match="IncompleteRead"):
+            get("cut")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get("gone")
+
+
+def test_nus_wide_is_whole(world, monkeypatch):
+    monkeypatch.setenv("GEOCLIP_DATA", str(world))
+    data = nus_wide.read(nus_wide.find())
+    listed = benchmarks.read_csv(world / rehearsal.NUS_WIDE_CSV, world / "images/nus-wide")
+    assert listed.table.file.tolist() == data.table.file.tolist() and not listed.missing()
