@@ -1,5 +1,8 @@
 """The rehearsal: its world is the same each time, has the layouts of the real sets, and holds their faults."""
 
+import re
+import shutil
+import tarfile
 import urllib.error
 import urllib.request
 
@@ -7,6 +10,7 @@ import pandas as pd
 import pytest
 
 from geoclip import photos
+from geoclip.__main__ import main
 from geoclip.datasets import benchmarks, nus_wide, shards
 from geoclip.reproduce import rehearsal
 
@@ -87,3 +91,45 @@ def test_nus_wide_is_whole(world, monkeypatch):
     data = nus_wide.read(nus_wide.find())
     listed = benchmarks.read_csv(world / rehearsal.NUS_WIDE_CSV, world / "images/nus-wide")
     assert listed.table.file.tolist() == data.table.file.tolist() and not listed.missing()
+
+
+@pytest.fixture
+def damaged(world, tmp_path):
+    """A copy of the world without one benchmark, with a CSV in another encoding and a tar that was cut off."""
+    data = shutil.copytree(world, tmp_path / "data")
+    (data / "yfcc4k_places365.csv").unlink()
+    csv = data / benchmarks.card("yfcc26k").csv
+    csv.write_bytes(csv.read_bytes().replace(b"@N00", "@Nør".encode("latin-1"), 1))
+    (data / "shards").mkdir()
+    for name in ("00000.tar", "00001.tar"):
+        with tarfile.open(data / "shards" / name, "w") as tar:
+            tar.add(csv, "0.jpg")
+    cut = data / "shards/00001.tar"
+    cut.write_bytes(cut.read_bytes()[:3000])
+    return data
+
+
+def test_check_names_what_is_damaged_and_goes_on(damaged, capsys):
+    command = ["rehearse", "--check", str(damaged), "--tower", "tiny-clip"]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    problems = [line for line in said.splitlines() if line.startswith("PROBLEM")]
+    assert any("yfcc25600_places365.csv: not a CSV file in UTF-8" in line for line in problems)
+    assert any("00001.tar: the tar is cut off" in line for line in problems)
+    assert not any("00000.tar" in line or "YFCC4k" in line for line in problems)
+    assert re.search(r"YFCC4k rehearsal +missing", said)
+    assert re.search(r"GWS15k rehearsal +40 of 14,955 +38 of the first 40 opened, embedded at", said)
+    assert "04_ablation_location_encoder: MP-16 features (missing), Im2GPS3k" in said
+    assert "yfcc4k (nothing)" in said and "MP-16 features: MISSING" in said
+
+
+def test_check_is_quiet_about_a_part_unless_it_is_strict(world, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    assert main(["rehearse", "--check", str(data)]) == 0
+    shutil.copy(world / "gws15k.csv", data)
+    assert main(["rehearse", "--check", str(data)]) == 0
+    assert main(["rehearse", "--check", str(data), "--strict"]) == 1
+    assert "PROBLEM GWS15k: incomplete: 40 of 14,955" in capsys.readouterr().out
+    assert main(["rehearse"]) == 2
+    assert "give either --out" in capsys.readouterr().err

@@ -28,7 +28,7 @@ from geoclip.datasets import benchmarks, blue_marble, nus_wide
 BENCHMARKS = ("im2gps3k", "yfcc26k", "yfcc4k", "gws15k")
 ADDRESSES, SERVER, NUS_WIDE_CSV = "mp16_urls.csv", "server", "nus-wide/photos.csv"
 PORT = 8416  # of the addresses in the list: the list is the same each time, so that a download can resume
-SLOW_S = 5.0  # after which a slow address answers
+SLOW_S = 15.0  # after which a slow address answers
 FAULTS = ("gone", "slow", "cut", "page", "truncated")  # of every 40 addresses, one each
 PIXELS = (240, 180)
 RENDERED = 80  # pixels of a tile before it is enlarged; the raster has 45 in its 3°
@@ -71,7 +71,7 @@ def serving(handler, port: int = 0) -> Iterator[str]:
     Raises OSError if `port` is taken.
     """
     try:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), handler)
+        server = _Server(("127.0.0.1", port), handler)
     except OSError as error:
         raise OSError(error.errno, f"port {port} is taken ({error.strerror}); choose another") from error
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -80,6 +80,10 @@ def serving(handler, port: int = 0) -> Iterator[str]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+class _Server(http.server.ThreadingHTTPServer):
+    request_queue_size = 128  # connections that wait: with the default of 5, those of a download time out
 
 
 def addresses(world: Path):
