@@ -1,7 +1,9 @@
 """The rehearsal: its world is the same each time, has the layouts of the real sets, and holds their faults."""
 
+import json
 import re
 import shutil
+import socket
 import tarfile
 import urllib.error
 import urllib.request
@@ -12,7 +14,8 @@ import pytest
 from geoclip import photos
 from geoclip.__main__ import main
 from geoclip.datasets import benchmarks, nus_wide, shards
-from geoclip.reproduce import rehearsal
+from geoclip.reproduce import notebooks, rehearsal, stages
+from geoclip.reproduce.profiles import Profile
 
 N = 40
 
@@ -133,3 +136,70 @@ def test_check_is_quiet_about_a_part_unless_it_is_strict(world, tmp_path, capsys
     assert "PROBLEM GWS15k: incomplete: 40 of 14,955" in capsys.readouterr().out
     assert main(["rehearse"]) == 2
     assert "give either --out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def moved(world, tmp_path):
+    """A copy of the world, with its profile and configuration, to run steps in."""
+    copy = shutil.copytree(world, tmp_path / "rehearsal")
+    stages.write_profile(copy)
+    return copy
+
+
+def test_the_profile_is_the_papers_under_other_names(moved, monkeypatch):
+    monkeypatch.setenv("GEOCLIP_DATA", str(moved))
+    paper, small = Profile.load("paper"), Profile.load(moved / stages.PROFILE)
+    for path in map(notebooks.find, stages.NOTEBOOKS):
+        small.whole(path, notebooks.declared(path))  # has no parameter that the notebook lacks
+    assert small.notebooks.keys() > paper.notebooks.keys() and small.data.keys() != paper.data.keys()
+    assert list(small.parameters["TESTS"]) == ["Im2GPS3k rehearsal", "YFCC26k rehearsal"]
+    assert list(small.parameters["TESTS"].values()) == list(paper.parameters["TESTS"].values())
+    made = {about["make"] for about in paper.data.values()}
+    assert made == {about["make"] for about in small.data.values()}
+    assert {step.name for step in stages.steps(moved)} >= {
+        "shards",
+        "train",
+        "evaluate gws15k",
+        "notebook 04",
+    }
+
+
+def test_a_step_that_fails_ends_the_rehearsal_with_what_it_printed(moved, monkeypatch):
+    steps = [stages.Step("lost", ["embed", "nowhere.csv", "--out", str(moved / "out")], moved)]
+    monkeypatch.setattr(stages, "steps", lambda *_: steps)
+    about = json.loads((moved / benchmarks.REHEARSAL).read_text()) | {"port": 0}
+    (moved / benchmarks.REHEARSAL).write_text(json.dumps(about))
+    with pytest.raises(
+        RuntimeError, match=r"lost failed with exit status 2; .*01\.txt ends with\n.*nowhere\.csv"
+    ):
+        stages.run(moved)
+
+
+@pytest.mark.slow
+def test_from_addresses_to_accuracy(tmp_path, monkeypatch, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = rehearsal.make(tmp_path / "world", N, port=port)
+    stages.write_profile(world)
+    monkeypatch.setenv("GEOCLIP_DATA", str(world))
+    monkeypatch.setattr(rehearsal, "SLOW_S", 8)
+    steps = {step.name: step for step in stages.steps(world, ())}
+    left = {}
+    with rehearsal.addresses(world):
+        for name in (
+            "shards",
+            "embed mp16/features",
+            "embed im2gps3k/features",
+            "train",
+            "evaluate im2gps3k",
+        ):
+            assert main(steps[name].command) == steps[name].partial, capsys.readouterr().err
+            left[name] = stages.count(steps[name].reads), sum(stages.reasons(steps[name].drops).values())
+    # 79 addresses, one without a place, twice gone, slow, cut, a page, and (in the tar) truncated
+    assert left["shards"] == (79, 8) and left["embed mp16/features"] == (78 - 8 - 2, 2)
+    assert left["embed im2gps3k/features"] == (38, 2) and left["evaluate im2gps3k"] == (40, 2)
+    said = capsys.readouterr().out
+    assert "Im2GPS3k: 40 of 2,997 expected" in said
+    scores = pd.read_csv(world / "results/evaluate/rehearsal_im2gps3k.csv")
+    assert set(scores["data"]) == {"Im2GPS3k rehearsal, 40 of 2,997"} and scores["acc_2500km"].notna().all()
