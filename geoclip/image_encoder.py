@@ -28,7 +28,6 @@ from geoclip.engines import openvino_tower
 from geoclip.layers import initialise, mlp
 
 CONV_TOWER = "conv"
-TINY_CLIP = "tiny-clip"  # configured in tiny-clip.json: a CLIP for rehearsals and tests, of random weights
 TIMM = "timm/"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -278,8 +277,8 @@ def clip_feature_dim(tower: str) -> int:
         return 768  # without importing open_clip, which takes seconds
     import open_clip
 
-    if tower == TINY_CLIP and tower not in open_clip.list_models():
-        open_clip.add_model_config(Path(__file__).with_name(f"{TINY_CLIP}.json"))
+    if tower == pretrained.TINY_CLIP and tower not in open_clip.list_models():
+        open_clip.add_model_config(Path(__file__).with_name(f"{tower}.json"))
     config = open_clip.get_model_config(tower)
     if config is None:
         raise ValueError(f'no tower {tower!r}: give "conv" or one of open_clip.list_models()')

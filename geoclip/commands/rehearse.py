@@ -1,5 +1,6 @@
 """Rehearse the paper's path on a miniature world, or check a folder of real data before the first run."""
 
+import shutil
 from pathlib import Path
 
 from jsonargparse import ArgumentParser
@@ -92,7 +93,9 @@ def check(options) -> int:
     costs = preflight.cost()
     print(f"\nAt the paper's size, with {preflight.PER_SECOND} views a second (one H200):")
     print(costs.round(1).to_string(index=False))
-    print(preflight.room(data, costs["GB"].sum()))
+    free = shutil.disk_usage(data).free / 1e9
+    enough = "" if free > costs["GB"].sum() else ": NOT ENOUGH"
+    print(f"{costs['GB'].sum():,.1f} GB are needed, {free:,.0f} GB are free{enough}")
     problems = table[table["problems"] != ""]
     for row in problems.itertuples():
         print(f"PROBLEM {row.set}: {row.problems}")

@@ -1,9 +1,8 @@
 """What a folder of real data sets holds, before the first run: what is there, missing or damaged, and what it will cost."""
 
 import shlex
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -17,7 +16,7 @@ from geoclip.reproduce.profiles import Profile
 
 LOOK = 64  # images of each set that are opened
 PAPER_DIM = 768  # of a ViT-L/14 feature, kept in two bytes each
-PER_SECOND = 720  # images: one H200 and 16 decoding processes (data/measured/11_bench_gpu.csv)
+PER_SECOND = 720  # views: one H200 and 16 decoding processes (data/measured/11_bench_gpu.csv)
 
 
 def check(data: Path, encoder: ImageEncoder | None = None, strict: bool = False) -> pd.DataFrame:
@@ -37,45 +36,43 @@ def check(data: Path, encoder: ImageEncoder | None = None, strict: bool = False)
 def _of_set(card: benchmarks.Card, data: Path, encoder: ImageEncoder | None, strict: bool) -> dict[str, str]:
     problems: list[str] = []
     rehearsal = " rehearsal" if (data / benchmarks.REHEARSAL).is_file() else ""
-    row = {"set": f"{card.title}{rehearsal}", "rows": "missing", "images": "", "features": ""}
-
-    def tried(read: Callable, absent: str):
-        """What `read` returns, None for an absent file; other errors are problems."""
-        try:
-            return read()
-        except FileNotFoundError:
-            return absent
-        except (ValueError, OSError) as error:
-            problems.append(str(error))
-            return "damaged"
-
-    found = tried(lambda: _read(card, data), "missing")
-    if isinstance(found, str):
-        row["rows"] = found
-    else:
+    row = {"set": f"{card.title}{rehearsal}", "rows": "missing"}
+    try:
+        found = _read(card, data)
         row["rows"] = benchmarks.expected(card, found)
         if strict and card.n not in (None, len(found)):
             problems.append(f"incomplete: {row['rows']}")
         if found.images is not None:
             row["images"] = _open_first(found, encoder, problems)
-    made = tried(lambda: features.FeatureData(data / card.name / "features"), "")
-    row["features"] = made if isinstance(made, str) else f"{len(made):,}, views {made.views}"
+    except FileNotFoundError:
+        pass
+    except (ValueError, OSError) as error:
+        row["rows"] = "damaged"
+        problems.append(str(error))
+    if (data / card.name / "features").is_dir():
+        try:
+            made = features.FeatureData(data / card.name / "features")
+            row["features"] = f"{len(made):,}, views {made.views}"
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
     return row | {"problems": "; ".join(problems)}
 
 
-def _read(card: benchmarks.Card, data: Path):
+def _read(card: benchmarks.Card, data: Path) -> folder.Geotagged:
     if card.csv:
         return benchmarks.load(card.name, data)
-    table = nus_wide.read(nus_wide.find()).table.assign(author=None)
-    images = data / "images" / card.name
+    root, images = nus_wide.find(), data / "images" / card.name
+    try:
+        table = nus_wide.read(root).table.assign(author=None)
+    except FileNotFoundError as error:  # of a set that is there in part
+        raise ValueError(str(error)) from error
     return folder.Geotagged(card.title, table, images if images.is_dir() else None)
 
 
-def _open_first(found, encoder: ImageEncoder | None, problems: list[str]) -> str:
-    """Open the first images, and embed them; says how many could be, and adds the reason of the first that could not."""
+def _open_first(found: folder.Geotagged, encoder: ImageEncoder | None, problems: list[str]) -> str:
+    """How many of the first images can be opened and, if there is an encoder, embedded; adds what is wrong."""
     tower = encoder.preprocess if encoder else Preprocessing()
-    opened, first = [], min(LOOK, len(found))
-    failed = []
+    first, opened, failed = min(LOOK, len(found)), [], []
     for row in range(first):
         try:
             opened.append(tower(sources.decode(found.path(row), found.table["file"].iloc[row], tower.pixels)))
@@ -83,15 +80,15 @@ def _open_first(found, encoder: ImageEncoder | None, problems: list[str]) -> str
             failed.append(str(error))
     if failed:
         problems.append(f"{len(failed)} of the first {first} images cannot be used, such as {failed[0]}")
-    said = f"{len(opened)} of the first {first} opened"
-    if encoder and opened:
-        began = time.perf_counter()
-        with torch.inference_mode():
-            made = encoder.features(torch.stack(opened))
-        if not made.isfinite().all():
-            problems.append("the tower's features of them are not finite")
-        said += f", embedded at {len(opened) / (time.perf_counter() - began):,.0f} a second"
-    return said
+    if not encoder or not opened:
+        return f"{len(opened)} of the first {first} opened"
+    began = time.perf_counter()
+    with torch.inference_mode():
+        made = encoder.features(torch.stack(opened))
+    if not made.isfinite().all():
+        problems.append("the tower's features of the first images are not finite")
+    rate = len(opened) / (time.perf_counter() - began)
+    return f"{len(opened)} of the first {first} opened, embedded at {rate:,.0f} a second"
 
 
 def tar_problem(tar: Path) -> str:
@@ -122,23 +119,17 @@ def uses(data: Path) -> Iterator[str]:
         yield from (f"{name}: {gone}" for name, gone in make.items())
 
 
-def cost(per_second: float = PER_SECOND) -> pd.DataFrame:
-    """For each folder of features of the paper's profile: samples, views, GB on disk, hours to embed at one rate."""
+def cost() -> pd.DataFrame:
+    """For each folder of features of the paper's profile: samples, views, GB on disk, hours at PER_SECOND views."""
     rows = []
     for name, about in Profile.load("paper").data.items():
         words = shlex.split(about["make"])
         views = int(words[words.index("--views") + 1]) if "--views" in words else 10  # ten crops
-        images = about["samples"] * views
-        size, hours = images * PAPER_DIM * 2 / 1e9, images / per_second / 3600
+        size, hours = (
+            about["samples"] * views * PAPER_DIM * 2 / 1e9,
+            about["samples"] * views / PER_SECOND / 3600,
+        )
         rows.append(
             {"features": name, "samples": about["samples"], "views": views, "GB": size, "hours": hours}
         )
     return pd.DataFrame(rows)
-
-
-def room(data: Path, needed_gb: float) -> str:
-    """Whether the disk has room for what `cost` adds up to."""
-    free = shutil.disk_usage(data).free / 1e9
-    return f"{needed_gb:,.1f} GB are needed, {free:,.0f} GB are free" + (
-        "" if free > needed_gb else ": NOT ENOUGH"
-    )

@@ -15,11 +15,10 @@ import yaml
 
 from geoclip import paths
 from geoclip.datasets import benchmarks, features, shards
-from geoclip.image_encoder import TINY_CLIP
+from geoclip.pretrained import TINY_CLIP
 from geoclip.reproduce import rehearsal
 
-TOWER = TINY_CLIP  # in place of ViT-L/14, with weights drawn from a fixed seed
-OF_TOWER = ("--tower", TOWER, "--weights", "null")
+TOWER = ("--tower", TINY_CLIP, "--weights", "null")  # in place of ViT-L/14
 LOG, PROFILE, TRAIN = "rehearsal_log.csv", "rehearsal.yaml", "train_rehearsal.yaml"
 SHARDS, RUN, FEATURES = "rehearsal_shards", "runs/rehearsal", "mp16/features"
 SHARD_SIZE = 100  # addresses
@@ -30,7 +29,7 @@ LEFT_OUT = (
 )
 # What is smaller than in the paper: fields of TrainConfig.
 SMALL = {
-    "image": {"tower": TOWER, "weights": None, "frozen": True, "hidden": 64, "dim": 64},
+    "image": {"tower": TINY_CLIP, "weights": None, "frozen": True, "hidden": 64, "dim": 64},
     "location": {"frequencies": 16, "width": 32, "hidden_layers": 1, "dim": 64},
     "queue": 64,
     "batch_size": 8,
@@ -64,12 +63,12 @@ def run(world: Path, only: Sequence[str] = NOTEBOOKS) -> pd.DataFrame:
     with the last lines that were printed, when a step fails.
     """
     write_profile(world)
-    folders = {
-        "GEOCLIP_DATA": world,
-        "GEOCLIP_RESULTS": world / "results",
-        "GEOCLIP_FIGURES": world / "results",
+    results = str(world / "results")
+    environment = os.environ | {
+        "GEOCLIP_DATA": str(world),
+        "GEOCLIP_RESULTS": results,
+        "GEOCLIP_FIGURES": results,
     }
-    environment = os.environ | {name: str(folder) for name, folder in folders.items()}
     rows: list[dict] = []
     with rehearsal.addresses(world):
         for number, step in enumerate(steps(world, only), start=1):
@@ -117,7 +116,7 @@ def steps(world: Path, only: Sequence[str] = NOTEBOOKS) -> list[Step]:
         out = Path(words[words.index("--out") + 1])
         source = [tars if word == "mp16" else word for word in words]
         name = f"embed {out.relative_to(world)}"
-        found.append(Step(name, [*source, *OF_TOWER], out, out / features.UNREADABLE, True))
+        found.append(Step(name, [*source, *TOWER], out, out / features.UNREADABLE, True))
 
     checkpoint, scores = str(world / RUN / "last.ckpt"), world / "results/evaluate"
     train = ["train", "--config", str(world / TRAIN), "--data", str(trained_on), "--out", str(world / RUN)]
