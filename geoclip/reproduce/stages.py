@@ -32,12 +32,12 @@ SMALL = {
     "image": {"tower": TINY_CLIP, "weights": None, "frozen": True, "hidden": 64, "dim": 64},
     "location": {"frequencies": 16, "width": 32, "hidden_layers": 1, "dim": 64},
     "queue": 64,
-    "batch_size": 8,
+    "batch_size": 2,
     "epochs": 1,
     "learning_rate": 1e-3,
 }
 FEWER_PROBES = {
-    "PLACES": 2000, "ELSEWHERE": 1000, "SEEDS": 2, "HIDDEN_SEEDS": 1, "HIDDEN_EPOCHS": 1, "MAP_COLUMNS": 60
+    "PLACES": 4000, "ELSEWHERE": 2000, "SEEDS": 2, "HIDDEN_SEEDS": 1, "HIDDEN_EPOCHS": 1, "MAP_COLUMNS": 60
 }  # fmt: skip
 
 
