@@ -92,6 +92,7 @@ def test_addresses_answer_as_their_fault_says(world, monkeypatch):
 def test_nus_wide_is_whole(world, monkeypatch):
     monkeypatch.setenv("GEOCLIP_DATA", str(world))
     data = nus_wide.read(nus_wide.find())
+    assert data.notes[0] == "a rehearsal, not NUS-WIDE"
     listed = benchmarks.read_csv(world / rehearsal.NUS_WIDE_CSV, world / "images/nus-wide")
     assert listed.table.file.tolist() == data.table.file.tolist() and not listed.missing()
 
@@ -150,7 +151,9 @@ def test_the_profile_is_the_papers_under_other_names(moved, monkeypatch):
     monkeypatch.setenv("GEOCLIP_DATA", str(moved))
     paper, small = Profile.load("paper"), Profile.load(moved / stages.PROFILE)
     for path in map(notebooks.find, stages.NOTEBOOKS):
-        small.whole(path, notebooks.declared(path))  # has no parameter that the notebook lacks
+        known = notebooks.declared(path)
+        for name, value in small.whole(path, known).items():  # raises for a parameter that the notebook lacks
+            assert known[name] is None or isinstance(value, type(known[name])), (path.stem, name)
     assert small.notebooks.keys() > paper.notebooks.keys() and small.data.keys() != paper.data.keys()
     assert list(small.parameters["TESTS"]) == ["Im2GPS3k rehearsal", "YFCC26k rehearsal"]
     assert list(small.parameters["TESTS"].values()) == list(paper.parameters["TESTS"].values())
@@ -165,12 +168,12 @@ def test_the_profile_is_the_papers_under_other_names(moved, monkeypatch):
 
 
 def test_a_step_that_fails_ends_the_rehearsal_with_what_it_printed(moved, monkeypatch):
-    steps = [stages.Step("lost", ["embed", "nowhere.csv", "--out", str(moved / "out")], moved)]
+    steps = [stages.Step("lost", ["no-such"], moved)]
     monkeypatch.setattr(stages, "steps", lambda *_: steps)
     about = json.loads((moved / benchmarks.REHEARSAL).read_text()) | {"port": 0}
     (moved / benchmarks.REHEARSAL).write_text(json.dumps(about))
     with pytest.raises(
-        RuntimeError, match=r"lost failed with exit status 2; .*01\.txt ends with\n.*nowhere\.csv"
+        RuntimeError, match=r"lost failed with exit status 2; .*01\.txt ends with\n.*no command 'no-such'"
     ):
         stages.run(moved)
 

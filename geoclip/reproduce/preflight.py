@@ -14,6 +14,7 @@ from geoclip.photos import PhotoError
 from geoclip.reproduce import notebooks
 from geoclip.reproduce.profiles import Profile
 
+COLUMNS = ("set", "rows", "images", "features", "problems")
 LOOK = 64  # images of each set that are opened
 PAPER_DIM = 768  # of a ViT-L/14 feature, kept in two bytes each
 PER_SECOND = 720  # views: one H200 and 16 decoding processes (data/measured/11_bench_gpu.csv)
@@ -30,7 +31,7 @@ def check(data: Path, encoder: ImageEncoder | None = None, strict: bool = False)
     for tar in sorted(data.rglob("*.tar")):
         if problem := tar_problem(tar):
             rows.append({"set": str(tar.relative_to(data)), "problems": problem})
-    return pd.DataFrame(rows, columns=["set", "rows", "images", "features", "problems"]).fillna("")
+    return pd.DataFrame([dict.fromkeys(COLUMNS, "") | row for row in rows])
 
 
 def _of_set(card: benchmarks.Card, data: Path, encoder: ImageEncoder | None, strict: bool) -> dict[str, str]:
