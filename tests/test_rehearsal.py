@@ -206,3 +206,13 @@ def test_from_addresses_to_accuracy(tmp_path, monkeypatch, capsys):
     assert "Im2GPS3k: 40 of 2,997 expected" in said
     scores = pd.read_csv(world / "results/evaluate/rehearsal_im2gps3k.csv")
     assert set(scores["data"]) == {"Im2GPS3k rehearsal, 40 of 2,997"} and scores["acc_2500km"].notna().all()
+
+
+def test_evaluate_counts_a_part_and_refuses_it_if_it_has_to_be_whole(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GEOCLIP_DATA", str(world))
+    command = ["evaluate", "--benchmark", "gws15k", "--coordinates-only", "--out", str(tmp_path / "part.csv")]
+    assert main([*command, "--strict"]) == 2
+    assert "GWS15k: 40 rows, but the published set has 14,955" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "GWS15k: 40 of 14,955 expected" in capsys.readouterr().out
+    assert set(pd.read_csv(tmp_path / "part.csv")["data"]) == {"GWS15k rehearsal, 40 of 14,955"}
