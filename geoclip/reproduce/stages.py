@@ -36,9 +36,7 @@ SMALL = {
     "epochs": 1,
     "learning_rate": 1e-3,
 }
-FEWER_PROBES = {
-    "PLACES": 4000, "ELSEWHERE": 2000, "SEEDS": 2, "HIDDEN_SEEDS": 1, "HIDDEN_EPOCHS": 1, "MAP_COLUMNS": 60
-}  # fmt: skip
+FEWER_PROBES = {"PLACES": 4000, "ELSEWHERE": 2000, "SEEDS": 2, "HIDDEN_SEEDS": 1, "HIDDEN_EPOCHS": 1}
 
 
 @dataclass(frozen=True)
