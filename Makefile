@@ -25,7 +25,7 @@ export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test lab book bench accept lint setup python weights
+.PHONY: help reproduce rehearse test lab book bench accept lint setup python weights
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -34,6 +34,9 @@ help:  ## list the targets
 
 reproduce: weights  ## run all notebooks, write figures/ and data/results/, print the results (ONLY="03 04", PROFILE=paper)
 	@$(BIN) -m geoclip reproduce $(if $(ONLY),--only $(ONLY)) $(if $(PROFILE),--profile $(PROFILE))
+
+rehearse: weights  ## the paper's path, from addresses to tables, over a miniature world in REHEARSAL (N=120 images a set)
+	@$(BIN) -m geoclip rehearse --out '$(or $(REHEARSAL),data/rehearsal)' --images $(or $(N),120) --run
 
 # Threads that wait must not spin while another process needs their core.
 test: export OMP_WAIT_POLICY := PASSIVE

@@ -277,6 +277,8 @@ def clip_feature_dim(tower: str) -> int:
         return 768  # without importing open_clip, which takes seconds
     import open_clip
 
+    if tower == pretrained.TINY_CLIP and tower not in open_clip.list_models():
+        open_clip.add_model_config(Path(__file__).with_name(f"{tower}.json"))
     config = open_clip.get_model_config(tower)
     if config is None:
         raise ValueError(f'no tower {tower!r}: give "conv" or one of open_clip.list_models()')

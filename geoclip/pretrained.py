@@ -39,6 +39,7 @@ KAUAI = "geoclip/images/Kauai.png"
 LAYERS = {"capsule.1": "mlp.0", "capsule.3": "mlp.2", "capsule.5": "mlp.4", "head.0": "mlp.6"}
 
 CLIP_TOWER = "ViT-L-14-quickgelu"  # open_clip's name; without QuickGELU the same weights give other features
+TINY_CLIP = "tiny-clip"  # of tiny-clip.json: random weights, for rehearsals and tests
 CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
 CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
 CLIP_FILE = "model.safetensors"

@@ -202,8 +202,9 @@ def test_a_benchmark_is_loaded_from_either_place_and_checked_for_completeness(tm
     assert benchmarks.load("im2gps", tmp_path).images == tmp_path / "images/im2gps"
     places365_csv(csv, rows[:-1])
     with pytest.raises(ValueError, match="Im2GPS: 236 rows, but the published set has 237"):
-        benchmarks.load("im2gps", tmp_path)
-    assert len(benchmarks.load("im2gps", tmp_path, strict=False)) == 236
+        benchmarks.load("im2gps", tmp_path, strict=True)
+    part = benchmarks.load("im2gps", tmp_path)
+    assert (len(part), part.name) == (236, "Im2GPS, 236 of 237")
     with pytest.raises(ValueError, match="nus_wide"):
         benchmarks.load("nus-wide", tmp_path)
 

@@ -16,7 +16,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-import webserver
 from PIL import Image
 
 from geoclip.__main__ import main
@@ -28,6 +27,7 @@ from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, load_clip
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
+from geoclip.reproduce import rehearsal
 from geoclip.training.config import TrainConfig
 from geoclip.training.runs import train
 
@@ -146,7 +146,7 @@ def test_tars_local_and_over_http(tmp_path, encoder):
     data = FeatureData(tmp_path / "local")
     assert data.ids() == [f"photo{n}" for n in range(12)]
     assert data.latlon.tolist() == [[n, -n] for n in range(12)]
-    with webserver.serving(files_of(folder)) as address:
+    with rehearsal.serving(files_of(folder)) as address:
         report = embed(open_source(f"{address}/{{000..003}}.tar"), encoder, tmp_path / "http")
     assert report.embedded == 12 and [part for part, _ in report.failed] == [3]  # 003.tar is a 404
     with pytest.raises(ValueError, match=r"incomplete: 1 of 4 shards are missing, the first is 3"):

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms
 
 from geoclip import photos
-from geoclip.image_encoder import ImageEncoderConfig, Preprocessing
+from geoclip.image_encoder import ImageEncoderConfig, Preprocessing, load_clip, tower_hash
 
 SIZES = [(64, 48), (333, 517), (224, 224), (225, 1000), (1000, 223)]
 
@@ -46,6 +46,17 @@ def test_statistics_follow_the_tower_and_not_clip():
     assert Preprocessing.of(ImageEncoderConfig("timm/vit_tiny_patch16_224", None)).pixels == 224
     with pytest.raises(ValueError, match="no tower 'timm/vit_of_nobody'"):
         Preprocessing.of(ImageEncoderConfig("timm/vit_of_nobody"))
+
+
+def test_random_weights_are_the_same_whatever_was_drawn_before(tiny_clip):
+    hashes = set()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        hashes.add(tower_hash(load_clip(tiny_clip, None)))
+        drawn = torch.rand(1)
+        torch.manual_seed(seed)
+        assert torch.equal(drawn, torch.rand(1))  # and nothing is taken from the caller's draws
+    assert len(hashes) == 1
 
 
 def test_bytes_and_floats_are_normalised_alike():

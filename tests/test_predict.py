@@ -201,9 +201,7 @@ def test_clip_files_that_are_refused(tower, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no CLIP weights at .*absent\.pt"):
         load_clip(tower, str(tmp_path / "absent.pt"))
     torch.save({"one": torch.zeros(3)}, tmp_path / "other.pt")
-    with pytest.raises(
-        ValueError, match=r"other\.pt does not fit CLIP tiny-test-clip: .* tensors are missing"
-    ):
+    with pytest.raises(ValueError, match=r"other\.pt does not fit CLIP tiny-clip: .* tensors are missing"):
         load_clip(tower, str(tmp_path / "other.pt"))
     (tmp_path / "text.safetensors").write_text("no tensors here")
     with pytest.raises(ValueError, match="cannot be read as tensors"):

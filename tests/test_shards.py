@@ -13,7 +13,6 @@ import time
 import pandas as pd
 import pytest
 import torch
-import webserver
 from PIL import Image
 
 from geoclip.__main__ import main
@@ -21,6 +20,7 @@ from geoclip.datasets import embedding, features, shards
 from geoclip.datasets.shards import Limits
 from geoclip.datasets.sources import Views, open_source
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.reproduce import rehearsal
 
 GOOD = 6
 
@@ -78,7 +78,7 @@ def server(redirects_to=""):
         def log_message(self, *_):
             pass
 
-    with webserver.serving(Answers) as address:
+    with rehearsal.serving(Answers) as address:
         yield address, asked
 
 

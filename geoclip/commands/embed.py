@@ -78,8 +78,8 @@ def run(options) -> int:
     if options.devices > 1 and world == 1:
         return _launch(options)
     if options.source in benchmarks.CARDS and rank == 0:
-        expected = benchmarks.CARDS[options.source].n
-        print(f"{source.name}: {len(source.data):,} of {expected or len(source.data):,} expected")
+        wanted = benchmarks.CARDS[options.source]
+        print(f"{wanted.title}: {benchmarks.expected(wanted, source.data)} expected")
     if options.checkpoint:
         encoder = load_checkpoint(options.checkpoint).image_encoder
     else:  # random weights are the same in every process and every run

@@ -63,6 +63,9 @@ def parser() -> ArgumentParser:
         type=NonNegativeInt,
         help="processes that open photos; default: one per core with a GPU, else 0",
     )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse a benchmark with another number of rows than published"
+    )
     parser.add_argument("--out", help="the table to write, such as my.csv")
     return parser
 
@@ -186,9 +189,10 @@ def read_photos(options):
     if options.csv:
         images = None if options.coordinates_only else options.images or Path(options.csv).parent
         return benchmarks.read_csv(Path(options.csv), images)
-    photos = benchmarks.load(options.benchmark, images=options.images)
+    wanted = benchmarks.card(options.benchmark)
+    photos = benchmarks.load(options.benchmark, images=options.images, strict=options.strict)
+    print(f"{wanted.title}: {benchmarks.expected(wanted, photos)} expected")
     if photos.images is None and not options.coordinates_only:
-        wanted = benchmarks.card(options.benchmark)
         raise FileNotFoundError(
             f"{wanted.title}: its images are not in {benchmarks.data_folder() / 'images' / wanted.name}; "
             f"put them there, name their folder with --images (source: {wanted.source}), or use "

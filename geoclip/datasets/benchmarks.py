@@ -12,7 +12,7 @@ reported.
 
 import hashlib
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
@@ -27,6 +27,7 @@ PLACES365_COLUMNS = {"file": "IMG_ID", "lat": "LAT", "lon": "LON", "author": "AU
 SCENES = ("indoor", "natural", "urban")  # S3_Label 0, 1, 2
 OSV_COLUMNS = {"file": "id", "lat": "latitude", "lon": "longitude"}
 CLIMATES = 30  # Köppen–Geiger classes, counted from 0
+REHEARSAL = "REHEARSAL.txt"  # marks a folder of `python -m geoclip rehearse`, whose sets are none
 
 
 @dataclass(frozen=True)
@@ -103,14 +104,14 @@ def on_disk(name: str) -> str:
 
 
 def load(
-    name: str, data: Path | None = None, images: Path | str | None = None, strict: bool = True
+    name: str, data: Path | None = None, images: Path | str | None = None, strict: bool = False
 ) -> folder.Geotagged:
     """Load a benchmark or training set by the name of its card.
 
     images: its image folder; default GEOCLIP_DATA/images/<name> if that exists, else only coordinates are
-    read, which suffice for ceilings, floors and leakage. strict: raise ValueError if the number of rows
-    differs from the published one, because scores on part of a benchmark cannot be compared. Raises as
-    `folder.read` does.
+    read, which suffice for ceilings, floors and leakage. A set with another number of rows than published is
+    named after what it is ("Im2GPS3k, 2,990 of 2,997"), because scores on part of a benchmark cannot be
+    compared; strict: raise ValueError for it instead. Raises as `folder.read` does.
     """
     wanted = card(name)
     data = data or data_folder()
@@ -120,12 +121,19 @@ def load(
     else:
         default = data / "images" / wanted.name
         photos = read_csv(csv, images or (default if default.is_dir() else None), wanted.title)
-    if strict and wanted.n is not None and len(photos) != wanted.n:
+    whole = wanted.n is None or len(photos) == wanted.n
+    if strict and not whole:
         raise ValueError(
-            f"{wanted.title}: {len(photos):,} rows, but the published set has {wanted.n:,}. To use part of "
-            "it, pass it as a CSV of your own, so that its scores are not mistaken for the benchmark's"
+            f"{wanted.title}: {len(photos):,} rows, but the published set has {wanted.n:,}; without --strict, "
+            "the part is used under a name that says so"
         )
-    return photos
+    named = f"{photos.name} rehearsal" if (data / REHEARSAL).is_file() else photos.name
+    return replace(photos, name=named if whole else f"{named}, {expected(wanted, photos)}")
+
+
+def expected(wanted: Card, photos: folder.Geotagged) -> str:
+    """How many of the published rows there are, such as "2,990 of 2,997"."""
+    return f"{len(photos):,} of {wanted.n or len(photos):,}"
 
 
 def read_csv(csv: Path | str, images: Path | str | None = None, name: str | None = None) -> folder.Geotagged:

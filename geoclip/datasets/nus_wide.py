@@ -20,7 +20,7 @@ import pandas as pd
 import torch
 
 from geoclip import earth, paths
-from geoclip.datasets import folder
+from geoclip.datasets import benchmarks, folder
 
 PARTS = {"train": "Train", "test": "Test"}
 PUBLISHED = {"train": 41_173, "test": 27_401}  # GPS2Vec's paper
@@ -78,7 +78,8 @@ def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
     concepts = _lines(_file(root, "ConceptsList/Concepts81.txt", "Concepts81.txt"))
     if twice := sorted({name for name in concepts if concepts.count(name) > 1}):
         raise ValueError(f"{root}: concept {twice[0]!r} is listed twice")
-    notes = [] if len(concepts) == 81 else [f"{len(concepts)} concepts are listed; NUS-WIDE has 81"]
+    notes = ["a rehearsal, not NUS-WIDE"] if (root.parent / benchmarks.REHEARSAL).is_file() else []
+    notes += [] if len(concepts) == 81 else [f"{len(concepts)} concepts are listed; NUS-WIDE has 81"]
     places, note = _geotags(Path(geotags) if geotags else root / "geotags.csv")
     notes += note
     tags = _tags(root)

@@ -67,7 +67,8 @@ class Profile:
         """As `given`, with all settings of the grid and all seeds, for one run of the notebook."""
         own, given = self.notebooks.get(notebook.stem, {}), self.given(notebook, known)
         given |= {name: values for name, values in own.get("grid", {}).items() if values}
-        return given | ({"SEEDS": list(range(self.seeds))} if own and "SEEDS" in known else {})
+        listed = own and isinstance(known.get("SEEDS"), list)  # elsewhere SEEDS is their number
+        return given | ({"SEEDS": list(range(self.seeds))} if listed else {})
 
     def samples(
         self, given: Mapping[str, Any], fractions: Sequence[float] = (1,)

@@ -1,0 +1,102 @@
+"""Rehearse the paper's path on a miniature world, or check a folder of real data before the first run."""
+
+import shutil
+from pathlib import Path
+
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+EPILOG = """
+--out FOLDER writes a world of Blue Marble "photos" in the layouts of MP-16, Im2GPS3k, YFCC26k, YFCC4k, GWS15k and
+NUS-WIDE, with the faults of real sets; --run then goes from its addresses to the tables of the notebooks, with a
+tiny random tower in place of CLIP. FOLDER/rehearsal_log.csv lists each step, its images and seconds, and what was
+dropped and why. Rerun the command to resume. None of its numbers is a result. --check FOLDER reads a folder such as
+GEOCLIP_DATA instead and changes nothing; the exit status is 1 if something in it is damaged.
+"""
+
+
+def parser() -> ArgumentParser:
+    """The options."""
+    parser = ArgumentParser(prog="python -m geoclip rehearse", description=__doc__, epilog=EPILOG)
+    add = parser.add_argument
+    add("--out", help="folder of the world to write, or to go on with")
+    add("--run", action="store_true", help="also run every step of the paper's path over it")
+    add(
+        "--images",
+        type=PositiveInt,
+        default=120,
+        help="photos of each set; MP-16 has twice as many addresses",
+    )
+    add("--seed", type=NonNegativeInt, default=0, help="seed of the world")
+    add("--port", type=PositiveInt, default=8416, help="port of the loopback server behind the addresses")
+    add(
+        "--only",
+        type=str,
+        nargs="*",
+        metavar="NN",
+        help="numbers of the notebooks to run (default: all that can)",
+    )
+    add(
+        "--check", help="folder of data sets to check: what is there, missing, damaged, and what it will cost"
+    )
+    add(
+        "--strict",
+        action="store_true",
+        help="with --check: a set with another number of rows than published is an error",
+    )
+    add(
+        "--tower",
+        help="with --check: also embed the images with this open_clip model (default: CLIP, if it is here)",
+    )
+    add("--weights", type=str | None, help="of the tower: open_clip tag or file; null for random weights")
+    return parser
+
+
+def run(options) -> int:
+    """Make the world and, with --run, go through all steps; or check a folder, 1 if something is damaged."""
+    if bool(options.out) == bool(options.check):
+        raise ValueError("give either --out, the folder of a rehearsal, or --check, a folder of data sets")
+    if options.check:
+        return check(options)
+    from geoclip.reproduce import rehearsal, stages
+
+    world = rehearsal.make(options.out, options.images, options.seed, options.port)
+    print(f"a rehearsal of {options.images:,} images of each set: {world}", flush=True)
+    if not options.run:
+        print(f"GEOCLIP_DATA={world} makes every command read it")
+        return 0
+    table = stages.run(world, stages.NOTEBOOKS if options.only is None else options.only)
+    print(f"\nRehearsal: no number of it is a result\n{table.to_string(index=False)}\n{stages.LEFT_OUT}")
+    print(f"{table['seconds'].sum() / 60:.1f} min; the table is {world / stages.LOG}")
+    return 0
+
+
+def check(options) -> int:
+    """Print what the folder holds, what each notebook reads of it, and what the paper's size costs."""
+    from geoclip import pretrained
+    from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+    from geoclip.reproduce import preflight
+
+    data = Path(options.check).absolute()
+    if not data.is_dir():
+        raise FileNotFoundError(f"{data}: no such folder")
+    encoder = None
+    if options.tower:
+        encoder = ImageEncoder(ImageEncoderConfig(options.tower, options.weights)).eval()
+    elif pretrained.has_clip_file():
+        encoder = ImageEncoder().eval()
+    table = preflight.check(data, encoder, options.strict)
+    print(table.drop(columns="problems").to_string(index=False))
+    if encoder is None:
+        print("nothing was embedded: CLIP's weights are not here, and no --tower is named")
+    print("\n" + "\n".join(preflight.uses(data)))
+    costs = preflight.cost()
+    print(f"\nAt the paper's size, with {preflight.PER_SECOND} views a second (one H200):")
+    print(costs.round(1).to_string(index=False))
+    free = shutil.disk_usage(data).free / 1e9
+    enough = "" if free > costs["GB"].sum() else ": NOT ENOUGH"
+    print(f"{costs['GB'].sum():,.1f} GB are needed, {free:,.0f} GB are free{enough}")
+    problems = table[table["problems"] != ""]
+    for row in problems.itertuples():
+        print(f"PROBLEM {row.set}: {row.problems}")
+    return int(len(problems) > 0)

@@ -1,0 +1,136 @@
+"""What a folder of real data sets holds, before the first run: what is there, missing or damaged, and what it will cost."""
+
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from geoclip.datasets import benchmarks, features, folder, nus_wide, sources
+from geoclip.image_encoder import ImageEncoder, Preprocessing
+from geoclip.photos import PhotoError
+from geoclip.reproduce import notebooks
+from geoclip.reproduce.profiles import Profile
+
+COLUMNS = ("set", "rows", "images", "features", "problems")
+LOOK = 64  # images of each set that are opened
+PAPER_DIM = 768  # of a ViT-L/14 feature, kept in two bytes each
+PER_SECOND = 720  # views: one H200 and 16 decoding processes (data/measured/11_bench_gpu.csv)
+
+
+def check(data: Path, encoder: ImageEncoder | None = None, strict: bool = False) -> pd.DataFrame:
+    """A row for each set, and for each tar shard that is cut off: set, rows, images, features, problems.
+
+    rows: of those expected; images: opened of the first LOOK, and how fast `encoder` embeds them, if it is
+    given; problems: what is damaged, or with `strict` incomplete. A set that is absent is no problem.
+    """
+    with notebooks.variables({"GEOCLIP_DATA": str(data)}):
+        rows = [_of_set(card, data, encoder, strict) for card in benchmarks.CARDS.values()]
+    for tar in sorted(data.rglob("*.tar")):
+        if problem := tar_problem(tar):
+            rows.append({"set": str(tar.relative_to(data)), "problems": problem})
+    return pd.DataFrame([dict.fromkeys(COLUMNS, "") | row for row in rows])
+
+
+def _of_set(card: benchmarks.Card, data: Path, encoder: ImageEncoder | None, strict: bool) -> dict[str, str]:
+    problems: list[str] = []
+    rehearsal = " rehearsal" if (data / benchmarks.REHEARSAL).is_file() else ""
+    row = {"set": f"{card.title}{rehearsal}", "rows": "missing"}
+    try:
+        found = _read(card, data)
+        row["rows"] = benchmarks.expected(card, found)
+        if strict and card.n not in (None, len(found)):
+            problems.append(f"incomplete: {row['rows']}")
+        if found.images is not None:
+            row["images"] = _open_first(found, encoder, problems)
+    except FileNotFoundError:
+        pass
+    except (ValueError, OSError) as error:
+        row["rows"] = "damaged"
+        problems.append(str(error))
+    if (data / card.name / "features").is_dir():
+        try:
+            made = features.FeatureData(data / card.name / "features")
+            row["features"] = f"{len(made):,}, views {made.views}"
+        except (ValueError, OSError) as error:
+            problems.append(str(error))
+    return row | {"problems": "; ".join(problems)}
+
+
+def _read(card: benchmarks.Card, data: Path) -> folder.Geotagged:
+    if card.csv:
+        return benchmarks.load(card.name, data)
+    root, images = nus_wide.find(), data / "images" / card.name
+    try:
+        table = nus_wide.read(root).table.assign(author=None)
+    except FileNotFoundError as error:  # of a set that is there in part
+        raise ValueError(str(error)) from error
+    return folder.Geotagged(card.title, table, images if images.is_dir() else None)
+
+
+def _open_first(found: folder.Geotagged, encoder: ImageEncoder | None, problems: list[str]) -> str:
+    """How many of the first images can be opened and, if there is an encoder, embedded; adds what is wrong."""
+    tower = encoder.preprocess if encoder else Preprocessing()
+    first, opened, failed = min(LOOK, len(found)), [], []
+    for row in range(first):
+        try:
+            opened.append(tower(sources.decode(found.path(row), found.table["file"].iloc[row], tower.pixels)))
+        except PhotoError as error:
+            failed.append(str(error))
+    if failed:
+        problems.append(f"{len(failed)} of the first {first} images cannot be used, such as {failed[0]}")
+    if not encoder or not opened:
+        return f"{len(opened)} of the first {first} opened"
+    began = time.perf_counter()
+    with torch.inference_mode():
+        made = encoder.features(torch.stack(opened))
+    if not made.isfinite().all():
+        problems.append("the tower's features of the first images are not finite")
+    rate = len(opened) / (time.perf_counter() - began)
+    return f"{len(opened)} of the first {first} opened, embedded at {rate:,.0f} a second"
+
+
+def tar_problem(tar: Path) -> str:
+    """Why a tar cannot be whole ("" if it can): it ends with two empty blocks of 512 bytes, which a cut one lacks."""
+    size = tar.stat().st_size
+    if size >= 1024:
+        with tar.open("rb") as file:
+            file.seek(size - 1024)
+            if file.read() == bytes(1024):
+                return ""
+    return f"{tar}: the tar is cut off; download it again"
+
+
+def uses(data: Path) -> Iterator[str]:
+    """Lines that say what each notebook that takes real data finds in the folder, then how to make what is missing."""
+    with notebooks.variables({"GEOCLIP_DATA": str(data)}):
+        profile, make = Profile.load("paper"), {}
+        for path in map(notebooks.find, profile.notebooks):
+            known = notebooks.declared(path)
+            named = profile.samples(known | profile.whole(path, known))
+            make |= {name: gone for name, (_, gone) in named.items() if gone}
+            yield f"{path.stem}: " + ", ".join(
+                f"{name}{' (missing)' * bool(gone)}" for name, (_, gone) in named.items()
+            )
+        state = {name: benchmarks.on_disk(name) for name in ("im2gps3k", "yfcc26k", "gws15k", "yfcc4k")}
+        yield "07_benchmarks: " + ", ".join(f"{name} ({found})" for name, found in state.items())
+        yield f"10_gps_embedding_probes: NUS-WIDE{'' if (data / 'nus-wide').is_dir() else ' (missing)'}"
+        yield from (f"{name}: {gone}" for name, gone in make.items())
+
+
+def cost() -> pd.DataFrame:
+    """For each folder of features of the paper's profile: samples, views, GB on disk, hours at PER_SECOND views."""
+    rows = []
+    for name, about in Profile.load("paper").data.items():
+        words = shlex.split(about["make"])
+        views = int(words[words.index("--views") + 1]) if "--views" in words else 10  # ten crops
+        size, hours = (
+            about["samples"] * views * PAPER_DIM * 2 / 1e9,
+            about["samples"] * views / PER_SECOND / 3600,
+        )
+        rows.append(
+            {"features": name, "samples": about["samples"], "views": views, "GB": size, "hours": hours}
+        )
+    return pd.DataFrame(rows)

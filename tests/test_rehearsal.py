@@ -1,0 +1,218 @@
+"""The rehearsal: its world is the same each time, has the layouts of the real sets, and holds their faults."""
+
+import json
+import re
+import shutil
+import socket
+import tarfile
+import urllib.error
+import urllib.request
+
+import pandas as pd
+import pytest
+
+from geoclip import photos
+from geoclip.__main__ import main
+from geoclip.datasets import benchmarks, nus_wide, shards
+from geoclip.reproduce import notebooks, rehearsal, stages
+from geoclip.reproduce.profiles import Profile
+
+N = 40
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return rehearsal.make(tmp_path_factory.mktemp("made") / "world", N, port=0)
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_seed_gives_one_world(world, tmp_path):
+    assert contents(rehearsal.make(tmp_path / "again", N, port=0)) == contents(world)
+    before = contents(world)
+    assert rehearsal.make(world, N, port=0) == world and contents(world) == before  # it is kept
+    with pytest.raises(ValueError, match="holds something else than this rehearsal"):
+        rehearsal.make(world, N, seed=1, port=0)
+    with pytest.raises(ValueError, match="at least 40 images"):
+        rehearsal.make(tmp_path / "small", 39)
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", rehearsal.BENCHMARKS)
+def test_the_readers_of_the_real_sets_read_it(world, name):
+    found = benchmarks.load(name, world)
+    wanted = benchmarks.card(name)
+    assert found.name == f"{wanted.title} rehearsal, 40 of {wanted.n:,}"
+    assert len(found.missing()) == 1 and (found.authors is None) == (name == "gws15k")
+    opened, unusable = {}, []
+    for row in range(N):
+        if found.path(row).exists():
+            try:
+                opened[row] = photos.open_photo(found.path(row))
+            except photos.PhotoError as error:
+                unusable.append(error.reason)
+    assert len(opened) == N - 2 and len(unusable) == 1 and "truncated" in unusable[0]
+    assert {image.size for image in opened.values()} == {rehearsal.PIXELS}  # upright
+    for row in opened:
+        assert photos.exif_latlon(found.path(row)) == pytest.approx(found.latlon[row], abs=1e-6)
+    if found.authors is not None:  # several photos of a place, by several photographers
+        places = pd.DataFrame(found.latlon.round(1)).assign(author=found.authors).groupby([0, 1])["author"]
+        assert places.size().max() > 2 and places.nunique().max() > 1
+
+
+def test_the_list_of_mp16_joins_its_places(world):
+    urls = shards.read_urls(world / rehearsal.ADDRESSES)
+    places = benchmarks.load("mp16", world).table
+    assert len(urls) == len(places) == 2 * N - 1
+    assert len(shards.join_places(urls, places)) == 2 * N - 2  # one without a place, one without an address
+    assert urls["url"].str.rsplit("/", n=1).str[1].duplicated().sum() == 2  # a photo under two ids
+    assert set(places["scene"]) == set(benchmarks.SCENES)
+
+
+def test_addresses_answer_as_their_fault_says(world, monkeypatch):
+    monkeypatch.setattr(rehearsal, "SLOW_S", 0.05)
+    names = shards.read_urls(world / rehearsal.ADDRESSES)["url"].str.rsplit("/", n=1).str[1]
+    stored = (world / rehearsal.SERVER / names[7]).read_bytes()
+    with rehearsal.addresses(world) as address:
+
+        def get(kind):
+            with urllib.request.urlopen(f"{address}/{kind}/{names[7]}") as response:
+                return response.read(), int(response.headers["Content-Length"])
+
+        assert get("photo") == get("slow") == (stored, len(stored))
+        assert get("page")[0].startswith(b"<html>")
+        with pytest.raises(Exception, match="IncompleteRead"):
+            get("cut")
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            get("gone")
+
+
+def test_nus_wide_is_whole(world, monkeypatch):
+    monkeypatch.setenv("GEOCLIP_DATA", str(world))
+    data = nus_wide.read(nus_wide.find())
+    assert data.notes[0] == "a rehearsal, not NUS-WIDE"
+    listed = benchmarks.read_csv(world / rehearsal.NUS_WIDE_CSV, world / "images/nus-wide")
+    assert listed.table.file.tolist() == data.table.file.tolist() and not listed.missing()
+
+
+@pytest.fixture
+def damaged(world, tmp_path):
+    """A copy of the world without one benchmark, with a CSV in another encoding and a tar that was cut off."""
+    data = shutil.copytree(world, tmp_path / "data")
+    (data / "yfcc4k_places365.csv").unlink()
+    csv = data / benchmarks.card("yfcc26k").csv
+    csv.write_bytes(csv.read_bytes().replace(b"@N00", "@Nør".encode("latin-1"), 1))
+    (data / "shards").mkdir()
+    for name in ("00000.tar", "00001.tar"):
+        with tarfile.open(data / "shards" / name, "w") as tar:
+            tar.add(csv, "0.jpg")
+    cut = data / "shards/00001.tar"
+    cut.write_bytes(cut.read_bytes()[:3000])
+    return data
+
+
+def test_check_names_what_is_damaged_and_goes_on(damaged, capsys):
+    command = ["rehearse", "--check", str(damaged), "--tower", "tiny-clip"]
+    assert main(command) == 1
+    said = capsys.readouterr().out
+    problems = [line for line in said.splitlines() if line.startswith("PROBLEM")]
+    assert any("yfcc25600_places365.csv: not a CSV file in UTF-8" in line for line in problems)
+    assert any("00001.tar: the tar is cut off" in line for line in problems)
+    assert not any("00000.tar" in line or "YFCC4k" in line for line in problems)
+    assert re.search(r"YFCC4k rehearsal +missing", said)
+    assert re.search(r"GWS15k rehearsal +40 of 14,955 +38 of the first 40 opened, embedded at", said)
+    assert "04_ablation_location_encoder: MP-16 features (missing), Im2GPS3k" in said
+    assert "yfcc4k (nothing)" in said and "MP-16 features: MISSING" in said
+
+
+def test_check_is_quiet_about_a_part_unless_it_is_strict(world, tmp_path, capsys):
+    data = tmp_path / "data"
+    data.mkdir()
+    assert main(["rehearse", "--check", str(data)]) == 0
+    shutil.copy(world / "gws15k.csv", data)
+    assert main(["rehearse", "--check", str(data)]) == 0
+    assert main(["rehearse", "--check", str(data), "--strict"]) == 1
+    assert "PROBLEM GWS15k: incomplete: 40 of 14,955" in capsys.readouterr().out
+    assert main(["rehearse"]) == 2
+    assert "give either --out" in capsys.readouterr().err
+
+
+@pytest.fixture
+def moved(world, tmp_path):
+    """A copy of the world, with its profile and configuration, to run steps in."""
+    copy = shutil.copytree(world, tmp_path / "rehearsal")
+    stages.write_profile(copy)
+    return copy
+
+
+def test_the_profile_is_the_papers_under_other_names(moved, monkeypatch):
+    monkeypatch.setenv("GEOCLIP_DATA", str(moved))
+    paper, small = Profile.load("paper"), Profile.load(moved / stages.PROFILE)
+    for path in map(notebooks.find, stages.NOTEBOOKS):
+        known = notebooks.declared(path)
+        for name, value in small.whole(path, known).items():  # raises for a parameter that the notebook lacks
+            assert known[name] is None or isinstance(value, type(known[name])), (path.stem, name)
+    assert small.notebooks.keys() > paper.notebooks.keys() and small.data.keys() != paper.data.keys()
+    assert list(small.parameters["TESTS"]) == ["Im2GPS3k rehearsal", "YFCC26k rehearsal"]
+    assert list(small.parameters["TESTS"].values()) == list(paper.parameters["TESTS"].values())
+    made = {about["make"] for about in paper.data.values()}
+    assert made == {about["make"] for about in small.data.values()}
+    assert {step.name for step in stages.steps(moved)} >= {
+        "shards",
+        "train",
+        "evaluate gws15k",
+        "notebook 04",
+    }
+
+
+def test_a_step_that_fails_ends_the_rehearsal_with_what_it_printed(moved, monkeypatch):
+    steps = [stages.Step("lost", ["no-such"], moved)]
+    monkeypatch.setattr(stages, "steps", lambda *_: steps)
+    about = json.loads((moved / benchmarks.REHEARSAL).read_text()) | {"port": 0}
+    (moved / benchmarks.REHEARSAL).write_text(json.dumps(about))
+    with pytest.raises(
+        RuntimeError, match=r"lost failed with exit status 2; .*01\.txt ends with\n.*no command 'no-such'"
+    ):
+        stages.run(moved)
+
+
+@pytest.mark.slow
+def test_from_addresses_to_accuracy(tmp_path, monkeypatch, capsys):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = rehearsal.make(tmp_path / "world", N, port=port)
+    stages.write_profile(world)
+    monkeypatch.setenv("GEOCLIP_DATA", str(world))
+    monkeypatch.setattr(rehearsal, "SLOW_S", 8)
+    steps = {step.name: step for step in stages.steps(world, ())}
+    left = {}
+    with rehearsal.addresses(world):
+        for name in (
+            "shards",
+            "embed mp16/features",
+            "embed im2gps3k/features",
+            "train",
+            "evaluate im2gps3k",
+        ):
+            assert main(steps[name].command) == steps[name].partial, capsys.readouterr().err
+            left[name] = stages.count(steps[name].reads), sum(stages.reasons(steps[name].drops).values())
+    # 79 addresses, one without a place, twice gone, slow, cut, a page, and (in the tar) truncated
+    assert left["shards"] == (79, 8) and left["embed mp16/features"] == (78 - 8 - 2, 2)
+    assert left["embed im2gps3k/features"] == (38, 2) and left["evaluate im2gps3k"] == (40, 2)
+    said = capsys.readouterr().out
+    assert "Im2GPS3k: 40 of 2,997 expected" in said
+    scores = pd.read_csv(world / "results/evaluate/rehearsal_im2gps3k.csv")
+    assert set(scores["data"]) == {"Im2GPS3k rehearsal, 40 of 2,997"} and scores["acc_2500km"].notna().all()
+
+
+def test_evaluate_counts_a_part_and_refuses_it_if_it_has_to_be_whole(world, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GEOCLIP_DATA", str(world))
+    command = ["evaluate", "--benchmark", "gws15k", "--coordinates-only", "--out", str(tmp_path / "part.csv")]
+    assert main([*command, "--strict"]) == 2
+    assert "GWS15k: 40 rows, but the published set has 14,955" in capsys.readouterr().err
+    assert main(command) == 0
+    assert "GWS15k: 40 of 14,955 expected" in capsys.readouterr().out
+    assert set(pd.read_csv(tmp_path / "part.csv")["data"]) == {"GWS15k rehearsal, 40 of 14,955"}
