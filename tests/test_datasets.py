@@ -172,7 +172,7 @@ def test_osv_5m_finds_images_in_whichever_archive_held_them(tmp_path):
 
 
 def test_cards_are_complete_and_found_by_name():
-    assert set(benchmarks.CARDS) == {
+    assert set(benchmarks.CARDS) >= {
         "mp16", "im2gps", "im2gps3k", "yfcc4k", "yfcc26k", "gws15k", "osv5m", "osv-mini", "nus-wide",
     }  # fmt: skip
     for card in benchmarks.CARDS.values():

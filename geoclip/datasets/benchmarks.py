@@ -56,7 +56,7 @@ def card(name: str) -> Card:
     """The card with this name or title (case is ignored, `_` equals `-`). ValueError lists the known names."""
     wanted = name.lower().replace("_", "-")
     for known in CARDS.values():
-        if wanted in (known.name, known.title.lower()):
+        if wanted in (known.name.lower().replace("_", "-"), known.title.lower()):
             return known
     raise ValueError(f"unknown benchmark {name!r}; choose from {', '.join(CARDS)}")
 
