@@ -1,10 +1,12 @@
 """Opening photos of any common format, cropping them, and reading the position that their EXIF records."""
 
 import contextlib
+import io
 import math
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps
@@ -34,19 +36,29 @@ class PhotoError(ValueError):
         return f"{self.name}: {self.reason}"
 
 
+class Upload(NamedTuple):
+    """A photo that is held in memory: its name, and the bytes of its file."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+
 def open_photo(photo, side: int | None = None) -> Image.Image:
     """The photo upright (EXIF orientation applied), in 8-bit RGB.
 
-    photo: a path, a PIL image, or an array of shape (h, w), (h, w, 3) or (h, w, 4), uint8 or float in [0, 1].
+    photo: a path, an Upload, a PIL image, or an array of shape (h, w), (h, w, 3) or (h, w, 4), uint8 or float in [0, 1].
     side: the pixels that the short side will be resized to; a photo of more than 32 megapixels may then be
     returned at a reduced size, at least four times as large, which saves memory. Transparent pixels become
     white, animations give their first frame, and 16 bits are scaled to 8. Raises PhotoError, with the file
     and the reason, if the file is missing, empty, not an image, truncated, a decompression bomb, or too
     narrow to be a photo.
     """
-    if isinstance(photo, str | Path):
+    if isinstance(photo, str | Path | Upload):
         name = str(photo)
-        with _reasons(name), _open_file(Path(photo)) as image:
+        with _reasons(name), _open_file(photo) as image:
             return _upright_rgb(image, name, side)
     if isinstance(photo, Image.Image):
         name = getattr(photo, "filename", "") or "image"
@@ -57,10 +69,10 @@ def open_photo(photo, side: int | None = None) -> Image.Image:
 
 def is_large(photo) -> bool:
     """Whether decoding the file takes hundreds of megabytes; False for files that cannot be opened."""
-    if not isinstance(photo, str | Path):
+    if not isinstance(photo, str | Path | Upload):
         return False
     try:
-        with _reasons(str(photo)), _open_file(Path(photo)) as image:
+        with _reasons(str(photo)), _open_file(photo) as image:
             return image.width * image.height > LARGE_PIXELS
     except PhotoError:
         return False
@@ -99,7 +111,7 @@ def resize(
     return image.resize((side, long) if image.width <= image.height else (long, side), resample)
 
 
-def exif_latlon(photo: str | Path | Image.Image) -> tuple[float, float] | None:
+def exif_latlon(photo: str | Path | Upload | Image.Image) -> tuple[float, float] | None:
     """The position that EXIF records, (lat, lon) in degrees, or None if it records none.
 
     Raises PhotoError if the record is unusable: a coordinate or hemisphere is missing, a denominator is 0, a
@@ -111,7 +123,7 @@ def exif_latlon(photo: str | Path | Image.Image) -> tuple[float, float] | None:
             gps = photo.getexif().get_ifd(ExifTags.IFD.GPSInfo)
     else:
         name = str(photo)
-        with _reasons(name), _open_file(Path(photo)) as image:
+        with _reasons(name), _open_file(photo) as image:
             gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
     tags = ExifTags.GPS
     values = [gps.get(tag) for tag in (tags.GPSLatitude, tags.GPSLongitude)]
@@ -160,13 +172,19 @@ def _reasons(name: str) -> Iterator[None]:
             raise PhotoError(name, f"cannot be decoded ({str(error) or type(error).__name__})") from error
 
 
-def _open_file(path: Path) -> Image.Image:
-    if not path.is_file():
-        raise PhotoError(str(path), "not a file" if path.exists() else "no such file")
-    with path.open("rb") as file:
-        start = file.read(32)
+def _open_file(photo: str | Path | Upload) -> Image.Image:
+    name = str(photo)
+    file: io.BytesIO | Path
+    if isinstance(photo, Upload):
+        file, start = io.BytesIO(photo.data), photo.data[:32]
+    else:
+        file = Path(photo)
+        if not file.is_file():
+            raise PhotoError(name, "not a file" if file.exists() else "no such file")
+        with file.open("rb") as opened:
+            start = opened.read(32)
     if not start:
-        raise PhotoError(str(path), "empty (0 bytes)")
+        raise PhotoError(name, "empty (0 bytes)")
     Image.init()
     heic = start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
     if heic and "HEIF" not in Image.OPEN:
@@ -174,15 +192,15 @@ def _open_file(path: Path) -> Image.Image:
             import pillow_heif
         except ImportError as error:
             reason = "a HEIC photo: install pillow-heif (the extra `heic`), or convert it to JPEG"
-            raise PhotoError(str(path), reason) from error
+            raise PhotoError(name, reason) from error
         pillow_heif.register_heif_opener()
     try:
-        image = Image.open(path, formats=[name for name in FORMATS if name in Image.OPEN])
+        image = Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
     except Image.UnidentifiedImageError as error:
-        raise PhotoError(str(path), "not an image in a known format") from error
+        raise PhotoError(name, "not an image in a known format") from error
     if image.width * image.height > MOST_PIXELS:  # known from the header, before anything is decoded
         image.close()
-        raise PhotoError(str(path), _bomb())
+        raise PhotoError(name, _bomb())
     return image
 
 

@@ -11,7 +11,16 @@ import pytest
 from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import IFDRational
 
-from geoclip.photos import PhotoError, exif_latlon, find_photos, is_large, open_photo, resize, ten_crop
+from geoclip.photos import (
+    PhotoError,
+    Upload,
+    exif_latlon,
+    find_photos,
+    is_large,
+    open_photo,
+    resize,
+    ten_crop,
+)
 
 
 def gradient(height=24, width=32):
@@ -180,6 +189,16 @@ def test_files_that_are_no_photo_are_named_with_the_reason(tmp_path, name):
     with pytest.raises(PhotoError, match=reason) as error:
         open_photo(path)
     assert str(error.value).startswith(f"{path}: ") and error.value.reason in str(error.value)
+
+
+def test_a_file_in_memory_is_opened_as_one_on_disk(tmp_path):
+    path = with_gps(tmp_path / "photo.jpg", r(48, 30, 0), r(2, 15, 0))
+    held = Upload("photo.jpg", path.read_bytes())
+    assert np.array_equal(open_photo(held), open_photo(path)) and not is_large(held)
+    assert exif_latlon(held) == exif_latlon(path) == (48.5, 2.25)
+    for data, reason in [(b"", "empty"), (b"text", "not an image"), (held.data[:700], "cannot be decoded")]:
+        with pytest.raises(PhotoError, match=rf"bad\.jpg: {reason}"):
+            open_photo(Upload("bad.jpg", data))
 
 
 @pytest.mark.parametrize("kept", [100, 700, 20_000])
