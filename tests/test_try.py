@@ -1,0 +1,214 @@
+"""The page of `make try`: what it answers is what `predict` answers, and it works in a real browser."""
+
+import asyncio
+import contextlib
+import csv
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+
+from geoclip import app, paths, pretrained
+from geoclip.__main__ import main
+from geoclip.datasets.blue_marble import SplitConfig
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
+from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
+from geoclip.model import GeoCLIP
+from geoclip.photos import PhotoError, Upload
+from geoclip.training.config import TrainConfig, plain
+
+CONV = ImageEncoderConfig(tower="conv", weights=None, frozen=False, hidden=32, dim=32)
+LOCATION = LocationEncoderConfig(sigmas=(1.0,), frequencies=16, width=32, hidden_layers=1, dim=32)
+PARIS = (48.8566, 2.3522)
+
+
+def made_checkpoint(path, image):
+    """A checkpoint with random weights and a gallery of 300 random places."""
+    generator = torch.Generator().manual_seed(0)
+    model = GeoCLIP(ImageEncoder(image, generator), LocationEncoder(LOCATION, generator))
+    config = TrainConfig(image=image, location=LOCATION, splits=SplitConfig(train=300, val=50, test=50))
+    weights = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    gallery = {"latlon": torch.rand(300, 2, generator=generator) * 120 - 60, "source": "made"}
+    config = plain(config) | {"model": "geoclip"}
+    torch.save({"state_dict": weights, "geoclip_config": config, "geoclip_gallery": gallery}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return made_checkpoint(tmp_path_factory.mktemp("model") / "made.ckpt", CONV)
+
+
+def talk(checkpoint, *messages, monkeypatch=None):
+    """The page after these messages, (content, *buffers), and all that it sent."""
+    sent = []
+
+    async def run():
+        page = app.Page(checkpoint)
+        page.send = lambda content, buffers=(): sent.append((content, buffers))
+        await page.loading
+        for content, *buffers in messages:
+            page._received(page, content, [memoryview(data) for data in buffers])
+        return page
+
+    return asyncio.run(run()), sent
+
+
+def file(name, data, number=0, part=0, parts=1, size=None):
+    return {
+        "kind": "file", "name": name, "size": size or len(data), "file": number, "part": part, "parts": parts
+    }, data  # fmt: skip
+
+
+def photo(place=None, kind="JPEG"):
+    pixels = np.random.default_rng(0).integers(0, 255, (6, 9, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    if place:
+        tags = {ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: (place[0], 0.0, 0.0)}
+        tags |= {ExifTags.GPS.GPSLongitudeRef: "E", ExifTags.GPS.GPSLongitude: (place[1], 0.0, 0.0)}
+        exif.get_ifd(ExifTags.IFD.GPSInfo).update(tags)
+    held = io.BytesIO()
+    Image.fromarray(np.kron(pixels, np.ones((8, 8, 1), np.uint8))).save(held, kind, exif=exif)
+    return held.getvalue()
+
+
+def predicted(path, checkpoint, *options, capsys):
+    """What `python -m geoclip predict` prints for a file."""
+    capsys.readouterr()
+    assert main(["predict", str(path), "--checkpoint", str(checkpoint), *options]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("decision", ["argmax", "mode", "disc:25"])
+def test_a_click_is_answered_as_predict_answers_the_tile(
+    checkpoint, decision, tmp_path, monkeypatch, capsys
+):
+    settings = {"kind": "settings", "decision": decision, "top_k": 3}
+    click = {"kind": "place", "lat": PARIS[0], "lon": PARIS[1]}
+    downloads = [({"kind": "download", "style": style},) for style in ("json", "csv", "tile")]
+    page, sent = talk(checkpoint, (click,), (settings,), *downloads)
+    assert page.state["ready"], page.state["said"]
+    assert not page.state["photos"] and page.state["decision"] == "argmax"
+    [(first, [picture]), (answer, _), (_, [listed]), (_, [table]), (tile, [image])] = sent
+    assert first["kind"] == answer["kind"] == "answer" and len(first["places"]) == 5
+    monkeypatch.chdir(tmp_path)
+    Path(tile["name"]).write_bytes(image)
+    options = ["--decision", decision, "--top-k", "3", "--format"]
+    assert listed.decode() == predicted(tile["name"], checkpoint, *options, "json", capsys=capsys)
+    assert table.decode() == predicted(tile["name"], checkpoint, *options, "csv", capsys=capsys)
+    [found] = json.loads(listed)["photos"]
+    assert list(found["truth"].values()) == pytest.approx(PARIS, abs=1e-6)
+    with Image.open(io.BytesIO(picture)) as seen, Image.open(io.BytesIO(image)) as drawn:
+        assert np.array_equal(seen, drawn), "the picture is what the model sees"
+    assert len(answer["places"]) == len(answer["near"]) == 3 and answer["notes"]
+
+
+def test_the_regions_hold_their_part_of_the_draws(checkpoint):
+    _, [(answer, _)] = talk(checkpoint, ({"kind": "place", "lat": 10.0, "lon": 20.0},))
+    level = np.array(answer["draws"])[:, 2]
+    assert np.mean(level == 2) == pytest.approx(0.5, abs=0.01)
+    assert np.mean(level >= 1) == pytest.approx(0.9, abs=0.01)
+    half, most = answer["regions"]
+    assert (half["probability"], most["probability"]) == (0.5, 0.9) and half["area_km2"] < most["area_km2"]
+    for region in (half, most):
+        for ring in region["rings"]:
+            assert ring[0] == ring[-1] and np.abs(ring).max(0)[0] <= 90 and np.abs(ring).max(0)[1] <= 180
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        (file("letter.jpg", b"Dear Sir"), "letter.jpg: not an image in a known format."),
+        (file("empty.jpg", b""), "empty.jpg: empty (0 bytes)."),
+        (file("torn.jpg", photo()[:700]), "torn.jpg: cannot be decoded"),
+        (file("film.jpg", b"", size=3_000_000_000), "film.jpg: 3,000 MB; a photo may have up to 25 MB."),
+        (file("liar.jpg", b"x" * 26_000_000, size=9), "liar.jpg: larger than it said."),
+        (file("ninth.jpg", photo(), number=8), "ninth.jpg: more than 8 photos at once."),
+        (file("../good.jpg", photo()), "good.jpg: photos need CLIP's weights"),
+    ],
+)
+def test_each_file_that_cannot_be_used_gets_its_sentence(checkpoint, message, said):
+    page, [(answer, _)] = talk(checkpoint, message)
+    assert answer["kind"] == "said" and answer["said"].startswith(said)
+    [(name, reason)] = page.answerer.failed.items()
+    assert answer["said"] == f"{name}: {reason}." and page.answerer.asked == []
+    assert json.loads(page.answerer.written("json"))["failed"] == [{"file": name, "reason": reason}]
+
+
+def test_photos_and_texts_where_there_is_clip(tiny_clip, tmp_path, monkeypatch, capsys):
+    image = ImageEncoderConfig(tower=tiny_clip, weights=None, hidden=32, dim=32)
+    checkpoint = made_checkpoint(tmp_path / "clip.ckpt", image)
+    data, again = photo(PARIS), {"kind": "settings", "decision": "mode", "top_k": 2}
+    parts = [file("a.jpg", data[:99], 0, 0, 2, len(data)), file("a.jpg", data[99:], 0, 1, 2, len(data))]
+    messages = [*parts, file("b.png", photo(kind="PNG"), 1), file("c.png", b"no", 2), (again,)]
+    page, sent = talk(checkpoint, *messages, ({"kind": "download", "style": "json"},))
+    assert page.state["photos"]
+    assert [content.get("index", content["kind"]) for content, _ in sent] == [0, 1, "said", 0, 1, "download"]
+    monkeypatch.chdir(tmp_path)
+    Path("a.jpg").write_bytes(data)
+    found = json.loads(sent[-1][1][0])
+    options = ["--decision", "mode", "--top-k", "2", "--format", "json"]
+    assert found["photos"][:1] == json.loads(predicted("a.jpg", checkpoint, *options, capsys=capsys))["photos"]
+    assert found["photos"][0]["places"][0]["error_km"] > 0 and found["photos"][1]["truth"] is None
+    assert [photo["file"] for photo in found["photos"]] == ["a.jpg", "b.png"]
+    assert [failed["file"] for failed in found["failed"]] == ["c.png"]
+    _, [(answer, [picture])] = talk(checkpoint, ({"kind": "text", "text": "a desert"},))
+    assert answer["file"] == "a desert" and len(answer["places"]) == 5 and not picture
+
+
+def test_a_failure_is_said_on_the_page(checkpoint):
+    page, sent = talk(Path("nosuch.ckpt"), ({"kind": "place", "lat": 0.0, "lon": 0.0},))
+    assert page.state["said"] == "The model could not be loaded: no checkpoint at nosuch.ckpt."
+    assert not page.state["ready"] and sent == []
+    _, sent = talk(checkpoint, ({"kind": "place", "lat": 91.0, "lon": 0.0},), ({"kind": "nosuch"},))
+    assert [content["said"].split(":")[0] for content, _ in sent] == ["This failed"] * 2
+
+
+def test_the_first_call_trains_and_calibrates_and_shows_progress(checkpoint, tmp_path, monkeypatch):
+    called, shown = [], []
+
+    async def command(*arguments):
+        called.append(arguments[0])
+        yield "epoch 3 of 9: train/loss 1.0"
+        yield f"1053 steps in 60 s; checkpoint {checkpoint}"
+
+    say = app.Page.say
+    monkeypatch.setattr(app, "command", command)
+    monkeypatch.setattr(app.Page, "say", lambda page, *a, **b: (shown.append(a[1:]), say(page, *a, **b)))
+    monkeypatch.setattr(pretrained, "has_clip_file", lambda: False)
+    monkeypatch.setattr(paths, "CACHE", tmp_path)
+    page, _ = talk(None)
+    assert called == ["train", "calibrate"] and shown == [(0.0,), (3 / 9,), (), ()]
+    assert page.checkpoint == checkpoint and page.state["ready"]
+
+
+def test_a_command_that_fails_ends_with_its_last_line():
+    async def run():
+        return [line async for line in app.command("calibrate", "--checkpoint", "nosuch.ckpt")]
+
+    with pytest.raises(RuntimeError, match=r"no checkpoint at nosuch\.ckpt"):
+        asyncio.run(run())
+
+
+def test_a_random_tile_is_one_of_the_test_places(checkpoint):
+    answerer = app.Answerer(checkpoint)
+    lat, lon = answerer.random_place()
+    known = torch.cat([answerer.tiles.splits()[split] for split in ("random", "blocked")])
+    assert (known == torch.tensor([lat, lon])).all(1).any()
+    for upload in (answerer.tile(lat, lon), answerer.tile(-lat, -lon)):
+        answer, _ = answerer.ask(upload)
+        assert abs(answer["truth"][0]) == pytest.approx(abs(lat), abs=1e-6)
+    with pytest.raises(PhotoError, match="not an image"):
+        answerer.ask(Upload("text", b"text"))
