@@ -25,7 +25,7 @@ export PYTHONNOUSERSITE := 1
 unexport PYTHONPATH PYTHONHOME
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce rehearse test lab book bench accept lint setup python weights
+.PHONY: help reproduce rehearse test lab try book bench accept lint setup python weights
 .DELETE_ON_ERROR:
 
 help:  ## list the targets
@@ -47,6 +47,9 @@ test: weights  ## run all tests, then compare all notebooks with their committed
 
 lab: weights  ## open JupyterLab on the first notebook
 	$(BIN) -m jupyterlab notebooks/00_where_is_this.ipynb
+
+try: weights  ## open a page in the browser: click on a globe, see a tile, and where the model thinks that it is
+	cd notebooks/try && JUPYTER_PATH=. JUPYTER_PREFER_ENV_PATH=1 $(abspath $(BIN)) -m voila try.ipynb
 
 book: $(BOOK_READY)  ## build the book of README, notebooks as committed and API: book/_build/html/index.html
 	@$(BIN) book/build.py
@@ -72,7 +75,7 @@ python:
 $(READY): pyproject.toml constraints.txt | python
 	@echo "Installing into $(VENV) (torch and its libraries are the bulk; once)"
 	@test -x $(BIN) || $(PYTHON) -m venv $(VENV)
-	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,index]'
+	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test,index,try]'
 	@MPLCONFIGDIR=$$($(BIN) -c 'from geoclip import paths; print(paths.CACHE / "matplotlib")') \
 	  $(BIN) -c 'import matplotlib.font_manager'
 	@touch $@

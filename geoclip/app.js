@@ -329,7 +329,7 @@ function render({ model, el }) {
     if (!found) return globe.draw();
     globe.marks = {
       regions: [...found.regions].reverse().map((region) =>
-        ({ ...region, rings: region.rings.map((ring) => ring.map((place) => vector(...place))) })),
+        ({ ...region, rings: region.geometry.coordinates.flat().map((ring) => ring.map(([lon, lat]) => vector(lat, lon))) })),
       draws: found.draws.map(([lat, lon, level]) => [vector(lat, lon), level]).reverse(),
       places: found.places.map((place) => [place.lat, place.lon]), truth: found.truth, guess,
     };

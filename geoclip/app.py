@@ -30,10 +30,7 @@ DECISIONS = {
     "median": "least expected distance",
     "geoscore": "largest expected geoscore",
 }
-LEVELS = (0.5, 0.9)
 FAR_KM = 300.0  # from all training places: the gap around the blocks that training leaves out
-VAGUE = 0.05  # of the Earth, in the 90 % region
-EARTH_KM2 = 510.1e6
 TEXTURE = (2160, 1080)
 NO_CLIP = (
     "photos need CLIP's weights, which are not on this computer. `python -m geoclip predict photo.jpg` downloads "
@@ -51,28 +48,24 @@ class Answerer:
     def __init__(self, checkpoint: Path | str | None = None, clip_weights: Path | str | None = None):
         from geoclip import commands
         from geoclip.commands import predict
+        from geoclip.datasets import blue_marble
 
-        self.options = Namespace(
+        options = Namespace(
             checkpoint=checkpoint and str(checkpoint), clip_weights=clip_weights, precision="auto", top_k=1,
-            gallery=None, index=False, decision=None,
+            gallery=None, index=False, decision=None, neighbours=None,
         )  # fmt: skip
-        self.model = commands.load_model(self.options)
-        predict.prepare_gallery(self.model, self.options)
-        default = commands.decide(self.model, self.options)
-        self.decision = self.options.decision
-        self.options.decision = "mode"
-        self.decider = commands.decide(self.model, self.options) if default is self.model else default
+        self.model = commands.load_model(options)
+        predict.prepare_gallery(self.model, options)
+        default = commands.decide(self.model, options)
+        self.decision = options.decision
+        options.decision = "mode"
+        self.decider = commands.decide(self.model, options) if default is self.model else default
         self.top_k = 5
         self.asked: list[tuple] = []  # (Upload or text, its embedding)
         self.found: list[dict] = []  # the answers of `predict`
         self.failed: dict[str, str] = {}
-        self.tiles = None
-        if self.model.image_encoder.config.tower == "conv":
-            from geoclip.datasets import blue_marble
-
-            self.tiles, self.known = blue_marble, blue_marble.splits()["train"]
-        else:
-            self.known = self.model.gallery.latlon
+        self.tiles = blue_marble if self.model.image_encoder.config.tower == "conv" else None
+        self.known = blue_marble.splits()["train"] if self.tiles else self.model.gallery.latlon
 
     def clear(self) -> None:
         """Forget what was asked."""
@@ -125,64 +118,48 @@ class Answerer:
         return self.answer(len(self.asked) - 1), picture
 
     def answer(self, index: int) -> dict:
-        """The answer for what was asked at `index`, as `predict --format json` gives it, and what the map shows.
+        """The answer for what was asked at `index`, as `predict --format json` gives it, and what the page shows.
 
-        regions: with their polygons, rings of (lat, lon). draws: (lat, lon, level) of places drawn from the
-        posterior. notes: sentences.
+        near: names of the places. draws: (lat, lon, level) of places drawn from the posterior; level 2 is inside
+        the region of 50 %, 1 inside that of 90 %, 0 outside. notes: sentences.
         """
         import torch
 
-        from geoclip import regions
         from geoclip.commands import predict
         from geoclip.datasets.reverse_geocoding import describe
         from geoclip.predictor import Answers
 
-        query, embedded = self.asked[index]
-        decider = self.decider
+        (query, embedded), decider = self.asked[index], self.decider
         with torch.inference_mode():
-            posterior = decider.calibration.posterior(decider.places, self.model.scores(embedded).cpu())
+            posterior = decider.posterior(embedded)
         asked, decider.decision = self.model if self.decision == "argmax" else decider, self.decision
         latlon, mass = asked.locate(embedded, self.top_k)
         photo = query if isinstance(query, Upload) else Upload(query, b"")
         [found] = predict.describe_all([photo], Answers(latlon.cpu(), mass.cpu(), {}))
-        described = predict.describe_posteriors(posterior)[0]
+        described = predict.describe_posteriors(posterior, outlined=True)[0]
         if asked is decider:
             found |= described
         self.found[index : index + 1] = [found]
-        least, drawn = (posterior.region(level)[0] for level in LEVELS), posterior.drawn
-        level = sum((drawn[1] >= edge[:, None]).int() for edge in least)[0]
-        outlines = [regions.outline(posterior, level)[0] for level in LEVELS]
-        shown = [
-            region | {"rings": rings(outline)}
-            for region, outline in zip(described["regions"], outlines, strict=True)
-        ]
+        places, density = posterior.drawn
+        level = sum((density >= posterior.region(level)[0][:, None]).int() for level in predict.LEVELS)[0]
         near = [describe(p["town"], p["country"], p["town_km"]) for p in found["places"]]
-        draws = torch.cat([drawn[0][0], level[:, None]], 1).round(decimals=3).tolist()
-        return found | {
-            "near": near, "regions": shown, "countries": described["countries"], "draws": draws,
-            "notes": self.notes(found["truth"], described["regions"][-1]["area_km2"]),
-        }  # fmt: skip
+        draws = torch.cat([places[0], level[:, None]], 1).round(decimals=3).tolist()
+        return found | described | {"near": near, "draws": draws, "notes": self.notes(found["truth"])}
 
-    def notes(self, truth: tuple[float, float] | None, area_km2: float) -> list[str]:
+    def notes(self, truth: tuple[float, float] | None) -> list[str]:
         """What to know about an answer: what its probabilities are, and whether the model knows such places."""
         import torch
 
         from geoclip import evaluation
 
-        said = []
-        if truth:
-            away = evaluation.ceiling(torch.tensor([truth]), self.known).item()
-            what = "training tile" if self.tiles else "place of the gallery"
-            if away > FAR_KM:
-                said.append(f"Far from anything it was trained on: the nearest {what} is {away:,.0f} km away.")
-        if area_km2 > VAGUE * EARTH_KM2:
-            said.append(
-                f"This tells the model little: its 90 % region is {area_km2 / EARTH_KM2:.0%} of the Earth."
-            )
-        what = f"of being within 25 km, {self.decider.calibration.status}"
+        what = f"Probabilities: of being within 25 km, {self.decider.calibration.status}."
         if self.decision == "argmax":
-            what = f"shares of the gallery's {len(self.model.gallery):,} places, not calibrated"
-        return [*said, f"Probabilities: {what}."]
+            what = (
+                f"Probabilities: shares of the gallery's {len(self.model.gallery):,} places, not calibrated."
+            )
+        away = evaluation.ceiling(torch.tensor([truth]), self.known).item() if truth else 0
+        far = f"Far from anything it was trained on: {away:,.0f} km from the nearest place that it knows."
+        return [far, what] if away > FAR_KM else [what]
 
     def written(self, style: str) -> str:
         """The answers as `predict --format` writes them: "json" or "csv"."""
@@ -191,14 +168,6 @@ class Answerer:
         with contextlib.redirect_stdout(io.StringIO()) as text:
             predict.print_answers(self.found, self.failed, style)
         return text.getvalue()
-
-
-def rings(polygons) -> list[list[list[float]]]:
-    """The rings of a shapely MultiPolygon in (lon, lat), as lists of [lat, lon], outer and inner ones alike."""
-    import shapely
-
-    parts = shapely.get_rings(shapely.get_parts(polygons))
-    return [shapely.get_coordinates(ring)[:, ::-1].round(4).tolist() for ring in parts]
 
 
 class Page(anywidget.AnyWidget):
@@ -274,7 +243,8 @@ class Page(anywidget.AnyWidget):
             if self.answerer:
                 getattr(self, f"_on_{content['kind']}")(content, buffers)
         except PhotoError as error:
-            self._refuse(error.name, error.reason)
+            self.answerer.failed[error.name] = error.reason
+            self.send({"kind": "said", "said": f"{error}."})
         except Exception as error:  # the page would wait for ever
             self.send({"kind": "said", "said": f"This failed: {error}"})
 
@@ -283,10 +253,6 @@ class Page(anywidget.AnyWidget):
         answer, picture = self.answerer.ask(query)
         answer |= {"kind": "answer", "index": len(self.answerer.asked) - 1}
         self.send(answer | {"seconds": time.monotonic() - start}, [picture])
-
-    def _refuse(self, name: str, reason: str) -> None:
-        self.answerer.failed[name] = reason
-        self.send({"kind": "said", "said": f"{name}: {reason}."})
 
     def _on_place(self, content: dict, _) -> None:
         self.answerer.clear()

@@ -4,4 +4,5 @@ import os
 
 from geoclip.reproduce import notebooks
 
+collect_ignore = ["try"]  # a page with widgets, whose outputs are not kept; tests/test_try.py runs it
 os.environ.update(notebooks.environment())

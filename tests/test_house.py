@@ -16,7 +16,7 @@ from packaging.utils import canonicalize_name
 from geoclip import paths
 
 PROJECT = tomllib.loads((paths.ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-EXTRAS = ("test", "index")
+EXTRAS = ("test", "index", "try")
 
 
 def tracked():
@@ -34,6 +34,8 @@ def pinned():
 
 def needed(extras):
     """Names of all distributions that `pip install .[EXTRAS]` brings, by following their metadata."""
+def needed():
+    """Names of all distributions that `pip install .[test,index,try]` brings, by following their metadata."""
     todo = [Requirement(text) for text in PROJECT["dependencies"]]
     todo += [Requirement(text) for extra in extras for text in PROJECT["optional-dependencies"][extra]]
     found = set()

@@ -19,6 +19,7 @@ ORDER = [
     "studies",
     "reproduce",
     "commands",
+    "app",
     "__init__",
     "__main__",
 ]

@@ -137,8 +137,11 @@ def prepare_gallery(model, options) -> None:
     model.places(keep=True)
 
 
-def describe_all(found: list[Path], answers) -> list[dict]:
-    """For each answered photo: `file`, `truth` (lat, lon) or None, and `places`, dicts in order of rank."""
+def describe_all(found: list, answers) -> list[dict]:
+    """For each answered photo: `file`, `truth` (lat, lon) or None, and `places`, dicts in order of rank.
+
+    found: paths or photos.Uploads.
+    """
     import torch
 
     from geoclip import earth
@@ -165,7 +168,7 @@ def describe_all(found: list[Path], answers) -> list[dict]:
     return described
 
 
-def truth_of(path: Path) -> tuple[float, float] | None:
+def truth_of(path) -> tuple[float, float] | None:
     """The EXIF position of a photo; an unusable one is reported on stderr."""
     from geoclip import photos
 
