@@ -350,7 +350,7 @@ function render({ model, el }) {
 
   model.on("msg:custom", (message, buffers) => {
     if (message.kind === "said") say(message.said);
-    if (message.kind === "download") save(new Blob([buffers[0]], { type: message.type }), message.name);
+    if (message.kind === "download") save(new Blob([buffers[0]]), message.name);
     if (message.kind !== "answer") return;
     const old = answers[message.index], again = old && !buffers[0].byteLength;
     message.picture = again ? old.picture

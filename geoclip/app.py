@@ -224,8 +224,7 @@ class Page(anywidget.AnyWidget):
 
         if await asyncio.to_thread(pretrained.has_clip_file):
             return None
-        checkpoint = await asyncio.to_thread(kept)
-        if checkpoint is None:
+        if not (checkpoint := await asyncio.to_thread(kept)):
             said = "Training the model of notebook 03, once: about two minutes on two cores …"
             self.say(said, 0.0)
             async for line in command("train", "--config", str(paths.profile(PROFILE))):
@@ -299,12 +298,10 @@ class Page(anywidget.AnyWidget):
 
     def _on_download(self, content: dict, _) -> None:
         style = content["style"]
-        if style == "tile":
-            image = self.answerer.asked[0][0]
-            self.send({"kind": "download", "name": image.name, "type": "image/png"}, [image.data])
-        else:
-            data = self.answerer.written(style).encode()
-            self.send({"kind": "download", "name": f"geoclip.{style}", "type": f"text/{style}"}, [data])
+        file = self.answerer.asked[0][0]
+        if style != "tile":
+            file = Upload(f"geoclip.{style}", self.answerer.written(style).encode())
+        self.send({"kind": "download", "name": file.name}, [file.data])
 
 
 def kept() -> Path | None:
@@ -312,10 +309,9 @@ def kept() -> Path | None:
     from geoclip.training import config
 
     wanted = config.plain(config.as_config(paths.profile(PROFILE)))
-    for result in sorted((paths.CACHE / "runs").glob("*/result.json")):
-        if config.read_yaml(result.with_name("config.yaml")) == wanted:
-            return result.with_name("last.ckpt")
-    return None
+    runs = [result.parent for result in (paths.CACHE / "runs").glob("*/result.json")]
+    found = (run / "last.ckpt" for run in runs if config.read_yaml(run / "config.yaml") == wanted)
+    return next(found, None)
 
 
 async def command(*arguments: str) -> AsyncIterator[str]:
