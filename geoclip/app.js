@@ -108,6 +108,8 @@ class Globe {
     this.watch.observe(canvas);
   }
 
+  get size() { return this.canvas.clientWidth; }
+
   get radius() { return 0.48 * this.size * this.zoom; }
 
   turn(up, right) { // pixels
@@ -153,7 +155,6 @@ class Globe {
 
   paint() {
     const { canvas } = this, ratio = window.devicePixelRatio || 1;
-    this.size = canvas.clientWidth;
     if (!this.size) return;
     if (canvas.width !== Math.round(this.size * ratio)) canvas.width = canvas.height = Math.round(this.size * ratio);
     const c = canvas.getContext("2d"), half = this.size / 2, r = this.radius, [right, up, out] = this.axes();

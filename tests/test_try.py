@@ -281,7 +281,8 @@ class Shown:
         return self.one(".said").text
 
     def answered(self):
-        wait(lambda: "Answered in" in self.said)
+        wait(lambda: "Answered in" in self.said or self.said.startswith("This failed"))
+        assert "Answered in" in self.said
         return self.one(".answers tbody tr").text
 
     def choose(self, lat, lon):
