@@ -15,7 +15,7 @@ const HTML = `
     <canvas class="globe" tabindex="0" role="application" aria-label="Globe. Arrow keys turn it, plus and minus zoom,
       Enter chooses the place in the centre."></canvas>
     <div class="row">
-      <button class="near">Zoom to the answer</button><button class="far">Whole Earth</button>
+      <button class="near">To the answer</button><button class="far">Whole Earth</button>
       <button class="in" aria-label="Zoom in">+</button><button class="out" aria-label="Zoom out">−</button>
       <form class="place"><label>Lat <input class="lat" type="number" min="-90" max="90" step="any" value="0"></label>
         <label>Lon <input class="lon" type="number" min="-180" max="180" step="any" value="0"></label>
@@ -41,7 +41,7 @@ const HTML = `
     </div>
     <div class="row photos" role="group" aria-label="Photos"></div>
     <table class="answers"><caption>Most likely places</caption>
-      <thead><tr><th>#</th><th>place</th><th>share</th><th>error, km</th></tr></thead><tbody></tbody></table>
+      <thead><tr><th>#</th><th>place</th><th>share</th><th>km off</th></tr></thead><tbody></tbody></table>
     <p class="regions"></p><p class="notes"></p>
     <div class="row downloads" role="group" aria-label="Downloads">
       <button data-style="json">JSON</button><button data-style="csv">CSV</button><button data-style="png">PNG</button>
@@ -282,7 +282,7 @@ function render({ model, el }) {
     show();
   }
   function chosen(lat, lon) {
-    [$(".lat").value, $(".lon").value] = [lat.toFixed(4), lon.toFixed(4)];
+    [$(".lat").value, $(".lon").value] = [lat.toFixed(3), lon.toFixed(3)];
     if (!model.get("state").ready) return;
     if (guessing) {
       guess = [lat, lon]; guessing = false;
@@ -420,7 +420,7 @@ function render({ model, el }) {
   $(".out").onclick = () => globe.look(globe.lat, globe.lon, globe.zoom / 2);
   $(".downloads").onclick = (e) => {
     const { style } = e.target.dataset;
-    const drawn = () => picture(globe.canvas, answers[shown], $(".seen"), $(".regions").textContent);
+    const drawn = () => picture(globe.canvas, answers[shown], $(".seen"), $(".regions").textContent.split(". ")[0]);
     if (style === "png") drawn().toBlob((blob) => save(blob, "geoclip.png"));
     else if (style) model.send({ kind: "download", style });
   };
@@ -451,6 +451,7 @@ function render({ model, el }) {
   model.on("change:state", update);
   model.on("change:earth", earth);
   show(); update(); earth();
+  model.send({ kind: "shown" });
   return () => globe.watch.disconnect();
 }
 

@@ -192,7 +192,7 @@ class Page(anywidget.AnyWidget):
         self.answerer: Answerer | None = None
         self.parts: dict[str, list[bytes]] = {}
         self.on_msg(self._received)
-        self.loading = asyncio.gather(self._load(), self._draw())
+        self.loading: asyncio.Future | None = None
 
     def say(self, said: str, progress: float | None = None, **changes) -> None:
         """Show a sentence in place of the answer, and a progress bar if progress is from 0 to 1."""
@@ -239,7 +239,11 @@ class Page(anywidget.AnyWidget):
 
     def _received(self, _, content: dict, buffers: list) -> None:
         try:
-            if self.answerer:
+            if (
+                content["kind"] == "shown"
+            ):  # not before: a kernel that is busy with imports does not answer the page
+                self.loading = self.loading or asyncio.gather(self._load(), self._draw())
+            elif self.answerer:
                 getattr(self, f"_on_{content['kind']}")(content, buffers)
         except PhotoError as error:
             self.answerer.failed[error.name] = error.reason
@@ -289,8 +293,6 @@ class Page(anywidget.AnyWidget):
         self._ask(photo)
 
     def _on_settings(self, content: dict, _) -> None:
-        if content["decision"] not in DECISIONS:
-            raise ValueError(f"no decision {content['decision']!r}")
         self.answerer.decision = content["decision"]
         self.answerer.top_k = max(1, min(MOST_PLACES, int(content["top_k"])))
         for index in range(len(self.answerer.asked)):
@@ -310,8 +312,7 @@ def kept() -> Path | None:
 
     wanted = config.plain(config.as_config(paths.profile(PROFILE)))
     runs = [result.parent for result in (paths.CACHE / "runs").glob("*/result.json")]
-    found = (run / "last.ckpt" for run in runs if config.read_yaml(run / "config.yaml") == wanted)
-    return next(found, None)
+    return next((r / "last.ckpt" for r in runs if config.read_yaml(r / "config.yaml") == wanted), None)
 
 
 async def command(*arguments: str) -> AsyncIterator[str]:
@@ -319,9 +320,8 @@ async def command(*arguments: str) -> AsyncIterator[str]:
 
     Raises RuntimeError, with the last of them, if it fails.
     """
-    pipe = asyncio.subprocess.PIPE
-    arguments = (sys.executable, "-u", "-m", "geoclip", *arguments)
-    run = await asyncio.create_subprocess_exec(*arguments, stdout=pipe, stderr=asyncio.subprocess.STDOUT)
+    arguments, pipe = (sys.executable, "-u", "-m", "geoclip", *arguments), asyncio.subprocess
+    run = await asyncio.create_subprocess_exec(*arguments, stdout=pipe.PIPE, stderr=pipe.STDOUT)
     line = ""
     async for raw in run.stdout:
         line = raw.decode(errors="replace").strip()

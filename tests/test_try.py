@@ -58,6 +58,7 @@ def talk(checkpoint, *messages, monkeypatch=None):
     async def run():
         page = app.Page(checkpoint)
         page.send = lambda content, buffers=(): sent.append((content, buffers))
+        page._received(page, {"kind": "shown"}, [])
         await page.loading
         for content, *buffers in messages:
             page._received(page, content, [memoryview(data) for data in buffers])
@@ -346,7 +347,7 @@ def test_the_page_in_a_browser(served, browser, checkpoint, tmp_path, monkeypatc
     Select(page.one(".decision")).select_by_value("disc:25")
     wait(lambda: "within 25 km" in page.one(".notes").text)
     page.one(".globe").send_keys(Keys.ARROW_LEFT, Keys.ENTER)
-    wait(lambda: page.said.startswith("Looking") or page.one(".lon").get_attribute("value") != "0.0000")
+    wait(lambda: page.said.startswith("Looking") or page.one(".lon").get_attribute("value") != "0.000")
     page.answered()
 
     # files that cannot be used
