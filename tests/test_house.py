@@ -34,8 +34,6 @@ def pinned():
 
 def needed(extras):
     """Names of all distributions that `pip install .[EXTRAS]` brings, by following their metadata."""
-def needed():
-    """Names of all distributions that `pip install .[test,index,try]` brings, by following their metadata."""
     todo = [Requirement(text) for text in PROJECT["dependencies"]]
     todo += [Requirement(text) for extra in extras for text in PROJECT["optional-dependencies"][extra]]
     found = set()
