@@ -14,6 +14,7 @@ import time
 from argparse import Namespace
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import anywidget
 import traitlets
@@ -31,7 +32,6 @@ DECISIONS = {
     "geoscore": "largest expected geoscore",
 }
 FAR_KM = 300.0  # from all training places: the gap around the blocks that training leaves out
-TEXTURE = (2160, 1080)
 NO_CLIP = (
     "photos need CLIP's weights, which are not on this computer. `python -m geoclip predict photo.jpg` downloads "
     "them once (1.7 GB); this page takes photos from then on. Until then, click on the globe"
@@ -64,7 +64,7 @@ class Answerer:
         self.asked: list[tuple] = []  # (Upload or text, its embedding)
         self.found: list[dict] = []  # the answers of `predict`
         self.failed: dict[str, str] = {}
-        self.tiles = blue_marble if self.model.image_encoder.config.tower == "conv" else None
+        self.tiles: Any = blue_marble if self.model.image_encoder.config.tower == "conv" else None
         self.known = blue_marble.splits()["train"] if self.tiles else self.model.gallery.latlon
 
     def clear(self) -> None:
@@ -94,8 +94,7 @@ class Answerer:
         """A place of one of the test splits: near training places, or in a part of the Earth without any."""
         import torch
 
-        split = ("random", "blocked")[torch.randint(2, ()).item()]
-        places = self.tiles.splits()[split]
+        places = self.tiles.splits()[("random", "blocked")[torch.randint(2, ()).item()]]
         return tuple(places[torch.randint(len(places), ())].tolist())
 
     def ask(self, query: Upload | str) -> tuple[dict, bytes]:
@@ -181,15 +180,15 @@ class Page(anywidget.AnyWidget):
     _css = Path(__file__).with_name("app.css")
     state = traitlets.Dict().tag(sync=True)  # ready, photos, said, progress (0 to 1 or None), decision
     fixed = traitlets.Dict().tag(sync=True)  # limits and choices
-    outlines = traitlets.List().tag(sync=True)  # lines of [lon, lat]
+    outlines: traitlets.List = traitlets.List().tag(sync=True)  # lines of [lon, lat]
     earth = traitlets.Bytes().tag(sync=True)  # JPEG, equirectangular
+    answerer: Answerer  # once the state is ready
 
     def __init__(self, checkpoint: Path | str | None = None, clip_weights: Path | str | None = None):
-        limits = {"mb": MOST_MB, "files": MOST_FILES, "places": MOST_PLACES}
+        fixed = {"mb": MOST_MB, "files": MOST_FILES, "places": MOST_PLACES, "decisions": DECISIONS}
         state = {"ready": False, "photos": False, "said": "Loading the model …", "progress": None}
-        super().__init__(state=state, fixed=limits | {"decisions": DECISIONS}, outlines=outlines())
+        super().__init__(state=state, fixed=fixed, outlines=outlines())
         self.checkpoint, self.clip_weights = checkpoint, clip_weights
-        self.answerer: Answerer | None = None
         self.parts: dict[str, list[bytes]] = {}
         self.on_msg(self._received)
         self.loading: asyncio.Future | None = None
@@ -243,7 +242,7 @@ class Page(anywidget.AnyWidget):
                 content["kind"] == "shown"
             ):  # not before: a kernel that is busy with imports does not answer the page
                 self.loading = self.loading or asyncio.gather(self._load(), self._draw())
-            elif self.answerer:
+            elif self.state["ready"]:
                 getattr(self, f"_on_{content['kind']}")(content, buffers)
         except PhotoError as error:
             self.answerer.failed[error.name] = error.reason
@@ -322,6 +321,7 @@ async def command(*arguments: str) -> AsyncIterator[str]:
     """
     arguments, pipe = (sys.executable, "-u", "-m", "geoclip", *arguments), asyncio.subprocess
     run = await asyncio.create_subprocess_exec(*arguments, stdout=pipe.PIPE, stderr=pipe.STDOUT)
+    assert run.stdout, "a pipe"
     line = ""
     async for raw in run.stdout:
         line = raw.decode(errors="replace").strip()
@@ -350,5 +350,7 @@ def texture() -> bytes:
 
     file = io.BytesIO()
     with Image.open(blue_marble.raster_file()[0]) as image:
-        image.convert("RGB").resize(TEXTURE, Image.Resampling.BILINEAR, reducing_gap=1.0).save(file, "JPEG")
+        image.convert("RGB").resize((2160, 1080), Image.Resampling.BILINEAR, reducing_gap=1.0).save(
+            file, "JPEG"
+        )
     return file.getvalue()
