@@ -75,19 +75,20 @@ for line in sys.stdin:
     print(json.dumps({"seconds": time.perf_counter() - began, "peak_mb": peak}), flush=True)
 """
 
-# The peak is that of a whole process. A first, small call has loaded what stays.
+# The peak is that of a whole process; a first, small call has loaded what stays.
 EMBED_PLACES = """
 import resource, sys
-import torch
+import psutil, torch
 from geoclip import earth
 from geoclip.gps_embedding import embed_places
 from geoclip.location_encoder import LocationEncoder
 places = earth.sample_sphere(int(sys.argv[1]), torch.Generator().manual_seed(1)).double().numpy()
 encoder = LocationEncoder(generator=torch.Generator().manual_seed(0)).eval()
 embed_places(places[:8], encoder=encoder)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = psutil.Process().memory_info().rss
 found = embed_places(places, encoder=encoder)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024 - found.nbytes / 2**20)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print((peak - before - found.nbytes) / 2**20)
 """
 
 
