@@ -36,6 +36,7 @@ from geoclip.config import ImageEncoderConfig, LocationEncoderConfig
 from geoclip.datasets import features, sources
 from geoclip.datasets.embedding import Shard, claim, embed
 from geoclip.engines import openvino_tower
+from geoclip.gps_embedding import embed_places
 from geoclip.image_encoder import ImageEncoder
 from geoclip.location_encoder import LocationEncoder
 from geoclip.model import GeoCLIP
@@ -72,6 +73,22 @@ for line in sys.stdin:
         optimizer.step()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({"seconds": time.perf_counter() - began, "peak_mb": peak}), flush=True)
+"""
+
+# The peak is that of a whole process; a first, small call has loaded what stays.
+EMBED_PLACES = """
+import resource, sys
+import psutil, torch
+from geoclip import earth
+from geoclip.gps_embedding import embed_places
+from geoclip.location_encoder import LocationEncoder
+places = earth.sample_sphere(int(sys.argv[1]), torch.Generator().manual_seed(1)).double().numpy()
+encoder = LocationEncoder(generator=torch.Generator().manual_seed(0)).eval()
+embed_places(places[:8], encoder=encoder)
+before = psutil.Process().memory_info().rss
+found = embed_places(places, encoder=encoder)
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+print((peak - before - found.nbytes) / 2**20)
 """
 
 
@@ -254,12 +271,19 @@ def tower(bench: Bench) -> None:
 
 
 def embedding(bench: Bench) -> None:
-    """Embedding places beside the matrix rate."""
+    """Embedding places beside the matrix rate; and for other tasks, with the memory that it takes."""
     encoder = LocationEncoder(generator=torch.Generator().manual_seed(0)).to(bench.device).eval()
-    n = 1_000 if bench.quick else 100_000
-    latlon = earth.sample_sphere(n, torch.Generator().manual_seed(1))
-    seconds, rate = bench.beside_rate(lambda: gallery.embed(encoder, latlon), 3)
-    bench.add("encode a gallery", seconds, size=n, items=n, limit_s=n * place_flop(encoder.config) / rate)
+    n, million = (1_000, 2_000) if bench.quick else (100_000, 1_000_000)
+    latlon = earth.sample_sphere(million, torch.Generator().manual_seed(1))
+    flop = place_flop(encoder.config)
+    seconds, rate = bench.beside_rate(lambda: gallery.embed(encoder, latlon[:n]), 3)
+    bench.add("encode a gallery", seconds, size=n, items=n, limit_s=n * flop / rate)
+    seconds, rate = bench.beside_rate(lambda: embed_places(latlon.numpy(), encoder=encoder), 1)
+    bench.add("embed_places", seconds, size=million, items=million, limit_s=million * flop / rate)
+    if bench.device.type == "cpu":
+        command = [sys.executable, "-c", EMBED_PLACES, str(million)]
+        printed = subprocess.check_output(command, cwd=paths.ROOT, text=True)
+        bench.value("embed_places, peak memory beside the result", float(printed.split()[-1]), "MB")
 
 
 def search(bench: Bench) -> None:

@@ -27,6 +27,8 @@ def test_limits_are_those_of_the_work():
     assert bench.place_flop(LocationEncoderConfig()) == one_place
     encoded = table.loc["encode a gallery"]
     assert encoded["rate"] == pytest.approx(1000 / encoded["median_s"])
+    assert table.loc["embed_places", "limit_s"] > 0 and table.loc["embed_places", "size"] == 2000
+    assert 0 < table.loc["embed_places, peak memory beside the result", "rate"] < 1000
     searched = table.loc["search, 1 query"]
     assert searched["limit_s"] >= searched["size"] * 512 * 4 / measured.bandwidth * 0.999
     assert {"decision, 1 query", "decision, 16 queries"} <= set(table.index)

@@ -20,7 +20,7 @@ import torch
 import yaml
 
 from geoclip.baselines.partition import COLUMNS, Partition, PartitionConfig, partition
-from geoclip.datasets import benchmarks, folder, nus_wide, shards, sources
+from geoclip.datasets import benchmarks, folder, nus_wide, nus_wide_synthetic, shards, sources
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.photos import PhotoError
@@ -256,8 +256,8 @@ def plain_cells(path):
 
 
 def make_nus_wide(where):
-    root = nus_wide.write_synthetic(where / "nus", n=40, concepts=2)
-    return sorted(path for path in root.rglob("*") if path.is_file())
+    root = nus_wide_synthetic.write(where / "nus", n=40, concepts=2)
+    return sorted(path for path in root.rglob("*") if path.is_file() and "features" not in path.parts)
 
 
 def root_of(path):

@@ -164,7 +164,10 @@ def test_a_fitted_pipeline_holds_no_weights():
     assert len(text) < 100_000
     np.testing.assert_array_equal(pickle.loads(text).predict(PLACES), pipeline.predict(PLACES))
     skops = pytest.importorskip("skops.io")
-    assert skops.get_untrusted_types(data=skops.dumps(pipeline)) == ["geoclip.gps_embedding.GPSEmbedding"]
+    ours = ["geoclip.gps_embedding.GPSEmbedding"]
+    assert skops.get_untrusted_types(data=skops.dumps(pipeline)) == ours
+    loaded = skops.loads(skops.dumps(pipeline), trusted=ours)
+    np.testing.assert_array_equal(loaded.predict(PLACES), pipeline.predict(PLACES))
 
 
 # Runs the lines of the docstring that export the encoder, as a reader does: without the checks of types in tests.

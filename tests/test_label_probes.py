@@ -12,5 +12,6 @@ def test_mean_average_precision_by_hand():
     found = label_probes.mean_average_precision(labels, scores)
     first = (1 / 1 + 2 / 3) / 2  # concept 0: ranks 1 and 3; concept 1 is perfect; concept 2 has no positive
     assert found["concepts"] == 2 and np.isclose(found["map_macro"], (first + 1) / 2)
+    assert found["chance"] == 4 / 8  # of the two concepts that have positives
     with pytest.raises(ValueError, match="none of the 3 concepts"):
         label_probes.mean_average_precision(np.zeros((4, 3), int), scores)

@@ -1,25 +1,27 @@
 """NUS-WIDE: its layout, a planted GPS signal found and a shuffled one not, and every file that may be wrong."""
 
+import dataclasses
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from geoclip import earth, paths
-from geoclip.datasets import nus_wide
-from geoclip.studies import label_probes, position_encodings, probes
+from geoclip.datasets import nus_wide, nus_wide_synthetic
+from geoclip.studies import label_probes, position_encodings
 
-QUICK = probes.HiddenLayerConfig(hidden=64, batch=32, epochs=15)
+QUICK = label_probes.LabelProbeConfig(hidden=64, batch=32, epochs=15)
 
 
 @pytest.fixture
 def root(tmp_path):
-    return nus_wide.write_synthetic(tmp_path / "nus-wide", n=200, concepts=3)
+    return nus_wide_synthetic.write(tmp_path / "nus-wide", n=200, concepts=3)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    return nus_wide.read(nus_wide.write_synthetic(tmp_path_factory.mktemp("made"), n=2500, concepts=6))
+    return nus_wide.read(nus_wide_synthetic.write(tmp_path_factory.mktemp("made"), n=2500, concepts=6))
 
 
 def harmonics(latlon):
@@ -57,7 +59,7 @@ def test_what_differs_from_the_published_subset_is_said(root):
 
 
 def test_a_planted_gps_signal_is_found_and_a_shuffled_one_is_not(made, tmp_path):
-    shuffled = nus_wide.read(nus_wide.write_synthetic(tmp_path, n=2500, concepts=6, planted=False))
+    shuffled = nus_wide.read(nus_wide_synthetic.write(tmp_path, n=2500, concepts=6, planted=False))
     for data, low, high in ((made, 0.4, 0.9), (shuffled, 0.03, 0.15)):
         (row,) = label_probes.probe_labels(data, harmonics, config=QUICK).itertuples()
         assert row.input == "GPS" and row.concepts == 6 and low < row.map_macro < high
@@ -65,19 +67,32 @@ def test_a_planted_gps_signal_is_found_and_a_shuffled_one_is_not(made, tmp_path)
         assert (row.map_macro > 4 * base) == (data is made)
 
 
-def test_gps_and_visual_together_know_more_than_either(made):
-    rng = np.random.default_rng(0)
-    seen = made.labels @ rng.standard_normal((6, 12)) + rng.standard_normal((len(made.labels), 12))
-    table = label_probes.probe_labels(made, harmonics, seen.astype(np.float32), QUICK).set_index("input")
-    assert list(table.index) == ["GPS", "visual", "GPS + visual"] and list(table.d) == [81, 12, 93]
-    assert table.map_macro["GPS + visual"] > table.map_macro[["GPS", "visual"]].max() + 0.02
-    with pytest.raises(ValueError, match=f"5 visual features for {len(made.table)} photos"):
-        label_probes.probe_labels(made, harmonics, seen[:5])
+def test_gps_and_visual_together_know_more_than_either_unless_the_places_are_shuffled(tmp_path):
+    for planted in (True, False):
+        root = nus_wide_synthetic.write(tmp_path / str(planted), n=1500, concepts=4, planted=planted)
+        data = nus_wide.read(root)
+        seen = nus_wide.visual_features(data, root / "features")
+        table = label_probes.probe_labels(data, harmonics, seen, QUICK).set_index("input")
+        assert list(table.index) == ["GPS", "visual", "GPS + visual"] and list(table.d) == [81, 128, 209]
+        assert table.map_macro["visual"] > 3 * table.chance["visual"]
+        gain = table.map_macro["GPS + visual"] - table.map_macro["visual"]
+        assert gain > 0.15 if planted else gain < 0.05
+    with pytest.raises(ValueError, match=f"5 visual features for {len(data.table)} photos"):
+        label_probes.probe_labels(data, harmonics, seen[:5])
+
+
+def test_photos_without_a_concept_can_be_left_out(made):
+    config = dataclasses.replace(QUICK, unlabelled=False)
+    (row,) = label_probes.probe_labels(made, earth.unit_sphere, config=config).itertuples()
+    assert row.n_train == (made.labels.any(1) & made.rows("train")).sum() < made.rows("train").sum()
+    assert row.n_test == (made.labels.any(1) & made.rows("test")).sum()
+    assert row.chance > made.labels.mean()
 
 
 def test_one_seed_gives_one_table(made):
-    one, two = (label_probes.probe_labels(made, earth.unit_sphere, config=QUICK, seed=3) for _ in range(2))
-    pd.testing.assert_frame_equal(one, two)
+    one, two = (label_probes.probe_labels(made, earth.unit_sphere, config=QUICK, seeds=n) for n in (2, 3))
+    pd.testing.assert_frame_equal(one, two[:2])
+    assert two.seed.tolist() == [0, 1, 2] and two.map_macro.nunique() == 3
 
 
 def test_the_csv_for_embedding_can_be_read_back(made, tmp_path):
@@ -130,18 +145,6 @@ def test_find_says_how_to_bring_it(tmp_path, monkeypatch):
         nus_wide.find()
     (tmp_path / "nus-wide").mkdir()
     assert nus_wide.find() == paths.geoclip_data() / "nus-wide"
-
-
-def test_the_row_in_the_table_fills_itself_when_the_data_are_there(tmp_path, monkeypatch):
-    monkeypatch.delenv("GEOCLIP_DATA", raising=False)
-    before = label_probes.nus_wide_table(earth.unit_sphere, QUICK).set_index("input")
-    assert before.published_map["GPS"] == 0.249 and before.published_map["GPS + visual"] == 0.362
-    assert before.map_macro.isna().all() and before.status.str.startswith("needs NUS-WIDE").all()
-    nus_wide.write_synthetic(tmp_path / "nus-wide", n=300, concepts=3)
-    monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
-    after = label_probes.nus_wide_table(earth.unit_sphere, QUICK).set_index("input")
-    assert 0 < after.map_macro["GPS"] < 1 and "the published subset has 41,173" in after.status["GPS"]
-    assert after.status["visual"].startswith("needs visual features") and np.isnan(after.map_macro["visual"])
 
 
 def test_names_in_another_case_are_found(root):

@@ -29,6 +29,8 @@ CHANGES = {
     "13": {"GAPS_KM": [100.0], "IMAGES": 40, "DECISIONS": ["mode"]} | ONE,
     "14": {"IMAGES": 60},
     "15": {"PLACES": 1_000},
+    "16": {"PHOTOS": 1_500, "CHOICES": {"3 epochs": {"epochs": 3}}, "EMBEDDINGS": ["length 1"]},
+    "17": {"PLACES": 600, "SEEDS": 2},
 }
 
 

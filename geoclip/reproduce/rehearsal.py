@@ -23,7 +23,7 @@ from PIL import ExifTags, Image
 
 from geoclip import earth, paths, pretrained
 from geoclip.config import TileConfig
-from geoclip.datasets import benchmarks, blue_marble, nus_wide
+from geoclip.datasets import benchmarks, blue_marble, nus_wide, nus_wide_synthetic
 
 BENCHMARKS = ("im2gps3k", "yfcc26k", "yfcc4k", "gws15k")
 ADDRESSES, SERVER, NUS_WIDE_CSV = "mp16_urls.csv", "server", "nus-wide/photos.csv"
@@ -167,7 +167,8 @@ def _benchmark(out: Path, name: str, photos: pd.DataFrame, rng: np.random.Genera
 
 
 def _nus_wide(out: Path, images: int, seed: int, rng: np.random.Generator) -> None:
-    data = nus_wide.read(nus_wide.write_synthetic(out / "nus-wide", images, seed=seed))
+    root = nus_wide_synthetic.write(out / "nus-wide", images, seed=seed, with_features=False)
+    data = nus_wide.read(root)
     photos = data.table.rename(columns={"file": "IMG_ID", "lat": "LAT", "lon": "LON"})
     _write_photos(out / "images" / "nus-wide", photos.assign(AUTHOR="unknown"), rng)
     nus_wide.write_csv(data, out / NUS_WIDE_CSV)

@@ -52,13 +52,16 @@ class ProbeConfig:
 class HiddenLayerConfig:
     """One hidden layer; 512 units, learning rate 0.001 and batches of 32 are those of NUS-WIDE's protocol.
 
-    The papers leave the rest open; here it is Adam without weight decay, standardised columns, and 10 epochs.
+    The papers leave the rest open.
     """
 
     hidden: int = 512
     learning_rate: float = 1e-3
     batch: int = 32
     epochs: int = 10
+    optimizer: Literal["adam", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    standardize: bool = True  # each column of the input
 
 
 def embed(embedding: Callable, latlon, batch: int = 8192) -> np.ndarray:
@@ -185,12 +188,13 @@ def _solve(x, y, xx, xy, alpha: float) -> tuple[np.ndarray, np.ndarray]:
 def hidden_layer(measure: Measure | Literal["labels"], config: HiddenLayerConfig, seed: int):
     """Return an estimator with one hidden layer; "labels" predicts several labels of {0, 1} at once."""
     options = dict(hidden_layer_sizes=(config.hidden,), batch_size=config.batch, max_iter=config.epochs)
-    options |= dict(learning_rate_init=config.learning_rate, alpha=0.0, random_state=seed)
+    options |= dict(learning_rate_init=config.learning_rate, alpha=config.weight_decay, random_state=seed)
+    options |= dict(solver=config.optimizer)
     if measure == "r2":
         network = TransformedTargetRegressor(MLPRegressor(**options), transformer=StandardScaler())
     else:
         network = MLPClassifier(**options)
-    return make_pipeline(StandardScaler(), network)
+    return make_pipeline(StandardScaler() if config.standardize else "passthrough", network)
 
 
 def probe(

