@@ -83,6 +83,7 @@ def _run(arguments: list[str]) -> int:
 
 RULES = {  # for what jsonargparse calls "Not of type ..."
     "PositiveInt": "must be a positive integer",
+    "PositiveFloat": "must be a positive number",
     "NonNegativeInt": "must be an integer of 0 or more",
     "decision": "choose from argmax, mode, median, geoscore and disc:KM, such as disc:25",
 }

@@ -251,7 +251,7 @@ def test_options_below_their_least_value_are_refused_by_name(tmp_path, capsys):
         ("seed", -1),
     ):
         assert main(["embed", "none.csv", "--out", str(tmp_path), f"--{option}", str(value)]) == 2
-        assert f"error: --{option}: Not of type" in capsys.readouterr().err
+        assert f"error: --{option}: must be " in capsys.readouterr().err
 
 
 def test_timm_towers_are_said_to_serve_the_baselines(tmp_path, capsys):

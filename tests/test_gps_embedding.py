@@ -194,6 +194,7 @@ def exported(folder, word):
     return torch.load(folder / "expected.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
 def test_torchscript_gives_the_same_embedding(tmp_path):
     places, expected = exported(tmp_path, "jit.trace")

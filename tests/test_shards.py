@@ -246,7 +246,7 @@ def test_options_below_their_least_value_are_refused_by_name(tmp_path, capsys):
     ):
         command = ["shards", "urls.csv", "--places", "p.csv", "--out", str(tmp_path), f"--{option}", value]
         assert main(command) == 2
-        assert f"error: --{option}: Not of type" in capsys.readouterr().err
+        assert f"error: --{option}: must be " in capsys.readouterr().err
 
 
 def test_lists_with_and_without_a_header(tmp_path):
