@@ -116,7 +116,7 @@ def uses(data: Path) -> Iterator[str]:
             )
         state = {name: benchmarks.on_disk(name) for name in ("im2gps3k", "yfcc26k", "gws15k", "yfcc4k")}
         yield "07_benchmarks: " + ", ".join(f"{name} ({found})" for name, found in state.items())
-        yield f"10_gps_embedding_probes: NUS-WIDE{'' if (data / 'nus-wide').is_dir() else ' (missing)'}"
+        yield f"16_nus_wide: NUS-WIDE{'' if (data / 'nus-wide').is_dir() else ' (missing)'}"
         yield from (f"{name}: {gone}" for name, gone in make.items())
 
 
