@@ -75,9 +75,10 @@ for line in sys.stdin:
     print(json.dumps({"seconds": time.perf_counter() - began, "peak_mb": peak}), flush=True)
 """
 
-# The peak is that of a whole process; a first, small call has loaded what stays.
+# The peak is that of a whole process, of Linux's VmHWM, because ru_maxrss of a new process starts with its parent's; a
+# first, small call has loaded what stays.
 EMBED_PLACES = """
-import resource, sys
+import pathlib, re, sys
 import psutil, torch
 from geoclip import earth
 from geoclip.gps_embedding import embed_places
@@ -87,7 +88,7 @@ encoder = LocationEncoder(generator=torch.Generator().manual_seed(0)).eval()
 embed_places(places[:8], encoder=encoder)
 before = psutil.Process().memory_info().rss
 found = embed_places(places, encoder=encoder)
-peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+peak = int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
 print((peak - before - found.nbytes) / 2**20)
 """
 

@@ -118,7 +118,7 @@ def test_the_book_builds_without_warnings_and_its_pages_are_complete(tmp_path):
         )
         assert f'href="notebooks/{path.name.replace(".ipynb", ".html")}"' in page("index")
         assert text.count("<img alt=") == path.read_text(encoding="utf-8").count('"image/png":')
-    assert 'href="04_ablation_location_encoder.html">04</a>' in page("notebooks/03_training")
+    assert 'href="07_benchmarks.html">07</a>' in page("notebooks/03_training")
     assert "\\frac" in page("notebooks/03_training") and (tmp_path / "html/_static/tex-svg.js").is_file()
     assert "Return the mean cross-entropy" in page("api/geoclip.loss")
     assert "raised no false alarm in 1,943 blocks" in page("failures")

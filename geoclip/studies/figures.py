@@ -50,14 +50,16 @@ def draw_settings(summary: pd.DataFrame, splits: Sequence[str], difference: bool
 def draw_by_split(summary: pd.DataFrame, settings: Sequence[str], columns: Sequence[str]) -> Figure:
     """Draw the accuracy of `settings` over the test splits, in their order, in one panel for each column.
 
-    summary: of statistics.over_seeds, with the columns data, split and setting.
+    summary: of statistics.over_seeds, with the columns data, split and setting; settings that it lacks are
+    left out.
     """
     splits, kilometres = list(summary["split"].unique()), dict(evaluation.named_thresholds())
     with plt.rc_context(STYLE):
         size = (3.7 * len(columns), 3.4)
         figure, axes = plt.subplots(1, len(columns), figsize=size, sharey=True, squeeze=False)
         lines = itertools.cycle(zip(COLOURS, "os^Dv", ("-", "--", "-.", ":", (0, (5, 1))), strict=True))
-        for setting, (colour, marker, line) in zip(settings, lines, strict=False):
+        there = [setting for setting in settings if setting in set(summary["setting"])]
+        for setting, (colour, marker, line) in zip(there, lines, strict=False):
             part = summary[summary["setting"] == setting].set_index("split").loc[splits]
             for axis, column in zip(axes[0], columns, strict=True):
                 ends = np.abs(
