@@ -14,7 +14,6 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import traceback
 from pathlib import Path
 
@@ -107,10 +106,6 @@ def _options_as_typed(message: str, arguments: list[str], parser) -> str:
 
 
 def _terminate(signum, frame):
-    # a rank may wait for another one that has ended, and wait for ever
-    timer = threading.Timer(30, os._exit, (128 + signum,))
-    timer.daemon = True
-    timer.start()
     sys.exit(128 + signum)  # as an exception, so that temporary files and child processes are cleaned up
 
 

@@ -120,7 +120,7 @@ def region_axes(
 ) -> GeoAxes:
     """A square of `span_km` around `centre` (lat, lon), in Lambert's azimuthal equal-area projection.
 
-    Raises ValueError for a span above 12,000 km.
+    Below 100 km it has no coastline, for which the outlines at 1:50 million are too coarse. Raises ValueError for a span above 12,000 km.
     """
     lat, lon = (float(degrees) for degrees in centre)
     if not 0 < span_km <= 12_000:
@@ -130,8 +130,9 @@ def region_axes(
     axes.set_xlim(-half, half)
     axes.set_ylim(-half, half)
     look = {"facecolor": LAND, "edgecolor": LINE, "linewidth": 0.4, "zorder": 0} if filled else OVER_HEAT
-    axes.add_geometries(_near("land_50m", lat, lon, span_km), PLATE, **look)
-    axes.add_geometries(_near("borders_50m", lat, lon, span_km), PLATE, **(look | {"facecolor": "none"}))
+    if span_km >= 100:
+        axes.add_geometries(_near("land_50m", lat, lon, span_km), PLATE, **look)
+        axes.add_geometries(_near("borders_50m", lat, lon, span_km), PLATE, **(look | {"facecolor": "none"}))
     return _framed(axes, title)
 
 

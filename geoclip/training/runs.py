@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -215,7 +216,7 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, devices: dic
     if first and progress and (left := len(data) % config.batch_size):
         print(f"batches are whole: each epoch leaves out {left} of {len(data):,} samples, chosen at random")
     bar = progress and sys.stderr.isatty()
-    watch = Watch(lines=progress and not bar)
+    watch = Watch(run.checkpoint, lines=progress and not bar)
     start = time.monotonic()
     with quiet():
         trainer = lightning.Trainer(
@@ -243,11 +244,6 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, devices: dic
         try:
             trainer.fit(module, datamodule=Loaders(config, data), ckpt_path=resumed, weights_only=True)
         except SystemExit as error:
-            if first:
-                kept = "no epoch was complete: rerun the command to start again"
-                if run.checkpoint.is_file():
-                    kept = f"{run.checkpoint} holds its last whole epoch: rerun the command to resume"
-                print(f"training stopped before its end; {kept}", file=sys.stderr)
             if isinstance(watch.stopped_by, KeyboardInterrupt):  # of which Lightning makes exit status 1
                 raise KeyboardInterrupt from error
             raise
@@ -320,12 +316,13 @@ def last_good(checkpoint: Path, set_aside: bool = True) -> Path | None:
 
 
 class Watch(lightning.Callback):
-    """Times epochs (`seconds`, of the steps and validation), and remembers what stopped the run.
+    """Times epochs (`seconds`, of the steps and validation), and remembers and reports what stopped the run.
 
     lines: print a line after each epoch, for logs without a terminal.
     """
 
-    def __init__(self, lines: bool = False):
+    def __init__(self, checkpoint: Path, lines: bool = False):
+        self.checkpoint = checkpoint
         self.seconds: list[float] = []
         self.lines = lines
         self.stopped_by: BaseException | None = None
@@ -345,6 +342,15 @@ class Watch(lightning.Callback):
 
     def on_exception(self, trainer, module, exception) -> None:
         self.stopped_by = exception
+        if isinstance(exception, SystemExit | KeyboardInterrupt) and trainer.is_global_zero:
+            kept = "no epoch was complete: rerun the command to start again"
+            if self.checkpoint.is_file():
+                kept = f"{self.checkpoint} holds its last whole epoch: rerun the command to resume"
+            print(f"training stopped before its end; {kept}", file=sys.stderr)
+        if trainer.world_size > 1:  # a rank may wait for another one that has ended, and wait for ever
+            timer = threading.Timer(30, os._exit, (getattr(exception, "code", 1),))
+            timer.daemon = True
+            timer.start()
 
 
 def compiling_pays(config: RunConfig, samples: int, device: torch.device) -> bool:
