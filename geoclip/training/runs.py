@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import sys
-import threading
 import time
 import warnings
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from geoclip.training.checkpoints import read_checkpoint
 from geoclip.training.config import RunConfig, plain, read_yaml
 from geoclip.training.data import Loaders, fingerprint, on_features
 from geoclip.training.module import GeoCLIPTraining, TrainingModule
+from geoclip.training.watch import Watch
 
 # Raise it when a change of the code changes what is trained, so that kept runs are trained again.
 RECIPE = 1
@@ -313,44 +313,6 @@ def last_good(checkpoint: Path, set_aside: bool = True) -> Path | None:
         else:
             return path
     return None
-
-
-class Watch(lightning.Callback):
-    """Times epochs (`seconds`, of the steps and validation), and remembers and reports what stopped the run.
-
-    lines: print a line after each epoch, for logs without a terminal.
-    """
-
-    def __init__(self, checkpoint: Path, lines: bool = False):
-        self.checkpoint = checkpoint
-        self.seconds: list[float] = []
-        self.lines = lines
-        self.stopped_by: BaseException | None = None
-
-    def on_train_epoch_start(self, trainer, module) -> None:
-        self.began = time.monotonic()
-
-    def on_train_epoch_end(self, trainer, module) -> None:
-        if trainer.strategy.root_device.type == "cuda":
-            torch.cuda.synchronize()
-        self.seconds.append(round(time.monotonic() - self.began, 2))
-        if self.lines and trainer.is_global_zero:
-            metrics = trainer.callback_metrics
-            losses = [f"{name} {metrics[name]:.4f}" for name in ("train/loss", "val/loss") if name in metrics]
-            about = ", ".join([*losses, f"{self.seconds[-1]} s"])
-            print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {about}", flush=True)
-
-    def on_exception(self, trainer, module, exception) -> None:
-        self.stopped_by = exception
-        if isinstance(exception, SystemExit | KeyboardInterrupt) and trainer.is_global_zero:
-            kept = "no epoch was complete: rerun the command to start again"
-            if self.checkpoint.is_file():
-                kept = f"{self.checkpoint} holds its last whole epoch: rerun the command to resume"
-            print(f"training stopped before its end; {kept}", file=sys.stderr)
-        if trainer.world_size > 1:  # a rank may wait for another one that has ended, and wait for ever
-            timer = threading.Timer(30, os._exit, (getattr(exception, "code", 1),))
-            timer.daemon = True
-            timer.start()
 
 
 def compiling_pays(config: RunConfig, samples: int, device: torch.device) -> bool:
