@@ -131,7 +131,10 @@ def test_sigterm_ends_both_ranks_and_a_rerun_resumes(config, tmp_path):
         time.sleep(0.05)
     ranks = psutil.Process(process.pid).children(recursive=True)
     process.terminate()
-    said = process.communicate(timeout=60)[0]
+    try:
+        said = process.communicate(timeout=60)[0]
+    finally:
+        process.kill()
     assert process.returncode == 143 and "rerun the command to resume" in said
     assert psutil.wait_procs(ranks, timeout=10)[1] == []
     assert not (tmp_path / "run" / "result.json").exists()
