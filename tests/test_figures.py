@@ -33,7 +33,7 @@ def test_figures_show_every_distance_and_its_interval():
         assert (band.min(), band.max()) == (7.0, 12.0)
         assert list(axis.lines[0].get_xdata()) == [0, 256, 1024]
     assert curves.get_suptitle() == "made; means and 95 % intervals over 3 seeds"
-    settings = figures.draw_settings(summary(), ["blocked"])
+    settings = figures.draw_differences(summary(), ["blocked"])
     assert [axis.get_title("left") for axis in settings.axes] == ["blocked"]
     labels = [text.get_text() for text in settings.axes[0].get_yticklabels()]
     assert labels == ["queue 1024", "queue 256", "queue 0"]  # the first setting on top

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from geoclip.studies.statistics import across, over_seeds, paired_differences, plus_minus, t_interval, verdict
+from geoclip.studies.statistics import across, over_seeds, paired_differences, plus_minus, t_interval
 
 COLUMNS = ("acc_25km",)
 
@@ -77,12 +77,6 @@ def test_mistakes_are_named():
         over_seeds(pd.concat([runs, runs.head(1)]), ["split", "setting"], COLUMNS)
     with pytest.raises(ValueError, match="no column setting"):
         over_seeds(runs.drop(columns="setting"), ["split", "setting"], COLUMNS)
-
-
-def test_verdict():
-    assert verdict(0.1, 2.0) == "higher"
-    assert verdict(-2.0, -0.1) == "lower"
-    assert verdict(-0.1, 0.1) == verdict(float("nan"), float("nan")) == "not told apart"
 
 
 def test_across_lays_settings_down_and_splits_across():

@@ -19,11 +19,10 @@ COLOURS = ("#000000", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
 DISTANCES = list(zip(evaluation.named_thresholds(), COLOURS, ("o", "s", "^", "D", "v"), strict=True))
 
 
-def draw_settings(summary: pd.DataFrame, splits: Sequence[str], difference: bool = False) -> Figure:
-    """Draw each setting at the five distances, with intervals, in one panel for each of `splits`.
+def draw_differences(summary: pd.DataFrame, splits: Sequence[str]) -> Figure:
+    """Draw how far each setting is from the reference (a line at 0), with intervals, in a panel for each of `splits`.
 
-    summary: of statistics.over_seeds or paired_differences, with the columns data, split and setting.
-    difference: the values are points above or below a reference, drawn as a line at 0.
+    summary: of statistics.paired_differences, with the columns data, split and setting.
     """
     names = list(summary["setting"].unique())[::-1]
     with plt.rc_context(STYLE):
@@ -37,11 +36,8 @@ def draw_settings(summary: pd.DataFrame, splits: Sequence[str], difference: bool
                 style = {"fmt": marker, "markersize": 4, "linestyle": "none", "color": colour, "capsize": 2}
                 rows = np.arange(len(names)) + 0.13 * (2 - number)  # the nearest distance on top
                 axis.errorbar(mean, rows, xerr=np.nan_to_num(ends), label=f"≤ {km:,} km", **style)
-            if difference:
-                axis.axvline(0, color="#999999", linewidth=0.8)
-                axis.set(title=split, xlabel="points below (left) or above the reference")
-            else:
-                axis.set(title=split, xlabel="found within the distance, %", xlim=(-2, 102))
+            axis.axvline(0, color="#999999", linewidth=0.8)
+            axis.set(title=split, xlabel="points below (left) or above the reference")
             axis.set_yticks(range(len(names)), names)
         _finish(figure, axes, summary)
     return figure
@@ -83,7 +79,7 @@ def draw_by_split(summary: pd.DataFrame, settings: Sequence[str], columns: Seque
 def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str] = ("split",)) -> Figure:
     """Draw the accuracy at the five distances against the column `x`, with intervals as bands.
 
-    summary: as in draw_settings. panels: columns; each combination of their values has its own panel.
+    summary: as in draw_by_split. panels: columns; each combination of their values has its own panel.
     """
     groups = list(summary.groupby(list(panels), sort=False))
     columns = min(2, len(groups))

@@ -4,15 +4,13 @@ One hidden layer of 512 units predicts all concepts at once, from the embedding 
 or both.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import delayed
 from sklearn.metrics import average_precision_score
-from threadpoolctl import threadpool_limits
 
 from geoclip.datasets.nus_wide import NusWide
 from geoclip.studies import probes
@@ -71,6 +69,6 @@ def probe_labels(
         row |= {"n_test": int(test.sum())}
         return row | mean_average_precision(data.labels[test], fitted.predict_proba(x[test]))
 
-    with probes.expected_warnings(), threadpool_limits(1):
-        run = Parallel(n_jobs=min(probes.JOBS, os.cpu_count() or 1), prefer="threads")
-        return pd.DataFrame(run(delayed(one)(name, seed) for name in inputs for seed in range(seeds)))
+    with probes.expected_warnings():
+        jobs = (delayed(one)(name, seed) for name in inputs for seed in range(seeds))
+        return pd.DataFrame(probes.in_threads(jobs))

@@ -4,18 +4,16 @@ In the manner of CoordBench, whose own tables and constants are not used here. T
 share the neighbours and one decomposition for ridge, so that a further task costs next to nothing.
 """
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-from joblib import Parallel, delayed
+from joblib import delayed
 from sklearn.linear_model import RidgeCV
 from sklearn.metrics import r2_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
-from threadpoolctl import threadpool_limits
 
 from geoclip.datasets.geography import Task
 from geoclip.studies import probes
@@ -50,9 +48,7 @@ def compare(
             x = probes.embed(embedding, latlon)
             for task in group:
                 probes.check_rows(x, task.target, latlon, task.measure)
-            with threadpool_limits(1):
-                run = Parallel(n_jobs=min(probes.JOBS, os.cpu_count() or 1), prefer="threads")
-                done = run(delayed(_one)(group, truths, x, neighbours, *job) for job in jobs)
+            done = probes.in_threads(delayed(_one)(group, truths, x, neighbours, *job) for job in jobs)
             rows += [row | {"embedding": name, "d": x.shape[1]} for part in done for row in part]
     return pd.DataFrame(rows)
 

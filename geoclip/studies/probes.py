@@ -242,10 +242,15 @@ def probe(
         row = {"seed": seed, "score": float(score), "n_train": len(train), "n_test": len(test)}
         return row | {"reachable": float(reachable), "alpha": getattr(fitted, "alpha_", np.nan)}
 
+    with expected_warnings():
+        return pd.DataFrame(in_threads([delayed(one)(*rows) for rows in jobs()]))
+
+
+def in_threads(jobs: Iterable) -> list:
+    """Return the results of joblib's delayed calls, JOBS at a time, each on one thread of the linear algebra."""
     # matrices this small gain little from several threads; two splits at a time are nearly twice as fast
-    with expected_warnings(), threadpool_limits(1):
-        run = Parallel(n_jobs=min(JOBS, os.cpu_count() or 1), prefer="threads")
-        return pd.DataFrame(run([delayed(one)(*rows) for rows in jobs()]))
+    with threadpool_limits(1):
+        return Parallel(n_jobs=min(JOBS, os.cpu_count() or 1), prefer="threads")(jobs)
 
 
 def compare(

@@ -96,11 +96,6 @@ def _check(runs: pd.DataFrame, by: Sequence[str]) -> None:
         raise ValueError(f"the table of runs has {twice.iloc[0][keys].to_dict()} more than once")
 
 
-def verdict(low: float, high: float) -> str:
-    """Return "higher", "lower", or "not told apart" if the interval of a difference contains 0 or is NaN."""
-    return "higher" if low > 0 else "lower" if high < 0 else "not told apart"
-
-
 def plus_minus(mean: float, low: float, high: float) -> str:
     """Return a mean and half of its interval as text, "34.5 ± 1.2", or the mean alone for one seed."""
     return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} ± {(high - low) / 2:.1f}"

@@ -140,10 +140,10 @@ def train(
     for a directory that holds a run of another configuration, and FileNotFoundError for missing data.
     """
     options = check_devices(config, devices, accelerator, nodes)
-    directory = Path(directory or run_folder(config))
-    if config.data != "blue_marble" and not (directory / "result.json").is_file():
+    run = Run(Path(directory or run_folder(config)), config, kind)
+    if config.data != "blue_marble" and not run.result_file.is_file():
         os.stat(config.data)  # raises FileNotFoundError before a folder is made
-    run = Run(paths.make_folder(directory), config, kind)
+    paths.make_folder(run.directory)
     if rank_zero_only.rank > 0:  # the first rank holds the lock, and prepares and ends the run for all
         if not (resume and run.result_file.is_file()):
             fit(run, resume, progress, epochs, options)
