@@ -62,26 +62,34 @@ KM = 1000.0  # the projections' metres
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """The pixels of a map: `latlon` (n, 2) of those on the Earth, in degrees; `inside` (rows, columns)."""
+    """Sample points of a map's pixels: `latlon` (n, 2) in degrees of those on the Earth; `inside` says which.
+
+    Each pixel holds `samples` x `samples` points; `inside` has one entry per point.
+    """
 
     latlon: np.ndarray
     inside: np.ndarray
     extent: tuple[float, float, float, float]
+    samples: int = 1
 
     @property
     def width_km(self) -> float:
         """Width of a pixel."""
-        return (self.extent[1] - self.extent[0]) / self.inside.shape[1] / KM
+        return (self.extent[1] - self.extent[0]) / (self.inside.shape[1] // self.samples) / KM
 
     def image(self, values: np.ndarray) -> np.ma.MaskedArray:
-        """`values` (n,) of the pixels as an image (rows, columns), masked outside the Earth."""
+        """`values` (n,) of the points as an image (rows, columns): each pixel's mean, masked where it has none."""
         values = np.asarray(values)
         if values.shape != (len(self.latlon),):
-            raise ValueError(f"expected {len(self.latlon)} values, one per pixel; got shape {values.shape}")
+            raise ValueError(f"expected {len(self.latlon)} values, one per point; got shape {values.shape}")
         # zeros, because matplotlib also computes under the mask and would warn of uninitialised values
         picture = np.zeros(self.inside.shape, dtype=values.dtype)
         picture[self.inside] = values
-        return np.ma.masked_array(picture, mask=~self.inside)
+        picture = np.ma.masked_array(picture, mask=~self.inside)
+        if self.samples == 1:
+            return picture
+        rows, columns = (size // self.samples for size in picture.shape)
+        return picture.reshape(rows, self.samples, columns, self.samples).mean(axis=(1, 3))
 
 
 def figure(width_in: float = 7.0, height_in: float = 3.6, data: str | None = None) -> Figure:
@@ -136,11 +144,16 @@ def region_axes(
     return _framed(axes, title)
 
 
-def grid(axes: GeoAxes, columns: int = 360) -> Grid:
-    """The centres of the map's pixels, `columns` per row, for a heat map that is drawn without resampling."""
+def grid(axes: GeoAxes, columns: int = 360, samples: int = 1, land: bool = False) -> Grid:
+    """Points of the map's pixels, `columns` pixels per row, for a heat map that is drawn without resampling.
+
+    samples: points across a pixel, whose mean is drawn. More than one keeps a pattern finer than a pixel from
+    appearing as a coarser one. land: only the points on land.
+    """
     left, right = axes.get_xlim()
     bottom, top = axes.get_ylim()
-    rows = max(1, round(columns * (top - bottom) / (right - left)))
+    rows = max(1, round(columns * (top - bottom) / (right - left))) * samples
+    columns *= samples
     x = left + (np.arange(columns) + 0.5) * (right - left) / columns
     y = top - (np.arange(rows) + 0.5) * (top - bottom) / rows
     xs, ys = np.meshgrid(x, y)
@@ -149,9 +162,13 @@ def grid(axes: GeoAxes, columns: int = 360) -> Grid:
     # Outside the Earth the inverse projection still returns a place, but one that projects to another pixel.
     back = axes.projection.transform_points(PLATE, lonlat[..., 0], lonlat[..., 1])
     inside &= np.hypot(back[..., 0] - xs, back[..., 1] - ys) < 10 * KM
+    if land:
+        inside &= shapely.contains_xy(
+            shapely.union_all(_outlines("countries_110m")), *np.moveaxis(lonlat, -1, 0)
+        )
     latlon = lonlat[inside][:, ::-1]
     latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
-    return Grid(np.clip(latlon, [-90, -180], [90, 180]), inside, (left, right, bottom, top))
+    return Grid(np.clip(latlon, [-90, -180], [90, 180]), inside, (left, right, bottom, top), samples)
 
 
 def density(axes: GeoAxes, latlon, cells: int = 120, label: str = "places") -> None:
@@ -216,7 +233,7 @@ def similarity(
     bar: bool = True,
     regions: dict[str, shapely.Geometry] | None = None,
 ) -> None:
-    """Heat map of `values` (n,), one per pixel of `grid(axes)`; the best places are numbered, the truth is
+    """Heat map of `values` (n,), one per point of `grid(axes)`; the best places are numbered, the truth is
     ringed.
 
     top_k: (k, 2), best first; truth: (2,); both (lat, lon) in degrees. limits: range of the colours, by
@@ -316,15 +333,8 @@ def _framed(axes: GeoAxes, title: str) -> GeoAxes:
 
 def _show(axes: GeoAxes, pixels: Grid, picture: np.ndarray, **colours):
     """Draws a picture of the map's pixels; imshow would change the limits of the axes."""
-    drawn = axes.imshow(
-        picture,
-        extent=pixels.extent,
-        origin="upper",
-        transform=axes.projection,
-        interpolation="nearest",
-        zorder=1,
-        **colours,
-    )
+    where = {"extent": pixels.extent, "origin": "upper", "transform": axes.projection}
+    drawn = axes.imshow(picture, interpolation="nearest", zorder=1, **where, **colours)
     drawn.set_rasterized(True)
     axes.set_xlim(pixels.extent[:2])
     axes.set_ylim(pixels.extent[2:])

@@ -110,6 +110,28 @@ def test_each_pixel_of_a_grid_projects_onto_itself(world):
     assert pixels.inside.mean() == pytest.approx(510.07e6 / rectangle_km2 if world else 1.0, abs=0.01)
 
 
+def test_a_pixel_shows_the_mean_of_its_points_on_land():
+    axes = maps.earth_axes(maps.figure(), filled=False)
+    every, pixels = (maps.grid(axes, columns=40, samples=3, land=land) for land in (False, True))
+    assert every.width_km == pytest.approx(maps.grid(axes, columns=40).width_km)
+    points = np.ma.masked_all(every.inside.shape)
+    points[every.inside] = every.latlon[:, 0]
+    image = every.image(every.latlon[:, 0])
+    assert image.shape == (len(points) // 3, 40)
+    for row, column in [(0, 20), (9, 0), (10, 20), (18, 39)]:
+        square = points[3 * row : 3 * row + 3, 3 * column : 3 * column + 3]
+        assert (
+            image[row, column] is np.ma.masked
+            if square.mask.all()
+            else image[row, column] == pytest.approx(square.mean())
+        )
+    # Land covers 29 % of the Earth; the middle of the Pacific is not land, the middle of Brazil is.
+    assert len(pixels.latlon) / len(every.latlon) == pytest.approx(0.29, abs=0.02)
+    nearest = [np.abs(pixels.latlon - place).sum(1).min() for place in ([0.0, -140.0], [-10.0, -52.0])]
+    assert nearest[0] > 10 and nearest[1] < 2
+    assert pixels.image(np.ones(len(pixels.latlon))).max() == 1
+
+
 def test_heat_map_is_brightest_at_its_query():
     query = np.array([-33.9, 151.2])
     axes = maps.earth_axes(maps.figure(), filled=False)
@@ -164,7 +186,7 @@ def test_categories_have_a_legend_only_where_colours_tell_them_apart():
 def test_wrong_sizes_are_refused():
     axes = maps.earth_axes(maps.figure())
     pixels = maps.grid(axes, columns=20)
-    with pytest.raises(ValueError, match="expected 176 values, one per pixel"):
+    with pytest.raises(ValueError, match="expected 176 values, one per point"):
         maps.similarity(axes, pixels, np.zeros(3))
     with pytest.raises(ValueError, match="labels run from 0 to 5"):
         maps.categories(axes, pixels, np.arange(len(pixels.latlon)) % 6, ["a", "b"])
