@@ -214,7 +214,7 @@ def test_spherical_harmonics_are_scipys_and_orthonormal():
 
 
 def test_sinusoids_have_the_stated_scales():
-    x = position_encodings.sphere_c_plus(torch.tensor([[30.0, 60.0]]), scales=3, shortest_deg=0.5)
+    x = position_encodings.sphere_c_plus(torch.tensor([[30.0, 60.0]]), scales=3)
     assert x.shape == (1, 21)
     sine = x.reshape(7, 3)[3]  # sin(lat / r) at r = 1, …, 0.5° in radians
     assert np.isclose(sine[0], 0.5, atol=1e-6) and np.isclose(sine[2], np.sin(60.0), atol=1e-4)

@@ -23,8 +23,7 @@ def similarity_by_distance(
 ) -> pd.DataFrame:
     """Return quantiles of the cosine between places, by distance: from_km, to_km, pairs, p5, median, p95.
 
-    The first `queries` places are paired with all others. embeddings: unit norm. A class holds the distances
-    in (from_km, to_km], so places at distance 0 are not paired; classes without pairs are left out.
+    The first `queries` places are paired with all others, at distances in (from_km, to_km]. embeddings: unit norm.
     """
     distance_km = earth.haversine_km(latlon[:queries, None], latlon[None])
     cosine = embeddings[:queries] @ embeddings.T
@@ -49,13 +48,11 @@ def ranking(
     relevant: Bool[Tensor, " n"],
     among: Bool[Tensor, " n"],
     latlon: Float[Tensor, "n 2"] | None = None,
-    draws: int = 100,
 ) -> dict[str, float]:
     """Return how well `score` ranks relevant places first: n, share (percent relevant), auc (0.5 is chance).
 
     auc is the probability that a relevant place scores higher than another one. Only places in `among` count.
-    With `latlon`, auc_low and auc_high are its 95 % interval by bootstrap over blocks of 10°. Raises
-    ValueError if all places are relevant, or none is.
+    With `latlon`, auc_low and auc_high are its 95 % interval by bootstrap over blocks of 10°.
     """
     from sklearn.metrics import roc_auc_score
 
@@ -65,11 +62,9 @@ def ranking(
     found = {"n": len(relevant), "share": 100 * relevant.mean(), "auc": float(roc_auc_score(relevant, score))}
     if latlon is not None:
         block = np.unique(blocks(latlon[among]), return_inverse=True)[1]
-        generator, resampled = np.random.default_rng(0), []
-        while len(resampled) < draws:
-            weight = np.bincount(
-                generator.integers(block.max() + 1, size=block.max() + 1), minlength=block.max() + 1
-            )
+        n, generator, resampled = block.max() + 1, np.random.default_rng(0), []
+        while len(resampled) < 100:
+            weight = np.bincount(generator.integers(n, size=n), minlength=n)
             if weight[block[relevant]].any():  # a draw without a relevant place has no ranking
                 resampled.append(roc_auc_score(relevant, score, sample_weight=weight[block]))
         found["auc_low"], found["auc_high"] = map(float, np.percentile(resampled, [2.5, 97.5]))

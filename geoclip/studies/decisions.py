@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -23,11 +24,7 @@ __all__ = ["BATCH", "Case", "Neighbours", "collect", "fused", "paired", "tile_ca
 
 @dataclass(frozen=True)
 class Case:
-    """A model and images with known places, and what to fit a posterior on before it answers for others.
-
-    features, latlon: backbone features and (lat, lon) degrees of all images. parts: pairs of rows, those to
-    fit on and those to answer for.
-    """
+    """A model, images with known places, and `parts`: pairs of rows to fit a posterior on and to answer for."""
 
     model: GeoCLIP
     features: Float[Tensor, "n c"]
@@ -53,8 +50,7 @@ class Case:
 def tile_case(module: GeoCLIPTraining, split: str, n: int) -> Case:
     """n test tiles of a split, drawn at random.
 
-    For `random`, the posterior is fitted on n tiles of `val`. For `blocked`, it is fitted on the tiles of one
-    half of the blocks and answers for those of the other half, and the reverse.
+    For `random`, the posterior is fitted on n tiles of `val`; for `blocked`, on each half of the blocks in turn.
     """
     model, config = module.model, module.config
     if split == "random":
@@ -92,10 +88,7 @@ def collect(
     fitted: Calibration,
     measures: Mapping[str, str | Callable[[Posterior, slice], Tensor]],
 ) -> dict[str, Tensor]:
-    """Measures of the posterior of each image, by name.
-
-    A measure is a decision of Posterior.answer, or a function of some posteriors and their slice of all images.
-    """
+    """Measures of each image's posterior: a rule of Posterior.answer, or a function of posteriors and their slice."""
     kept: dict[str, list[Tensor]] = {name: [] for name in measures}
     start = 0
     for batch in logits:
@@ -115,7 +108,5 @@ def paired(
     row = {}
     for i, (name, km) in enumerate(evaluation.named_thresholds()):
         row[name] = 100 * ((error_km <= km).double() - (reference_km <= km).double()).mean().item()
-        row[f"{name}_low"], row[f"{name}_high"] = (
-            torch.from_numpy(ends[:, i]).quantile(torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
-        )
+        row[f"{name}_low"], row[f"{name}_high"] = np.quantile(ends[:, i], [0.025, 0.975]).tolist()
     return row

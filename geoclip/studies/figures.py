@@ -20,10 +20,7 @@ DISTANCES = list(zip(evaluation.named_thresholds(), COLOURS, ("o", "s", "^", "D"
 
 
 def draw_differences(summary: pd.DataFrame, splits: Sequence[str]) -> Figure:
-    """Draw how far each setting is from the reference (a line at 0), with intervals, in a panel for each of `splits`.
-
-    summary: of statistics.paired_differences, with the columns data, split and setting.
-    """
+    """Draw a table of statistics.paired_differences: settings beside the reference (0), a panel for each split."""
     names = list(summary["setting"].unique())[::-1]
     with plt.rc_context(STYLE):
         size = (3.4 * len(splits) + 1.4, 0.4 * len(names) + 1.3)
@@ -46,8 +43,7 @@ def draw_differences(summary: pd.DataFrame, splits: Sequence[str]) -> Figure:
 def draw_by_split(summary: pd.DataFrame, settings: Sequence[str], columns: Sequence[str]) -> Figure:
     """Draw the accuracy of `settings` over the test splits, in their order, in one panel for each column.
 
-    summary: of statistics.over_seeds, with the columns data, split and setting; settings that it lacks are
-    left out.
+    summary: of statistics.over_seeds, with the columns data, split and setting.
     """
     splits, kilometres = list(summary["split"].unique()), dict(evaluation.named_thresholds())
     with plt.rc_context(STYLE):
@@ -58,19 +54,15 @@ def draw_by_split(summary: pd.DataFrame, settings: Sequence[str], columns: Seque
         for setting, (colour, marker, line) in zip(there, lines, strict=False):
             part = summary[summary["setting"] == setting].set_index("split").loc[splits]
             for axis, column in zip(axes[0], columns, strict=True):
-                ends = np.abs(
-                    part[[f"{column}_low", f"{column}_high"]].to_numpy().T - part[column].to_numpy()
-                )
+                ends = part[[f"{column}_low", f"{column}_high"]].to_numpy().T
+                yerr = np.nan_to_num(np.abs(ends - part[column].to_numpy()))
                 style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "capsize": 2}
-                yerr = np.nan_to_num(ends)
                 axis.errorbar(range(len(splits)), part[column], yerr=yerr, label=setting, **style)
         for axis, column in zip(axes[0], columns, strict=True):
             names = [split.replace(" km", "").replace("beyond", ">") for split in splits]
             axis.set_xticks(range(len(splits)), names, fontsize=7)
-            axis.set(
-                title=f"≤ {kilometres[column]:,} km", xlabel="test split; km from the nearest training place"
-            )
-            axis.set_ylim(-2, 102)
+            axis.set(title=f"≤ {kilometres[column]:,} km", ylim=(-2, 102))
+            axis.set_xlabel("test split; km from the nearest training place")
         axes[0, 0].set_ylabel("found within the distance, %")
         _finish(figure, axes, summary)
     return figure
@@ -91,9 +83,8 @@ def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str]
             part = part.sort_values(x)
             values = part[x].to_numpy(float)
             for (column, km), colour, marker in DISTANCES:
-                axis.plot(
-                    values, part[column], label=f"≤ {km:,} km", color=colour, marker=marker, markersize=4
-                )
+                style = {"color": colour, "marker": marker, "markersize": 4}
+                axis.plot(values, part[column], label=f"≤ {km:,} km", **style)
                 low, high = (part[f"{column}_{end}"].to_numpy(float) for end in ("low", "high"))
                 axis.fill_between(values, low, high, color=colour, alpha=0.25, linewidth=0)
             if (values == 0).any():  # linear below the smallest value that is not 0
@@ -123,16 +114,15 @@ def best_model(
     errors: Mapping[str, Float[np.ndarray, "s n"]],
     latlon: Float[Tensor, "n 2"],
     pixels: Float[np.ndarray, "m 2"],
-    block_deg: float = 10,
     fewest: int = 10,
 ) -> np.ndarray:
     """Return for each pixel (m,) the number of the model with the lowest median error in the pixel's block.
 
-    errors: error in km of n tests with s seeds, by model. latlon: places of the tests. A block with fewer
-    than `fewest` tests has no best model: −1. Blocks are those of probes.blocks.
+    errors: km of n tests with s seeds, by model. latlon: places of the tests. A block (probes.blocks) with
+    fewer than `fewest` tests has no best model: −1.
     """
     table = pd.DataFrame({name: np.median(np.atleast_2d(km), axis=0) for name, km in errors.items()})
-    groups = table.groupby(blocks(latlon, block_deg))
+    groups = table.groupby(blocks(latlon))
     median = groups.median()[groups.size() >= fewest]
     best = pd.Series(median.to_numpy().argmin(axis=1), index=median.index)
-    return best.reindex(blocks(pixels, block_deg)).fillna(-1).to_numpy(int)
+    return best.reindex(blocks(pixels)).fillna(-1).to_numpy(int)

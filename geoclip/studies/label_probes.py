@@ -26,18 +26,15 @@ class LabelProbeConfig(probes.HiddenLayerConfig):
 def mean_average_precision(labels: np.ndarray, scores: np.ndarray) -> dict[str, float]:
     """Return mean average precision over concepts (map_macro, the usual mAP) and over all pairs (map_micro).
 
-    labels: (n, q) of {0, 1}. scores: (n, q). Concepts without a positive image have no average precision and
-    are left out; `concepts` is the number of the others, and `chance` what a random order would score: the
-    share of positive labels.
+    labels: (n, q) of {0, 1}. scores: (n, q). Concepts without a positive image are left out; `concepts` is the
+    number of the others, and `chance` what a random order would score: the share of positive labels.
     """
     seen = labels.any(0)
     if not seen.any():
         raise ValueError(f"none of the {labels.shape[1]} concepts has a positive image to score")
-    found = {
-        f"map_{how}": average_precision_score(labels[:, seen], scores[:, seen], average=how)
-        for how in ("macro", "micro")
-    }
-    found |= {"chance": labels[:, seen].mean()}
+    labels, scores, found = labels[:, seen], scores[:, seen], {"chance": labels[:, seen].mean()}
+    for how in ("macro", "micro"):
+        found[f"map_{how}"] = average_precision_score(labels, scores, average=how)
     return {name: float(value) for name, value in found.items()} | {"concepts": int(seen.sum())}
 
 
@@ -50,8 +47,7 @@ def probe_labels(
 ) -> pd.DataFrame:
     """Probe NUS-WIDE from GPS alone and, with visual features (n, c), from those and from both side by side.
 
-    One row for each input and seed: input, seed, d, n_train, n_test, and mean_average_precision on the
-    official test part. The concepts are predicted independently of each other (sigmoid, cross-entropy).
+    One row for each input and seed, with mean_average_precision on the official test part.
     """
     inputs = {"GPS": probes.embed(embedding, data.latlon)}
     if visual is not None:

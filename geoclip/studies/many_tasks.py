@@ -1,7 +1,7 @@
 """Which encoding of position serves many tasks: k nearest neighbours and ridge regression, and mean ranks.
 
 In the manner of CoordBench, whose own tables and constants are not used here. Tasks that share their places
-share the neighbours and one decomposition for ridge, so that a further task costs next to nothing.
+share the neighbours and one decomposition for ridge.
 """
 
 from collections.abc import Callable, Mapping
@@ -28,11 +28,10 @@ def compare(
     config: probes.ProbeConfig,
     neighbours: int = NEIGHBOURS,
 ) -> pd.DataFrame:
-    """Score every embedding in every task, random and blocked, with both predictors: the rows of
-    `probes.compare`, whose column probe is "neighbours" or "ridge".
+    """Return the rows of `probes.compare` for both predictors, "neighbours" and "ridge" in the column probe.
 
     neighbours: how many training places, nearest in the embedding as it is, answer by their mean or vote.
-    Ridge standardises the columns; classes are targets of 0 and 1. Raises as `probes.probe` does.
+    Ridge standardises the columns; classes are targets of 0 and 1.
     """
     groups: dict[bytes, list[Task]] = {}
     for task in tasks.values():
@@ -41,9 +40,7 @@ def compare(
     for group in groups.values():
         latlon, outer = group[0].latlon, replace(config, block_deg=group[0].block_deg)
         truths = [_targets(task) for task in group]
-        jobs = [
-            (split, *job) for split in ("random", "blocked") for job in probes.splits(latlon, split, outer)
-        ]
+        jobs = [(how, *job) for how in ("random", "blocked") for job in probes.splits(latlon, how, outer)]
         for name, embedding in embeddings.items():
             x = probes.embed(embedding, latlon)
             for task in group:
@@ -54,8 +51,7 @@ def compare(
 
 
 def mean_ranks(rows: pd.DataFrame) -> pd.DataFrame:
-    """The mean rank of each embedding over the tasks, 1 for the best, by split and probe: a row of
-    `probes.summarize` each, whose interval is over the outer splits."""
+    """Return `probes.summarize` of the mean rank of each embedding over the tasks, 1 for the best."""
     ranks = rows.groupby(["task", "split", "probe", "seed"])["score"].rank(ascending=False)
     by = ["embedding", "d", "split", "probe", "seed"]
     numbers = rows.assign(score=ranks)[[*by, "score", "reachable", "n_train", "n_test"]]

@@ -16,15 +16,13 @@ from geoclip import earth
 Embedding = Callable[[Tensor], Tensor]
 
 
-def sphere_c_plus(
-    latlon: Float[Tensor, "n 2"], scales: int = 64, shortest_deg: float = 0.5
-) -> Float[Tensor, "n d"]:
+def sphere_c_plus(latlon: Float[Tensor, "n 2"], scales: int = 64) -> Float[Tensor, "n d"]:
     """Return sines and cosines of latitude and longitude at many scales, d = 7 · scales (SphereC+).
 
-    The scales are divisors r, spaced geometrically from 1 to `shortest_deg` in radians. With φ = lat / r and
-    λ = lon / r, each gives the unit vector of (φ, λ), and sin and cos of φ and of λ.
+    The scales are divisors r, spaced geometrically from 1 to 0.5° in radians. With φ = lat / r and λ = lon / r,
+    each gives the unit vector of (φ, λ), and sin and cos of φ and of λ.
     """
-    radius = torch.from_numpy(np.geomspace(1.0, np.deg2rad(shortest_deg), scales)).to(latlon.device)
+    radius = torch.from_numpy(np.geomspace(1.0, np.deg2rad(0.5), scales)).to(latlon.device)
     lat, lon = (torch.deg2rad(latlon.double())[..., None] / radius).unbind(1)
     vector = (lat.sin(), lat.cos() * lon.cos(), lat.cos() * lon.sin())
     return torch.cat([*vector, lat.sin(), lat.cos(), lon.sin(), lon.cos()], -1).float()
@@ -33,8 +31,7 @@ def sphere_c_plus(
 def spherical_harmonics(latlon: Float[Tensor, "n 2"], degree: int = 22) -> Float[Tensor, "n d"]:
     """Return the real spherical harmonics up to `degree`, orthonormal on the sphere, d = (degree + 1)².
 
-    Degree 22 resolves about 180 / 22 = 8 degrees and gives 529 columns, about as many as the location encoder
-    (512).
+    Degree 22 resolves about 180 / 22 = 8 degrees; its 529 columns are about as many as the encoder's 512.
     """
     from scipy.special import sph_harm_y_all
 
@@ -48,10 +45,7 @@ def spherical_harmonics(latlon: Float[Tensor, "n 2"], degree: int = 22) -> Float
 
 
 class Remembered:
-    """A location encoder that caches the levels (s, n, d) of the places it has encoded.
-
-    Probing the sum, each level and their combinations on the same places then encodes them only once.
-    """
+    """A location encoder that caches the levels (s, n, d) of the places that it has encoded."""
 
     def __init__(self, encoder):
         self.encoder = encoder
@@ -78,8 +72,7 @@ def weighted_sum(encoder, weights: Sequence[float], unit_norm: bool = False) -> 
 
     def embed(latlon):
         levels = encoder.by_level(latlon)
-        if unit_norm:
-            levels = functional.normalize(levels, dim=-1)
+        levels = functional.normalize(levels, dim=-1) if unit_norm else levels
         return torch.einsum("snd,s->nd", levels, torch.tensor(weights, dtype=levels.dtype))
 
     return embed

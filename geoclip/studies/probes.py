@@ -1,9 +1,7 @@
 """Probes: what an embedding of places knows, measured by predicting properties of a place from it alone.
 
-The protocol is RANGE's: every column is scaled to [0, 1], then ridge regression (or classification with
-targets ±1) chooses its penalty by inner cross-validation. A hidden layer can take ridge's place. Held-out
-places are drawn at random, so that training places are near (interpolation), or in whole blocks of the Earth
-(extrapolation).
+The protocol is RANGE's: columns are scaled to [0, 1], and ridge regression (or classification with targets ±1)
+chooses its penalty by inner cross-validation. Held-out places are drawn at random, or in whole blocks.
 """
 
 import contextlib
@@ -50,10 +48,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True)
 class HiddenLayerConfig:
-    """One hidden layer; 512 units, learning rate 0.001 and batches of 32 are those of NUS-WIDE's protocol.
-
-    The papers leave the rest open.
-    """
+    """One hidden layer; 512 units, learning rate 0.001 and batches of 32 are those of NUS-WIDE's protocol."""
 
     hidden: int = 512
     learning_rate: float = 1e-3
@@ -65,19 +60,14 @@ class HiddenLayerConfig:
 
 
 def embed(embedding: Callable, latlon, batch: int = 8192) -> np.ndarray:
-    """Return the embedding (n, d), float32, of n places in degrees; `embedding` maps (n, 2) → (n, d).
-
-    Raises ValueError for invalid coordinates, an embedding of another shape, and values that are not finite.
-    """
+    """Return the embedding (n, d), float32, of n places in degrees; `embedding` maps (n, 2) → (n, d)."""
     latlon = earth.check_latlon(latlon).float().reshape(-1, 2)
     parts = []
     with torch.inference_mode():
         for places in latlon.split(batch):
             part = torch.as_tensor(embedding(places)).float().cpu()
             if part.ndim != 2 or len(part) != len(places):
-                raise ValueError(
-                    f"the embedding of {len(places)} places has the shape {tuple(part.shape)}, not (n, d)"
-                )
+                raise ValueError(f"the embedding of {len(places)} places has the shape {tuple(part.shape)}")
             parts.append(part)
     found = torch.cat(parts).numpy()
     check_finite(found, "the embedding")
@@ -106,9 +96,7 @@ def splits(latlon, split: str, config: ProbeConfig) -> Iterator[tuple[int, np.nd
         if split == "blocked":
             groups = blocks(latlon, config.block_deg, seed)
             if len(np.unique(groups)) < 2:
-                raise ValueError(
-                    f"all {len(latlon)} places lie in one block of {config.block_deg:g}°: lower block_deg"
-                )
+                raise ValueError(f"all {len(latlon)} places lie in one block of {config.block_deg:g}°")
         outer = splitter(1, test_size=TEST_FRACTION, random_state=seed)
         yield seed, *next(outer.split(latlon, groups=groups))
 
@@ -116,9 +104,8 @@ def splits(latlon, split: str, config: ProbeConfig) -> Iterator[tuple[int, np.nd
 class RidgeProbe:
     """Columns scaled to [0, 1], then ridge with a penalty chosen by inner cross-validation, in float64.
 
-    It gives the answers of scikit-learn's MinMaxScaler → RidgeClassifierCV(cv=10) or RidgeCV(cv=3) about
-    twenty times faster: the normal equations of a fold's training rows are those of all rows minus those of
-    the fold's own rows, so the rows are multiplied once, not once for each fold and penalty.
+    Same answers as scikit-learn's MinMaxScaler → RidgeClassifierCV(cv=10) or RidgeCV(cv=3), about twenty times
+    faster: the normal equations of a fold's training rows are those of all rows minus those of the fold.
     """
 
     def __init__(self, measure: Measure):
@@ -189,7 +176,7 @@ def hidden_layer(measure: Measure | Literal["labels"], config: HiddenLayerConfig
     """Return an estimator with one hidden layer; "labels" predicts several labels of {0, 1} at once."""
     options = dict(hidden_layer_sizes=(config.hidden,), batch_size=config.batch, max_iter=config.epochs)
     options |= dict(learning_rate_init=config.learning_rate, alpha=config.weight_decay, random_state=seed)
-    options |= dict(solver=config.optimizer)
+    options["solver"] = config.optimizer
     if measure == "r2":
         network = TransformedTargetRegressor(MLPRegressor(**options), transformer=StandardScaler())
     else:
@@ -210,13 +197,10 @@ def probe(
     """Probe an embedding (n, d) for a target (n,): one row for each seed.
 
     Columns: seed; score, accuracy in percent or R²; n_train; n_test; reachable, percent of test places whose
-    class occurs in training (one that lies in the held-out blocks only cannot be learnt), 100 for numbers;
-    alpha of ridge.
+    class occurs in training, 100 for numbers; alpha of ridge.
 
-    target: classes or numbers. latlon: (n, 2) degrees, for the blocks. model: seed → estimator with fit and
-    predict; by default RidgeProbe. sizes: learning curve, one row for each seed and number of training
-    places, nested. Raises ValueError for rows that do not match, values that are not finite, a class with a
-    single member, which no split can score, and a size larger than the training part.
+    target: classes or numbers. latlon: (n, 2) degrees, for the blocks. model: seed → estimator; by default
+    RidgeProbe. sizes: learning curve, one row for each seed and number of training places, nested.
     """
     target = np.asarray(target)
     check_rows(embedding, target, latlon, measure)
@@ -248,7 +232,6 @@ def probe(
 
 def in_threads(jobs: Iterable) -> list:
     """Return the results of joblib's delayed calls, JOBS at a time, each on one thread of the linear algebra."""
-    # matrices this small gain little from several threads; two splits at a time are nearly twice as fast
     with threadpool_limits(1):
         return Parallel(n_jobs=min(JOBS, os.cpu_count() or 1), prefer="threads")(jobs)
 
@@ -262,8 +245,7 @@ def compare(
 ) -> pd.DataFrame:
     """Probe every embedding for every task in every split: the rows of `probe`, with what they belong to.
 
-    hidden: probe with one hidden layer instead of ridge. Places that tasks share are embedded once. Each task
-    says how large its blocks are.
+    hidden: probe with one hidden layer instead of ridge. Places that tasks share are embedded once.
     """
     found = []
     for places in dict.fromkeys(task.places for task in tasks.values()):
@@ -299,10 +281,7 @@ def summarize(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def difference(rows: pd.DataFrame, one: str, other: str, by: list[str]) -> pd.DataFrame:
-    """Return `summarize` of how much more the embedding `one` scores than `other`, paired by split.
-
-    An interval without 0 says that one is better on such splits.
-    """
+    """Return `summarize` of how much more the embedding `one` scores than `other`, paired by split."""
     keys = [*by, "seed"]
     a, b = (rows[rows["embedding"] == name].set_index(keys) for name in (one, other))
     both = a.join(b[["score"]].rename(columns={"score": "other"}), how="inner").reset_index()
@@ -328,23 +307,21 @@ def held_out_prediction(
     places: np.ndarray,
     at,
     measure: Measure,
-    folds: int = 5,
     block_deg: float = 10.0,
 ) -> np.ndarray:
     """Predict new places (m,), each with a ridge probe that saw no training place of the new place's block.
 
     embedding, target, latlon: training places. places (m, d), at (m, 2): embedding and coordinates of the new
-    ones. Blocks are assigned to `folds` at random; the model of a fold is fitted on the training places of
-    the others.
+    ones. Blocks are assigned to folds at random; a fold's model is fitted on the places of the others.
     """
     own, new = blocks(latlon, block_deg), blocks(at, block_deg)
     names = np.unique(np.concatenate([own, new]))
-    fold_of = np.random.default_rng(0).permutation(len(names)) % folds
+    fold_of = np.random.default_rng(0).permutation(len(names)) % 5
     own, new = (fold_of[np.searchsorted(names, block)] for block in (own, new))
     target = np.asarray(target)
     answer = np.empty(len(places), dtype=target.dtype)
     with expected_warnings(), threadpool_limits(1):
-        for fold in range(folds):
+        for fold in range(5):
             model = RidgeProbe(measure).fit(embedding[own != fold], target[own != fold])
             answer[new == fold] = model.predict(places[new == fold])
     return answer
@@ -363,6 +340,7 @@ def expected_warnings():
 
 
 def check_rows(embedding: np.ndarray, target: np.ndarray, latlon, measure: Measure) -> None:
+    """Raise ValueError for rows that do not match, values that are not finite, and classes of one member."""
     for name, rows in (("places", len(latlon)), ("embeddings", len(embedding))):
         if rows != len(target):
             raise ValueError(f"{rows} {name} but {len(target)} target values; they must be the same rows")
@@ -375,10 +353,7 @@ def check_rows(embedding: np.ndarray, target: np.ndarray, latlon, measure: Measu
     classes, first, members = np.unique(target, return_index=True, return_counts=True)
     if (members == 1).any():
         one = int((members == 1).argmax())
-        raise ValueError(
-            f"class {classes[one]!s} has one member (row {first[one]}); a class needs two, to learn and to "
-            f"score: leave out this row and {int((members == 1).sum()) - 1} others like it"
-        )
+        raise ValueError(f"class {classes[one]!s} has one member (row {first[one]}): leave out such classes")
 
 
 def check_finite(values: np.ndarray, name: str) -> None:

@@ -1,8 +1,7 @@
 """Grids of settings and seeds: each combination is trained and scored once, in processes, into one table.
 
-The ablations (notebooks 04, 05, 06 and 09) train on features of a frozen tower, as the paper does: for photos
-CLIP's, for Blue Marble tiles that of a model trained as in notebook 03, on the training places of the same
-split. Notebook 12 trains each model whole, on tiles.
+The ablations train on features of a frozen tower, as the paper does: for photos CLIP's, for Blue Marble tiles
+that of a model trained as in notebook 03. Notebook 12 trains each model whole, on tiles.
 """
 
 import dataclasses
@@ -49,12 +48,9 @@ Errors = dict[tuple[str, str, int], np.ndarray]
 class Study:
     """What a grid of settings is trained from and scored on.
 
-    Args:
-        label: Name of the data in tables.
-        reference: The configuration that each setting changes.
-        tests: Split → features (n, v, c) of v views of each test image, and their places (n, 2). None scores
-            each model on the tiles of its configuration's test splits, from the places that it has learnt.
-        gallery: Places (m, 2) to answer from, in degrees; required with `tests`.
+    label: name of the data in tables. reference: the configuration that each setting changes. tests: split →
+    features of the test images and their places; None scores each model on the tiles of its own test splits.
+    gallery: places (m, 2) to answer from, in degrees; required with `tests`.
     """
 
     label: str
@@ -83,18 +79,12 @@ def run(
 
     Runs and scores are kept in the cache, so nothing is trained or scored twice, in this notebook or another.
 
-    Args:
-        study: The data.
-        settings: Name → the fields of study.reference that change; {} is the reference itself. `model` may
-            name a baseline. A classifier over cells has four settings in the table: "NAME, coarse", "NAME,
-            middle", "NAME, fine" and "NAME, hierarchical".
-        seeds: Seeds of training.
-        workers: Processes, with one thread each; by default as many as cores, and one on a GPU.
-        return_errors: Also return (setting, split, seed) → error in km of each test image, (n,).
+    settings: name → the fields of study.reference that change; {} is the reference itself. `model` may name a
+    baseline. A classifier over cells has four settings in the table: "NAME, coarse", "NAME, middle", "NAME,
+    fine" and "NAME, hierarchical". workers: processes, with one thread each; by default as many as cores, and
+    one on a GPU. return_errors: also return (setting, split, seed) → error in km of each test image, (n,).
 
-    Returns the columns data, setting, split, seed, steps, samples, seconds (of training), parameters
-    (trained), and those of evaluation.summarize. Raises ValueError for a field that the configuration does
-    not have.
+    Returns the columns data, setting, split, seed, RESULTS and those of evaluation.summarize.
     """
     key = study.key()
     jobs = []
@@ -103,8 +93,7 @@ def run(
             config = changed(study.reference, {**changes, "seed": seed})
             jobs.append((name, config, runs.run_folder(config) / f"errors-{key}.npz"))
     missing = {file: config for _, config, file in jobs if not file.is_file()}
-    if workers is None:
-        workers = 1 if torch.cuda.is_available() else os.cpu_count() or 1
+    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
     if workers == 1:
         for file, config in missing.items():
             _train_and_score(study, config, file)
@@ -128,7 +117,7 @@ def run(
 def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     """Return `config` with some fields changed, nested ones by nested mappings.
 
-    If `model` changes, the fields that the two models share are kept. Raises ValueError for an unknown field.
+    If `model` changes, the fields that the two models share are kept.
     """
     config_class = baselines.config_class(changes.get("model", config.model))
     shared = {field.name for field in dataclasses.fields(config_class)} - {"model"}
@@ -150,7 +139,7 @@ def _in_processes(study: Study, missing: Mapping[Path, RunConfig], workers: int)
     context.set_forkserver_preload([__name__])
     pool = ProcessPoolExecutor(workers, context, _start_worker, (study,))
     try:
-        for job in [pool.submit(_in_worker, config, file) for file, config in missing.items()]:
+        for job in [pool.submit(_train_and_score, None, config, file) for file, config in missing.items()]:
             job.result()
     finally:
         pool.shutdown(cancel_futures=True)
@@ -171,12 +160,9 @@ def _end_with_parent() -> None:
     os._exit(1)  # checkpoints are written whole, so that the next run resumes from the last epoch
 
 
-def _in_worker(config: RunConfig, file: Path) -> None:
-    _train_and_score(_study, config, file)
-
-
-def _train_and_score(study: Study, config: RunConfig, file: Path) -> None:
+def _train_and_score(study: Study | None, config: RunConfig, file: Path) -> None:
     """Train a model, unless it is kept, and write the errors of its answers as "ANSWER/SPLIT" to `file`."""
+    study = study or _study
     trained = runs.train(config, kind=baselines.kind(config.model))
     found = errors_km(trained.load(with_tower=study.tests is None), study)
     with paths.atomic(file) as temporary:
@@ -222,13 +208,9 @@ def open_study(
 ) -> Study:
     """Open the study that a notebook's parameters name.
 
-    Args:
-        reference: YAML file of the fields of TrainConfig.
-        data: Folder of the training photos' features, scored on the authors' 100 K gallery. None stands for
-            Blue Marble tiles, four augmented views of each, through a tower trained as in notebook 03.
-        tests: Split → folder of features; required with `data`.
-
-    Raises FileNotFoundError for missing folders, and ValueError for features of another tower.
+    reference: YAML file of the fields of TrainConfig. data: folder of the training photos' features, scored on
+    the authors' 100 K gallery; None stands for Blue Marble tiles, four augmented views of each, through a tower
+    trained as in notebook 03. tests: split → folder of features; required with `data`.
     """
     config = baselines.as_config(Path(reference))
     if data is None:
@@ -248,17 +230,12 @@ def open_study(
 
 
 def folder_tests(tests: Mapping[str, Path | str], config: TrainConfig) -> Tests:
-    """Return split → features and places of folders made by the same tower as the folder `config.data`.
-
-    Raises FileNotFoundError for a missing folder, and ValueError for features of another tower.
-    """
+    """Return split → features and places of folders made by the same tower as the folder `config.data`."""
     trained_on = features.FeatureData(config.data, config.image).info.tower_hash
     opened = {split: features.FeatureData(folder, config.image) for split, folder in tests.items()}
     for split, test in opened.items():
         if test.info.tower_hash != trained_on:
-            raise ValueError(
-                f"{test.folder} ({split}) holds features of another tower than {config.data}: embed it again"
-            )
+            raise ValueError(f"{test.folder} ({split}) holds features of another tower: embed it again")
     return {split: (test.tensor(), test.latlon) for split, test in opened.items()}
 
 
@@ -266,7 +243,7 @@ def gallery_of(study: Study, size: int) -> Float[Tensor, "m 2"]:
     """Return `size` places to answer from, so that a larger gallery contains the smaller ones.
 
     For tiles they are drawn from all places without a test tile, of which the study's gallery is the first
-    part; otherwise from the study's gallery. Raises ValueError if there are fewer.
+    part; otherwise from the study's gallery.
     """
     if study.label == blue_marble.LABEL:
         return blue_marble.splits(dataclasses.replace(study.reference.splits, gallery=size))["gallery"]
@@ -295,9 +272,8 @@ def tile_tests(config: TrainConfig, crops: Literal["one", "five", "ten"] = "one"
     """Return split → tower features of its test tiles, augmented as in every evaluation, and their places.
 
     The blocked tiles are divided by their distance from the nearest training place: "0 to 50 km" and so on.
-
-    crops: "one" takes whole tiles. "five" renders them at 256 / 224 of their pixels and cuts out the corners
-    and the centre, as prediction does with photos; "ten" adds the mirror image of each.
+    crops: "one" takes whole tiles; "five" renders them at 256 / 224 of their pixels and cuts out the corners and
+    the centre, as prediction does with photos; "ten" adds the mirror image of each.
     """
     from torchvision.transforms import functional as transforms
 

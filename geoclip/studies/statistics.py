@@ -17,13 +17,9 @@ ACCURACY = ("acc_1km", "acc_25km", "acc_200km", "acc_750km", "acc_2500km")
 def t_interval(values: Iterable[float], overlap: float = 0.0) -> tuple[float, float, float]:
     """Return the mean and both ends of its 95 % Student t interval over n seeds, in the unit of the values.
 
-    For training runs the interval covers the seeds (weights, order, noise), not the choice of test places,
-    which all runs share. It assumes independent, roughly normal scores; for one seed it is NaN.
-
-    overlap: n_test / n_train where each seed draws its own split of the same data. Such scores are
+    It covers the seeds (weights, order, noise), not the choice of test places, which all runs share, and is NaN
+    for one seed. overlap: n_test / n_train where each seed draws its own split of the same data: such scores are
     correlated, and the variance between seeds counts 1 / n + overlap times (Nadeau and Bengio, 2003).
-
-    Raises ValueError for no values, and for values that are not finite.
     """
     values = np.array(list(values), dtype=np.float64)
     if values.size == 0 or not np.isfinite(values).all():
@@ -40,7 +36,6 @@ def over_seeds(runs: pd.DataFrame, by: Sequence[str], columns: Sequence[str] = A
     """Average the seeds of each group: the mean of each column, and its interval in COLUMN_low, COLUMN_high.
 
     runs: one row for each group and seed, with a column `seed`. Groups keep their order; `seeds` counts them.
-    Raises ValueError if a column is missing, or a group has the same seed twice.
     """
     _check(runs, by)
     if runs.empty:
@@ -65,12 +60,8 @@ def paired_differences(
 ) -> pd.DataFrame:
     """Return each setting minus `reference`, seed by seed within each group of `by`: mean, interval, `seeds`.
 
-    Runs with the same seed share the order of the data and the noise, so their difference varies less than
-    either. Seeds that only one of the two has are left out. The intervals are not corrected for multiple
-    comparisons.
-
-    name: the column of the settings. share: return percent of the reference's score instead of the
-    difference. Raises ValueError if no run has the reference, and for a share of a score of 0.
+    Seeds that only one of the two has are left out. The intervals are not corrected for multiple comparisons.
+    name: the column of the settings. share: return percent of the reference's score, not the difference.
     """
     _check(runs, [*by, name])
     if reference not in set(runs[name]):
@@ -110,11 +101,11 @@ def readable(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = 
     return text.assign(seeds=table["seeds"])
 
 
-def across(table: pd.DataFrame, column: str, rows: str = "setting", columns: str = "split") -> pd.DataFrame:
+def across(table: pd.DataFrame, column: str) -> pd.DataFrame:
     """Lay out one column of over_seeds or paired_differences as plus_minus: settings down, splits across."""
-    text = readable(table, [rows, columns], [column])
-    wide = text.pivot(index=rows, columns=columns, values=column)
-    return wide.loc[text[rows].unique(), text[columns].unique()].reset_index().rename_axis(None, axis=1)
+    text = readable(table, ["setting", "split"], [column])
+    wide = text.pivot(index="setting", columns="split", values=column)
+    return wide.loc[text["setting"].unique(), text["split"].unique()].reset_index().rename_axis(None, axis=1)
 
 
 def ceiling_by_size(
@@ -129,16 +120,13 @@ def ceiling_by_size(
     """The ceiling of galleries drawn from the distinct `places`: a tidy table, a row per size.
 
     Values are means over `galleries` draws; `*_low` and `*_high` are 95 % intervals over draws of galleries
-    and bootstraps over photographers together. Raises ValueError for a size larger than the number of distinct
-    places.
+    and bootstraps over photographers together.
     """
     unique = torch.unique(places, dim=0)
     rows = []
     for size in sizes:
         if not 1 <= size <= len(unique):
-            raise ValueError(
-                f"a gallery of {size:,} was requested; there are {len(unique):,} distinct places"
-            )
+            raise ValueError(f"a gallery of {size:,} was requested; there are {len(unique):,} places")
         errors, scores = [], []
         for number in range(seed, seed + (galleries if size < len(unique) else 1)):
             order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(number))
@@ -148,7 +136,7 @@ def ceiling_by_size(
         low, high = np.percentile(np.concatenate(scores), [2.5, 97.5], axis=0)
         row: dict[str, float] = {"gallery_n": size, "n": len(truth), "galleries": len(errors)}
         for i, name in enumerate(evaluation.ACCURACY_COLUMNS):
-            row |= {name: float(np.mean([error[name] for error in errors]))}
+            row[name] = float(np.mean([error[name] for error in errors]))
             row |= {f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
         rows.append(row)
     return pd.DataFrame(rows)
