@@ -52,8 +52,8 @@ OVER_HEAT = {
     "path_effects": [withStroke(linewidth=1.0, foreground="black", alpha=0.4)],
 }
 TRUTH = "#D55E00"
-# Okabe and Ito's colours, from light to dark.
-CATEGORIES = ("#F0E442", "#56B4E9", "#E69F00", "#CC79A7", "#009E73", "#D55E00", "#0072B2", "#000000")
+# Okabe and Ito's colours; the first five run from light to dark and stay apart in grey.
+CATEGORIES = ("#F0E442", "#56B4E9", "#D55E00", "#0072B2", "#000000", "#E69F00", "#CC79A7", "#009E73")
 ERROR_BOUNDS_KM = (200.0, 750.0, 2500.0)
 ERROR_COLOURS = ("#5ec962", "#21918c", "#3b528b", "#440154")
 PLATE = ccrs.PlateCarree()

@@ -38,6 +38,7 @@ def test_one_seed_has_no_interval_and_no_seed_no_mean():
     assert mean == 3 and np.isnan(low) and np.isnan(high)
     assert plus_minus(mean, low, high) == "3.0"
     assert plus_minus(34.5, 33.25, 35.75) == "34.5 ± 1.2"
+    assert plus_minus(3.2, 0.6, 7.4) == "3.2 (0.6 to 7.4)"  # half of it would seem to contain 0
     with pytest.raises(ValueError, match="at least one"):
         t_interval([])
     with pytest.raises(ValueError, match="finite"):

@@ -88,8 +88,12 @@ def _check(runs: pd.DataFrame, by: Sequence[str]) -> None:
 
 
 def plus_minus(mean: float, low: float, high: float) -> str:
-    """Return a mean and half of its interval as text, "34.5 ± 1.2", or the mean alone for one seed."""
-    return f"{mean:.1f}" if np.isnan(low) else f"{mean:.1f} ± {(high - low) / 2:.1f}"
+    """Return a mean and its interval as text: "34.5 ± 1.2", "34.5 (31.0 to 35.1)" if skewed, or the mean alone."""
+    if np.isnan(low):
+        return f"{mean:.1f}"
+    if abs(high + low - 2 * mean) > 0.1 * (high - low):
+        return f"{mean:.1f} ({low:.1f} to {high:.1f})"
+    return f"{mean:.1f} ± {(high - low) / 2:.1f}"
 
 
 def readable(table: pd.DataFrame, keys: Sequence[str], columns: Sequence[str] = ACCURACY) -> pd.DataFrame:
