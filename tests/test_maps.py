@@ -206,8 +206,6 @@ def test_colours_get_darker_in_order_so_that_a_map_can_be_read_in_grey():
     def lightness(colours):
         return [np.dot(matplotlib.colors.to_rgb(c), (0.2126, 0.7152, 0.0722)) for c in colours]
 
-    for colours in (maps.ERROR_COLOURS, maps.CATEGORIES):
-        levels = lightness(colours)
-        assert sorted(levels, reverse=True)[0] == levels[0]
-        assert sorted(levels)[0] == levels[-1]
-    assert np.all(np.diff(lightness(maps.ERROR_COLOURS)) < -0.05)
+    for colours in (maps.ERROR_COLOURS, maps.CATEGORIES[:5]):
+        assert np.all(np.diff(lightness(colours)) < -0.05)
+    assert len(set(maps.CATEGORIES)) == 8
