@@ -144,7 +144,7 @@ def wait_until(condition, seconds=60):
 @pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL, "time-out"])
 def test_no_kernel_or_worker_outlives_a_run(folder, tmp_path, monkeypatch, how):
-    path, pids = write(folder, "90_sleep", "SECONDS = 1  # unused", SLEEP), tmp_path / "pids"
+    path, pids = write(folder, "90_sleep", "SEEDS = [0, 1, 2]  # a run for each", SLEEP), tmp_path / "pids"
     monkeypatch.setenv("PIDS", str(pids))
     if how == "time-out":
         with pytest.raises(TimeoutError):

@@ -52,6 +52,8 @@ class Job:
                 notebooks.run(self.notebook, self.parameters, self.out, limit_s)
         except Timeout:
             return None
+        except SystemExit:  # by SIGTERM; the pool would keep it as a result and start the next run
+            os._exit(143)
         except Exception as error:  # whatever a notebook does, the others are run
             kind, said = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
             failed = notebooks.short(self.out.with_suffix(".failed.ipynb"))
