@@ -32,20 +32,16 @@ REHEARSAL = "REHEARSAL.txt"  # marks a folder of `python -m geoclip rehearse`, w
 
 @dataclass(frozen=True)
 class Card:
-    """One data set.
-
-    n: the published number of rows, or None if no source gives it. csv: its path in GEOCLIP_DATA, or "" for a
-    folder with a reader of its own. sha256: of the CSV, or None.
-    """
+    """One data set."""
 
     name: str
     title: str
     what: str
     source: str
     licence: str
-    csv: str = ""
-    n: int | None = None
-    sha256: str | None = None
+    csv: str = ""  # its path in GEOCLIP_DATA, or "" for a folder with a reader of its own
+    n: int | None = None  # the published number of rows, if a source gives it
+    sha256: str | None = None  # of the CSV
 
 
 _CARDS = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
@@ -66,8 +62,8 @@ def data_folder() -> Path:
     found = paths.geoclip_data()
     if found is None:
         raise FileNotFoundError(
-            "benchmarks are read from the folder named by the environment variable GEOCLIP_DATA, which is not "
-            "set; geoclip/datasets/benchmarks.toml describes its layout"
+            "benchmarks are read from the folder that GEOCLIP_DATA names, which is not set; "
+            "geoclip/datasets/benchmarks.toml describes its layout"
         )
     return found
 
@@ -75,9 +71,7 @@ def data_folder() -> Path:
 def find_csv(wanted: Card, data: Path | None = None) -> Path:
     """The card's CSV in `data` (default: GEOCLIP_DATA). FileNotFoundError says where to get a missing file."""
     if not wanted.csv:
-        raise ValueError(
-            f"{wanted.title} consists of labels and coordinates: read it with geoclip.datasets.nus_wide"
-        )
+        raise ValueError(f"{wanted.title} has labels and coordinates: read it with geoclip.datasets.nus_wide")
     data = data or data_folder()
     tried = [data / wanted.csv, data / "benchmarks" / wanted.csv]
     for csv in tried:
@@ -98,9 +92,8 @@ def on_disk(name: str) -> str:
         found = False
     if not found:
         return "nothing"
-    return (
-        "photos" if wanted.name in OSV_READERS or (data / "images" / wanted.name).is_dir() else "coordinates"
-    )
+    photos = wanted.name in OSV_READERS or (data / "images" / wanted.name).is_dir()
+    return "photos" if photos else "coordinates"
 
 
 def load(
@@ -108,10 +101,9 @@ def load(
 ) -> folder.Geotagged:
     """Load a benchmark or training set by the name of its card.
 
-    images: its image folder; default GEOCLIP_DATA/images/<name> if that exists, else only coordinates are
-    read, which suffice for ceilings, floors and leakage. A set with another number of rows than published is
-    named after what it is ("Im2GPS3k, 2,990 of 2,997"), because scores on part of a benchmark cannot be
-    compared; strict: raise ValueError for it instead. Raises as `folder.read` does.
+    images: its image folder; default GEOCLIP_DATA/images/<name> if that exists, else only coordinates are read.
+    A set with another number of rows than published is named after what it is ("Im2GPS3k, 2,990 of 2,997"),
+    because scores on part of a benchmark cannot be compared; strict: raise ValueError for it instead.
     """
     wanted = card(name)
     data = data or data_folder()
@@ -141,13 +133,8 @@ def read_csv(csv: Path | str, images: Path | str | None = None, name: str | None
     return (read_places365 if str(csv).endswith("_places365.csv") else folder.read)(csv, images, name)
 
 
-def read_places365(
-    csv: Path | str, images: Path | str | None = None, name: str | None = None
-) -> folder.Geotagged:
-    """Read a `*_places365.csv` (PLACES365) and add a column `scene`: "indoor", "natural" or "urban".
-
-    Raises as `folder.read` does, and ValueError if S3_Label is not 0, 1 or 2.
-    """
+def read_places365(csv, images=None, name: str | None = None) -> folder.Geotagged:
+    """Read a `*_places365.csv` (PLACES365) and add a column `scene`: "indoor", "natural" or "urban"."""
     photos = folder.read(csv, images, name, PLACES365_COLUMNS, keep=["S3_Label"])
     label = photos.table.pop("S3_Label")
     scene = label.map({str(number): scene for number, scene in enumerate(SCENES)})
@@ -164,8 +151,7 @@ def read_places365(
 def read_osv_mini(csv: Path) -> folder.Geotagged:
     """Read OSV-Mini's {split}_mini.csv, with {split}_images/{region}/{id}.jpg beside it.
 
-    Adds region, sub-region, city, climate (0–29, -1 if unknown) and captured_at (UTC or NaT). Raises as
-    `folder.read` does, and ValueError if a climate is outside 0–29 or a time is not a number of milliseconds.
+    Adds region, sub-region, city, climate (0–29, -1 if unknown) and captured_at (UTC or NaT).
     """
     split = csv.name.removesuffix("_mini.csv")
     keep = ["region", "sub-region", "city", "climate", "captured_at"]
@@ -182,8 +168,7 @@ def read_osv_mini(csv: Path) -> folder.Geotagged:
 def read_osv5m(csv: Path) -> folder.Geotagged:
     """Read OSV-5M's test.csv, with images/test/{archive number}/{id}.jpg beside it.
 
-    Images that are not on disk keep the bare name {id}.jpg and so count as missing. Raises as `folder.read`
-    does.
+    Images that are not on disk keep the bare name {id}.jpg and so count as missing.
     """
     images = csv.parent / "images" / "test"
     photos = folder.read(csv, images, "OSV-5M test", OSV_COLUMNS)
@@ -198,14 +183,11 @@ OSV_READERS = {"osv-mini": read_osv_mini, "osv5m": read_osv5m}
 
 def is_pinned(wanted: Card, csv: Path) -> bool | None:
     """Whether the hash of `csv` is that of the card; None if the card has none."""
-    if wanted.sha256 is None:
-        return None
-    return hashlib.sha256(csv.read_bytes()).hexdigest() == wanted.sha256
+    return wanted.sha256 and hashlib.sha256(csv.read_bytes()).hexdigest() == wanted.sha256
 
 
 def _numbers(csv: Path, table: pd.DataFrame, column: str, allowed, reason: str) -> pd.Series:
-    """A column as numbers, NaN where the cell is empty; ValueError for other text or a value that is not
-    allowed."""
+    """A column as numbers, NaN where the cell is empty; ValueError for another value that is not allowed."""
     text = table[column].str.strip()
     numbers = pd.to_numeric(text, errors="coerce")
     bad = numbers.isna() if allowed is None else ~numbers.isin(allowed)

@@ -12,7 +12,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -25,32 +25,19 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm import tqdm
 
 from geoclip import paths
-from geoclip.datasets.features import (
-    BLOCKS,
-    HASHED,
-    INFO,
-    SHARD,
-    UNREADABLE,
-    FeatureInfo,
-    check_shard,
-    file_hash,
-    missing_shards,
-    not_finite,
-    shard_folder,
-)
+from geoclip.datasets import features as stored
 from geoclip.datasets.sources import Chunk, Source, Tiles, Views
 from geoclip.image_encoder import ImageEncoder, Precision
 
 
 @dataclass(frozen=True)
 class EmbedReport:
-    """What one process did: images embedded, images already there, unreadable images, (shard, reason) that
-    failed."""
+    """What one process did, in images."""
 
     embedded: int
-    found: int
+    found: int  # that were there before
     unreadable: int
-    failed: tuple[tuple[int, str], ...]
+    failed: tuple[tuple[int, str], ...]  # (shard, reason)
     seconds: float
 
 
@@ -84,26 +71,25 @@ def embed(
     batch_size: views through the tower at once; workers: decoding processes; rank, world: this process makes
     the shards rank, rank + world, …; full: verify every byte of the shards that are there. Damaged shards are
     made again. Photos that cannot be read are listed in unreadable.csv; a tar that cannot be read to its end
-    makes no shard and is reported. Raises ValueError if `out` holds other features or no photo can be read,
-    OSError if the disk is full; complete shards are kept in every case.
+    makes no shard and is reported.
     """
     began = time.perf_counter()
     views = views or Views()
     if views.ten_crop and isinstance(source, Tiles):
         raise ValueError("tiles are rendered, so ten crops cannot be cut from them")
     out = paths.make_folder(Path(out))
-    info = FeatureInfo.of(source, encoder, views)
+    info = stored.FeatureInfo.of(source, encoder, views)
     claim(out, info)
     mine, found = range(rank, source.parts, world), 0
-    for part in set(mine) - set(missing_shards(out, mine)):
+    for part in set(mine) - set(stored.missing_shards(out, mine)):
         try:
-            found += check_shard(out, part, info, full)
+            found += stored.check_shard(out, part, info, full)
         except ValueError as error:
             print(f"geoclip: {error}", file=sys.stderr)
-            shutil.rmtree(shard_folder(out, part))
-    wanted = missing_shards(out, mine)
+            shutil.rmtree(stored.shard_folder(out, part))
+    wanted = stored.missing_shards(out, mine)
     for part in wanted:  # temporary folders of a killed run
-        for left in out.glob(f".{shard_folder(out, part).name}.*"):
+        for left in out.glob(f".{stored.shard_folder(out, part).name}.*"):
             shutil.rmtree(left)
     encoder.eval().use_precision(arithmetic)
     tower = torch.compile(encoder.features) if compiled else encoder.features
@@ -134,10 +120,8 @@ def embed(
                 continue
             if rank == 0 and not found and not embedded and shard.unreadable:
                 name, reason = shard.unreadable[0]
-                raise ValueError(
-                    f"{source.name}: none of the first {len(shard.unreadable):,} photos can be read ({name}: "
-                    f"{reason}); is the image folder right?"
-                )
+                none = f"none of the first {len(shard.unreadable):,} photos can be read"
+                raise ValueError(f"{source.name}: {none} ({name}: {reason}); is the image folder right?")
             shard.write(out, part, info, encoder.precision)
             unreadable += len(shard.unreadable)
     merge_unreadable(out)
@@ -160,24 +144,20 @@ def run_tower(
 class Shard:
     """The features of one part, until they are written: blocks (m, v, c) float16, and (lat, lon) per image."""
 
-    features: list[np.ndarray] = dataclasses.field(default_factory=list)
-    ids: list[str] = dataclasses.field(default_factory=list)
-    latlon: list[tuple[float, float]] = dataclasses.field(default_factory=list)
-    unreadable: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    features: list[np.ndarray] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
+    latlon: list[tuple[float, float]] = field(default_factory=list)
+    unreadable: list[tuple[str, str]] = field(default_factory=list)
 
-    def write(self, out: Path, part: int, info: FeatureInfo, arithmetic: str) -> None:
-        """Write the shard to a temporary folder, then rename it.
-
-        Raises ValueError for features that are not finite, OSError if the disk is full; neither leaves
-        anything.
-        """
+    def write(self, out: Path, part: int, info: stored.FeatureInfo, arithmetic: str) -> None:
+        """Write the shard to a temporary folder, then rename it."""
         features = np.concatenate([np.empty((0, info.views.number, info.dim), np.float16), *self.features])
-        if bad := not_finite(features):
+        if bad := stored.not_finite(features):
+            wrong = f"the features of {self.ids[bad[0]]} are not finite"
             raise ValueError(
-                f"{info.source}, shard {part}: the features of {self.ids[bad[0]]} are not finite; is the "
-                "tower whole? With --precision fp32 they may be finite"
+                f"{info.source}, shard {part}: {wrong}; is the tower whole? Try --precision fp32"
             )
-        final = shard_folder(out, part)
+        final = stored.shard_folder(out, part)
         temporary = out / f".{final.name}.{os.getpid()}"
         listed = pd.DataFrame([(part, *row) for row in self.unreadable], columns=["shard", "id", "reason"])
         try:
@@ -185,36 +165,28 @@ class Shard:
             _write(temporary / "features.npy", _npy(features))
             _write(temporary / "latlon.npy", _npy(np.array(self.latlon, np.float32).reshape(-1, 2)))
             _write(temporary / "ids.txt", "".join(f"{name}\n" for name in self.ids).encode())
-            _write(temporary / UNREADABLE, listed.to_csv(index=False, header=False).encode())
-            about = {
-                **dataclasses.asdict(info),
-                "shard": part,
-                "n": len(self.ids),
-                "unreadable": len(self.unreadable),
-                "arithmetic": arithmetic,
-                "sampled_sha256": file_hash(temporary / "features.npy", BLOCKS),
-                "sha256": {name: file_hash(temporary / name) for name in HASHED},
-            }
-            _write(temporary / SHARD, json.dumps(about, indent=1).encode())
+            _write(temporary / stored.UNREADABLE, listed.to_csv(index=False, header=False).encode())
+            about = dataclasses.asdict(info) | {"shard": part, "n": len(self.ids), "arithmetic": arithmetic}
+            about["unreadable"] = len(self.unreadable)
+            about["sampled_sha256"] = stored.file_hash(temporary / "features.npy", stored.BLOCKS)
+            about["sha256"] = {name: stored.file_hash(temporary / name) for name in stored.HASHED}
+            _write(temporary / stored.SHARD, json.dumps(about, indent=1).encode())
             os.rename(temporary, final)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
-            kept = len(list(out.glob("shard-*")))
-            raise OSError(
-                error.errno,
-                f"the disk is full: shard {part} was not written to {out}, {kept} complete shards are kept; "
-                "free some space and rerun",
-            ) from error
+            kept = f"{len(list(out.glob('shard-*')))} complete shards are kept"
+            left = f"shard {part} was not written to {out}, {kept}"
+            raise OSError(error.errno, f"the disk is full: {left}; free some space and rerun") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def claim(out: Path, info: FeatureInfo) -> None:
+def claim(out: Path, info: stored.FeatureInfo) -> None:
     """Record in `out` what is written there. Raises ValueError if it holds other features."""
-    path = out / INFO
+    path = out / stored.INFO
     if path.is_file():
-        if wrong := FeatureInfo.read(path).differences(info):
+        if wrong := stored.FeatureInfo.read(path).differences(info):
             raise ValueError(f"{out} holds other features ({'; '.join(wrong)}); name another folder")
         return
     with paths.atomic(path) as temporary:
@@ -222,20 +194,18 @@ def claim(out: Path, info: FeatureInfo) -> None:
 
 
 def merge_unreadable(out: Path) -> int:
-    """Collect the unreadable photos of all shards in OUT/unreadable.csv (shard, id, reason); returns the
-    number of lines."""
+    """Collect the unreadable photos of all shards in OUT/unreadable.csv; returns their number."""
     with FileLock(out / ".unreadable.lock"):  # the last process sees the shards of all others
-        rows = b"".join(path.read_bytes() for path in sorted(out.glob(f"shard-*/{UNREADABLE}")))
-        with paths.atomic(out / UNREADABLE) as temporary:
+        rows = b"".join(path.read_bytes() for path in sorted(out.glob(f"shard-*/{stored.UNREADABLE}")))
+        with paths.atomic(out / stored.UNREADABLE) as temporary:
             temporary.write_bytes(b"shard,id,reason\n" + rows)
     return rows.count(b"\n")
 
 
 class _Parts(IterableDataset):
-    """Stream (part, chunk) of the wanted parts, then (part, "") or (part, why it failed); a worker reads
-    whole parts."""
+    """Stream (part, chunk) of the wanted parts, then (part, "") or (part, why it failed)."""
 
-    def __init__(self, source: Source, parts: list[int], info: FeatureInfo, size: int):
+    def __init__(self, source: Source, parts: list[int], info: stored.FeatureInfo, size: int):
         self.source, self.parts, self.info, self.size = source, parts, info, size
 
     def __iter__(self) -> Iterator[tuple[int, Chunk | str]]:

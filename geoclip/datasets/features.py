@@ -32,11 +32,7 @@ HASHED = ("features.npy", "latlon.npy", "ids.txt")
 
 @dataclass(frozen=True)
 class FeatureInfo:
-    """How the features of a folder were made; two folders with equal info hold the same numbers.
-
-    tower, weights: as in ImageEncoderConfig; tower_hash: of the weights themselves; source, data: name and
-    hash of what was embedded; recipe: RECIPE; shards: their number.
-    """
+    """How the features of a folder were made; two folders with equal info hold the same numbers."""
 
     tower: str
     weights: str | None
@@ -44,8 +40,8 @@ class FeatureInfo:
     preprocessing: Preprocessing
     views: Views
     dim: int
-    source: str
-    data: str
+    source: str  # name of what was embedded
+    data: str  # and its hash
     recipe: int
     shards: int
 
@@ -53,18 +49,8 @@ class FeatureInfo:
     def of(cls, source: Source, encoder: ImageEncoder, views: Views) -> "FeatureInfo":
         """Describe the features that `encoder` makes of `source`."""
         config = encoder.config
-        return cls(
-            tower=config.tower,
-            weights=config.weights,
-            tower_hash=tower_hash(encoder.tower),
-            preprocessing=Preprocessing.of(config),
-            views=views,
-            dim=encoder.feature_dim,
-            source=source.name,
-            data=source.hash,
-            recipe=RECIPE,
-            shards=source.parts,
-        )
+        made = (tower_hash(encoder.tower), Preprocessing.of(config), views, encoder.feature_dim)
+        return cls(config.tower, config.weights, *made, source.name, source.hash, RECIPE, source.parts)
 
     @classmethod
     def read(cls, path: Path) -> "FeatureInfo":
@@ -96,12 +82,10 @@ class FeatureInfo:
 class FeatureData(Dataset):
     """A feature folder as a training set, memory-mapped: only what a batch needs is read.
 
-    latlon: (n, 2) degrees; views, dim: views stored per image, and c. A key is (epoch, i); a batch of keys
-    gives {"feature": (b, views_a_step, c) float32, "latlon": (b, 2), "index": (b,)} with views drawn at
-    random per image and epoch. fraction: part of the images to use; smaller fractions are subsets of larger
-    ones. full: verify every byte, not only sampled blocks of large shards. encoder: the image encoder to be
-    trained. Raises ValueError if the folder is incomplete, mixed or damaged, or was made by another tower,
-    weights or preprocessing than the encoder's.
+    A key is (epoch, i); a batch of keys gives {"feature": (b, views_a_step, c) float32, "latlon": (b, 2),
+    "index": (b,)} with views drawn at random per image and epoch. fraction: part of the images to use; smaller
+    fractions are subsets of larger ones. full: verify every byte, not only sampled blocks of large shards.
+    Raises ValueError if the folder is incomplete, mixed or damaged, or does not fit the encoder to be trained.
     """
 
     def __init__(
@@ -115,9 +99,7 @@ class FeatureData(Dataset):
     ):
         self.folder, self.views_a_step, self.seed = Path(folder), views_a_step, seed
         if not (self.folder / INFO).is_file():
-            raise FileNotFoundError(
-                f"{self.folder} contains no features: create them with `python -m geoclip embed`"
-            )
+            raise FileNotFoundError(f"{self.folder} contains no features: run `python -m geoclip embed`")
         self.info = FeatureInfo.read(self.folder / INFO)
         self.views, self.dim = self.info.views.number, self.info.dim
         if encoder is not None:
@@ -144,11 +126,8 @@ class FeatureData(Dataset):
 
     def require(self, encoder: ImageEncoderConfig) -> None:
         """Raise ValueError unless the tower of `encoder` makes these features."""
-        for name, value in (
-            ("tower", encoder.tower),
-            ("weights", encoder.weights),
-            ("preprocessing", Preprocessing.of(encoder)),
-        ):
+        wanted = {"tower": encoder.tower, "weights": encoder.weights}
+        for name, value in (wanted | {"preprocessing": Preprocessing.of(encoder)}).items():
             if (found := getattr(self.info, name)) != value:
                 raise ValueError(
                     f"{self.folder} holds features of {name} {found}, but the model has {value}: train with "
@@ -186,14 +165,12 @@ class FeatureData(Dataset):
             self._all = torch.empty(len(self), self.views, self.dim, dtype=torch.float16, device=device)
             for part, start in enumerate(range(0, len(self), 1 << 16)):  # bounded memory on the way
                 rows = self.image[start : start + (1 << 16)]
-                self._all[start : start + len(rows)].copy_(
-                    torch.from_numpy(self._read(rows)), non_blocking=part > 0
-                )
+                read = torch.from_numpy(self._read(rows))
+                self._all[start : start + len(rows)].copy_(read, non_blocking=part > 0)
             self.latlon = self.latlon.to(device)
 
     @property
     def on_gpu(self) -> bool:
-        """Whether `keep_on` moved the features to a GPU."""
         return self._all is not None
 
     def tensor(self) -> Float[Tensor, "n v c"]:
@@ -201,8 +178,7 @@ class FeatureData(Dataset):
         return torch.from_numpy(self._read(self.image))
 
     def _read(self, image: np.ndarray, view: np.ndarray | None = None) -> np.ndarray:
-        """(b, k, c) features of images (b,) and views (b, k), default all views; ValueError if one is not
-        finite."""
+        """(b, k, c) features of images (b,) and views (b, k), default all views."""
         if view is None:
             view = np.broadcast_to(np.arange(self.views), (len(image), self.views))
         features = np.empty((*view.shape, self.dim), np.float16)
@@ -229,8 +205,7 @@ class FeatureData(Dataset):
 def drawn_views(seed: int, epoch: int, image: np.ndarray, views: int, k: int) -> np.ndarray:
     """(b, k) different views of each image, a function of seed, epoch and image alone.
 
-    An image has the same views on every rank, in every batch and worker, without a table of draws. splitmix64
-    (Steele, Lea, Flood 2014) gives each view of each image a number; the k smallest win.
+    splitmix64 (Steele, Lea, Flood 2014) gives each view of each image a number; the k smallest win.
     """
     key = np.array([seed, epoch], np.int64).view(np.uint64)
     base = _splitmix64(_splitmix64(_splitmix64(key[:1]) ^ key[1:]) ^ image.astype(np.uint64))
@@ -259,7 +234,7 @@ def missing_shards(out: Path, parts: Iterable[int]) -> list[int]:
 def check_shard(out: Path, part: int, info: FeatureInfo, full: bool = False) -> int:
     """The number of images in a shard, after its description, headers and hashes are verified.
 
-    Of a large features.npy, blocks are sampled unless `full`. Raises ValueError with the shard's folder.
+    Of a large features.npy, blocks are sampled unless `full`.
     """
     folder = shard_folder(out, part)
     if wrong := FeatureInfo.read(folder / SHARD).differences(info):

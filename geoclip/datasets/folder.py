@@ -1,8 +1,4 @@
-"""Geotagged photos from a CSV file and an image folder.
-
-Every reader of photos and coordinates goes through this module, so all CSV files pass the same checks:
-columns that are missing or swapped, values that are not numbers, and coordinates that are out of range.
-"""
+"""Geotagged photos from a CSV file and an image folder; all CSV files of coordinates pass the same checks."""
 
 import itertools
 import warnings
@@ -28,9 +24,8 @@ ALIASES = {
 class Geotagged:
     """Photos and the places where they were taken.
 
-    name: the name shown in tables; table: columns file, lat, lon (degrees), author (None if unknown) and line
-    (in the CSV), plus the columns that the format adds; images: the folder that `file` is relative to, or
-    None if only coordinates are available.
+    table: columns file, lat, lon (degrees), author (None if unknown) and line (in the CSV), plus those that the
+    format adds; images: the folder that `file` is relative to, or None if there are only coordinates.
     """
 
     name: str
@@ -56,8 +51,7 @@ class Geotagged:
         if self.images is None:
             raise FileNotFoundError(f"{self.name}: there is no image folder, only coordinates")
         name = self.table["file"].iloc[index]
-        path = self.images / name
-        flat = self.images / name.replace("/", "_")
+        path, flat = self.images / name, self.images / name.replace("/", "_")
         return flat if flat != path and not path.exists() and flat.exists() else path
 
     def rows(self, kept: np.ndarray | pd.Series) -> "Geotagged":
@@ -79,9 +73,8 @@ def read(
     """Read a CSV of photos and places. By default, columns are recognised by name in any case (ALIASES).
 
     columns: the format's own names for file, lat, lon and author; keep: further columns to copy unchanged.
-    Raises FileNotFoundError if the file or the folder does not exist, and ValueError, naming file, line and
-    value, if the set is empty, a column is missing, a coordinate is not a number or out of range, or the
-    columns are swapped.
+    Raises ValueError, naming file, line and value, if the set is empty, a column is missing, a coordinate is
+    not a number or out of range, or the columns are swapped.
     """
     csv = Path(csv)
     if images is not None and not Path(images).is_dir():
@@ -114,13 +107,12 @@ def read_rows(csv: Path | str) -> tuple[pd.DataFrame, pd.DataFrame, list[dict]]:
     """All rows of a CSV with latitude and longitude columns (ALIASES), also those with invalid coordinates.
 
     Returns the rows as text; their latitude and longitude in degrees, NaN for both in a refused row; and the
-    file, line, column and value of each refused row. Raises as `read` does for a file that cannot be read,
-    lacks a column or has the columns swapped.
+    file, line, column and value of each refused row.
     """
     csv = Path(csv)
     table = read_text(csv)
     columns = recognise(csv, table.columns, ("lat", "lon"))
-    lat, lon = (columns["lat"], columns["lon"])
+    lat, lon = columns["lat"], columns["lon"]
     latlon = table[[lat, lon]].apply(pd.to_numeric, errors="coerce").astype(np.float64)
     if (latlon[lat].abs() > 90).mean() > 0.1:  # a single one is a bad row
         _check_order(csv, columns, latlon[lat], latlon[lon])
@@ -133,7 +125,7 @@ def read_rows(csv: Path | str) -> tuple[pd.DataFrame, pd.DataFrame, list[dict]]:
 
 
 def header(csv: Path | str) -> list[str]:
-    """The names of a CSV's columns. Raises as `read` does."""
+    """The names of a CSV's columns."""
     return list(read_text(Path(csv)).columns)
 
 
@@ -147,31 +139,22 @@ def recognise(
     for meaning, names in aliases.items():
         found[meaning] = next((lower[name] for name in names if name in lower), None)
         if found[meaning] is None and meaning in needed:
+            known = ", ".join(names)
             raise ValueError(
-                f"{csv}: no column for {meaning} (one of {', '.join(names)}); the header is "
-                f"{','.join(header)}"
+                f"{csv}: no column for {meaning} (one of {known}); the header is {','.join(header)}"
             )
     return {meaning: name for meaning, name in found.items() if name is not None}
 
 
 def read_text(path: Path, skip: int = 0) -> pd.DataFrame:
-    """A CSV as text without blank lines, indexed by line number - 2. skip: lines before the header.
-
-    Raises FileNotFoundError, and ValueError for a file that is no CSV, has no rows, or rows of another length.
-    """
+    """A CSV as text without blank lines, indexed by line number - 2. skip: lines before the header."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas only warns about long rows
-            table = pd.read_csv(
-                path,
-                skiprows=skip,
-                dtype=str,
-                keep_default_na=False,
-                skip_blank_lines=False,
-                index_col=False,
-            )
+            plain = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "index_col": False}
+            table = pd.read_csv(path, skiprows=skip, **plain)
         table = table.rename(columns=str.strip).fillna("")
         table = table[(table != "").any(axis=1)]
         if table.empty:
@@ -192,16 +175,14 @@ def _refuse_short_rows(path: Path, skip: int, columns: int) -> None:
         rows = reader(file)
         for row in itertools.islice(rows, skip, None):
             if any(row) and len(row) < columns:
-                raise ValueError(
-                    f"{path}, line {rows.line_num}: {len(row)} fields, but the header has {columns}"
-                )
+                found = f"{len(row)} fields, but the header has {columns}"
+                raise ValueError(f"{path}, line {rows.line_num}: {found}")
 
 
 def _checked_places(csv: Path, table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     """Columns lat, lon and line of the table, checked; 180° becomes -180°."""
-    places = pd.DataFrame(
-        {name: numbers(csv, table, columns[name], "a number of degrees") for name in ("lat", "lon")}
-    )
+    degrees = {name: numbers(csv, table, columns[name], "a number of degrees") for name in ("lat", "lon")}
+    places = pd.DataFrame(degrees)
     places["line"] = table.index + 2  # the header is line 1
     lat, lon = places["lat"], places["lon"]
     _check_order(csv, columns, lat, lon)

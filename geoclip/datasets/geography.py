@@ -1,9 +1,7 @@
-"""Facts about places for probing embeddings: countries, climates, elevations, towns, temperatures, house
-prices.
+"""Facts about places for probing embeddings: countries, climates, elevations, towns, temperatures, house prices.
 
-Everything is computed once from installed packages and the map outlines in data/natural_earth, and cached
-under a name that changes with the versions of the packages. Two tasks need data of the user or of
-scikit-learn's server and are left out, with the reason, if those are unavailable.
+Everything is computed once from installed packages and the map outlines in data/natural_earth, and cached. Two
+tasks need data of the user or of scikit-learn's server and are left out, with the reason, if those are absent.
 """
 
 import functools
@@ -21,7 +19,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from geoclip import earth, paths
+from geoclip import earth, evaluation, paths
 from geoclip.datasets import folder
 
 RECIPE = 1  # raised by hand when the tables of `tasks` are computed differently
@@ -39,21 +37,16 @@ CONTINENTS |= {"NA": "North America", "OC": "Oceania", "SA": "South America"}
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """Something to predict at n places.
-
-    latlon: (n, 2) float64 degrees; target: (n,) class names or numbers; measure: of a prediction; places:
-    name of the set of places, shared by tasks with the same ones; source: of the target; sampling: how the
-    places were drawn; block_deg: side of the blocks that the spatially blocked split holds out.
-    """
+    """Something to predict at n places."""
 
     name: str
-    latlon: np.ndarray
-    target: np.ndarray
+    latlon: np.ndarray  # (n, 2) float64 degrees
+    target: np.ndarray  # (n,) class names or numbers
     measure: Literal["accuracy", "r2"]
-    places: str
-    source: str
-    sampling: str
-    block_deg: float = 10.0
+    places: str  # name of the set of places, shared by tasks with the same ones
+    source: str  # of the target
+    sampling: str  # how the places were drawn
+    block_deg: float = 10.0  # side of the blocks that the spatially blocked split holds out
 
     def __len__(self) -> int:
         return len(self.target)
@@ -105,11 +98,7 @@ def tasks(n: int = 12_000, elsewhere: int = 10_000, seed: int = 0) -> tuple[dict
 
 
 def mean_temperature() -> Task:
-    """Mean temperature (°C) at 3,076 stations, from GEOCLIP_DATA.
-
-    Raises FileNotFoundError if the table is absent, ValueError, naming file and line, if a value is not a
-    number.
-    """
+    """Mean temperature (°C) at 3,076 stations; FileNotFoundError if GEOCLIP_DATA does not hold the table."""
     data = paths.geoclip_data()
     if data is None:
         raise FileNotFoundError("set GEOCLIP_DATA to a folder that holds climate/station_temperature.csv")
@@ -121,17 +110,13 @@ def mean_temperature() -> Task:
     if target.isna().any():
         row = stations.table.loc[target.isna().idxmax()]
         raise ValueError(f"{csv}, line {row['line']}: meanT is {row['file']!r}, not a number")
-    source = "°C, the stations of SatCLIP's and RANGE's task"
-    return Task(
-        "mean temperature", stations.latlon, target.to_numpy(float), "r2", "stations", source, "every station"
-    )
+    about = ("r2", "stations", "°C, the stations of SatCLIP's and RANGE's task", "every station")
+    return Task("mean temperature", stations.latlon, target.to_numpy(float), *about)
 
 
 def california_housing() -> Task:
-    """Median house value (100,000 $) of 20,640 Californian block groups, from scikit-learn.
-
-    Raises FileNotFoundError, within seconds, if it is neither cached nor can be downloaded.
-    """
+    """Median house value (100,000 $) of 20,640 Californian block groups; FileNotFoundError, within seconds,
+    if it is neither cached nor can be downloaded."""
     from sklearn.datasets import fetch_california_housing
 
     home, usual = paths.CACHE / "scikit_learn", socket.getdefaulttimeout()
@@ -141,17 +126,13 @@ def california_housing() -> Task:
             warnings.filterwarnings("ignore", message="Retry downloading", category=UserWarning)
             found = fetch_california_housing(data_home=str(paths.make_folder(home)), n_retries=1, delay=0.1)
     except OSError as error:
-        raise FileNotFoundError(
-            f"scikit-learn could not download California housing ({error}); run once with a network "
-            "connection"
-        ) from error
+        what = f"scikit-learn could not download California housing ({error})"
+        raise FileNotFoundError(f"{what}; run once with a network connection") from error
     finally:
         socket.setdefaulttimeout(usual)
     latlon = found.data[:, [found.feature_names.index(name) for name in ("Latitude", "Longitude")]]
-    source = "median house value, 1990 census (scikit-learn)"
-    return Task(
-        "California housing", latlon, found.target, "r2", "California", source, "every block group", 1.0
-    )
+    about = ("r2", "California", "median house value, 1990 census (scikit-learn)", "every block group", 1.0)
+    return Task("California housing", latlon, found.target, *about)
 
 
 def on_land(latlon: np.ndarray) -> pd.DataFrame:
@@ -164,9 +145,8 @@ def on_land(latlon: np.ndarray) -> pd.DataFrame:
 def country_and_continent(latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Names (n,) of the country and the continent of places, None outside every polygon.
 
-    Natural Earth's countries have no continent. Each separate piece of land takes that of most GeoNames towns
-    in it (so French Guiana is in South America), else that of its country's towns, else that of the nearest
-    town. What is farther than FAR_KM from any town is Antarctica.
+    Each separate piece of land takes the continent of most GeoNames towns in it (so French Guiana is in South
+    America), else that of its country's towns, else that of the nearest town, or Antarctica beyond FAR_KM.
     """
     from shapely import STRtree, points
 
@@ -190,10 +170,8 @@ def climate(latlon: np.ndarray) -> np.ndarray:
 
 
 def elevation_m(latlon: np.ndarray) -> np.ndarray:
-    """Elevation (n,) of places in metres, in steps of 28; NaN where pvlib's 5′ raster has none (sea, poles).
-
-    Same values as `pvlib.location.lookup_altitude`, which opens its file for each place.
-    """
+    """Elevation (n,) of places in metres, in steps of 28; NaN where pvlib's 5′ raster has none (sea, poles)."""
+    # as pvlib.location.lookup_altitude, which opens its file for each place
     import h5py
     import pvlib
 
@@ -203,10 +181,8 @@ def elevation_m(latlon: np.ndarray) -> np.ndarray:
 
 
 def surface(latlon: np.ndarray) -> np.ndarray:
-    """Whether places (n,) are "land" or "sea" at 1/120°, from global-land-mask; lakes are land.
-
-    The package itself is not imported, because it would keep the mask of 0.9 GB in memory.
-    """
+    """Whether places (n,) are "land" or "sea" at 1/120°, from global-land-mask; lakes are land."""
+    # the package itself is not imported, because it would keep the mask of 0.9 GB in memory
     (package,) = importlib.util.find_spec("global_land_mask").submodule_search_locations
     with np.load(Path(package) / "globe_combined_mask_compressed.npz") as file:
         return np.where(cells(file["mask"], latlon), "sea", "land")
@@ -229,9 +205,8 @@ def _class_task(name, table, column, places, source, sampling) -> Task:
     members = table[column].map(table[column].value_counts())
     kept = table[members >= FEWEST]
     if rare := table[column].nunique() - kept[column].nunique():
-        sampling += (
-            f"; {rare} classes of fewer than {FEWEST} places ({len(table) - len(kept)} places) left out"
-        )
+        left = len(table) - len(kept)
+        sampling += f"; {rare} classes of fewer than {FEWEST} places ({left} places) left out"
     return Task(name, _latlon(kept), kept[column].to_numpy(str), "accuracy", places, source, sampling)
 
 
@@ -253,9 +228,7 @@ def _land(n: int, seed: int) -> pd.DataFrame:
     drawn = earth.sample_sphere(5 * n, torch.Generator().manual_seed(seed)).double().numpy()
     table = on_land(drawn).dropna(subset=["country", "continent", "climate"])
     if len(table) < n:
-        raise ValueError(
-            f"only {len(table)} of {len(drawn)} places drawn are on land, but {n} were requested"
-        )
+        raise ValueError(f"only {len(table)} of {len(drawn)} places drawn are on land, but {n} are wanted")
     return table[:n]
 
 
@@ -287,7 +260,6 @@ def all_towns() -> pd.DataFrame:
 @functools.cache
 def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
     """Country name, polygon (lon, lat) and continent of every separate piece of land."""
-    from scipy.spatial import cKDTree
     from shapely import STRtree, points
     from shapely.geometry import shape
 
@@ -304,11 +276,11 @@ def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
     found["country"] = np.array(names)[piece]
     by_piece = found.groupby("piece")["code"].agg(lambda codes: codes.mode()[0])
     by_country = found.groupby("country")["code"].agg(lambda codes: codes.mode()[0])
-    # the nearest town on the unit sphere
-    tree = cKDTree(earth.unit_sphere(torch.from_numpy(_latlon(towns))).numpy())
+    there = torch.from_numpy(_latlon(towns))
     inside = np.array([piece.representative_point().coords[0][::-1] for piece in pieces])
-    chord, nearest = tree.query(earth.unit_sphere(torch.from_numpy(inside)).numpy())
-    far = 2 * earth.EARTH_RADIUS_KM * np.arcsin(chord / 2) > FAR_KM
+    inside = torch.from_numpy(inside)
+    nearest = evaluation.nearest(inside, there).numpy()
+    far = earth.haversine_km(inside, there[nearest]).numpy() > FAR_KM
     elsewhere = np.where(far, "AN", towns["continent"].to_numpy()[nearest])
     codes = [by_piece.get(i, by_country.get(name, elsewhere[i])) for i, name in enumerate(names)]
     return np.array(names), pieces, np.array([CONTINENTS[code] for code in codes])

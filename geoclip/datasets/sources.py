@@ -41,12 +41,11 @@ LARGE_PIXELS = 25_000_000
 
 @dataclass(frozen=True)
 class Views:
-    """How the views of a photo are made.
+    """How the `number` views of a photo are made.
 
-    number: v; view 0 is the photo as in prediction (short side resized, centre crop), the
-    others are random crops that cover `crop_area` of the photo with an aspect ratio within `crop_ratio`, half
-    of them mirrored. seed: of these crops; photo i has the same crops in every run. ten_crop: instead, the
-    ten crops of the paper's evaluation (photos.ten_crop); number must then be 10.
+    View 0 is the photo as in prediction (short side resized, centre crop), the others are random crops that
+    cover `crop_area` of the photo with an aspect ratio within `crop_ratio`, half of them mirrored; photo i has
+    the same ones in every run. ten_crop: instead, the paper's ten crops (photos.ten_crop); number must be 10.
     """
 
     number: int = 1
@@ -106,11 +105,9 @@ class PhotoTable:
 
 
 class TarShards:
-    """webdataset tar shards, local or over http, one part each.
+    """webdataset tar shards, local or over http, one part each: photos, each with its coordinates in a json file.
 
-    A sample is a photo and a json file with its coordinates (LATLON_KEYS). `pipe:COMMAND` runs a shell
-    command for each shard and is accepted only with allow_pipe. Raises FileNotFoundError if a local tar is
-    missing.
+    `pipe:COMMAND` runs a shell command for each shard and is accepted only with allow_pipe.
     """
 
     def __init__(self, pattern: str, allow_pipe: bool = False):
@@ -122,9 +119,8 @@ class TarShards:
             raise ValueError(f"{pattern} would run a shell command; pass --allow-pipe if you trust it")
         local = [Path(url) for url, scheme in zip(self.urls, schemes, strict=True) if not scheme]
         if absent := [path for path in local if not path.is_file()]:
-            raise FileNotFoundError(
-                f"{absent[0]}: no such tar; {len(absent)} of {len(self.urls)} are missing"
-            )
+            missing = f"{len(absent)} of {len(self.urls)} are missing"
+            raise FileNotFoundError(f"{absent[0]}: no such tar; {missing}")
         self.name = pattern
         sizes = [path.stat().st_size for path in local]
         self.hash = hashlib.sha256(json.dumps([self.urls, sizes]).encode()).hexdigest()[:16]
@@ -141,9 +137,7 @@ class TarShards:
 
         url, odd = self.urls[part], []
 
-        def note(
-            error: Exception,
-        ) -> bool:  # a member that does not fit its sample; the sample goes on without it
+        def note(error: Exception) -> bool:  # of a member without which its sample goes on
             odd.append(_first_line(error))
             return True
 
@@ -217,9 +211,8 @@ def open_source(
     """Open the source called `name`.
 
     A CSV with its image folder (default: the folder of the CSV); tar shards, by path, http address or a
-    pattern such as `shards/{00000..00999}.tar`; a card of datasets.benchmarks, such as `im2gps3k`, in the
-    folder GEOCLIP_DATA; or `blue_marble:SPLIT`. strict: refuse a benchmark with another number of rows than
-    published. Raises ValueError or FileNotFoundError.
+    pattern such as `shards/{00000..00999}.tar`; a card of datasets.benchmarks, such as `im2gps3k`; or
+    `blue_marble:SPLIT`. strict: refuse a benchmark with another number of rows than published.
     """
     if name in benchmarks.CARDS:
         return PhotoTable(benchmarks.load(name, images=images, strict=strict), photos_a_part)
@@ -231,15 +224,13 @@ def open_source(
         data = benchmarks.read_csv(name, images if images is not None else Path(name).parent)
         return PhotoTable(data, photos_a_part)
     raise ValueError(
-        f"{name!r} is not a source: give a CSV, tar shards (a path or address that ends in .tar, with "
-        "braces for "
-        f"many), one of {', '.join(benchmarks.CARDS)}, or blue_marble:SPLIT"
+        f"{name!r} is not a source: give a CSV, tar shards (a path or address that ends in .tar, with braces "
+        f"for many), one of {', '.join(benchmarks.CARDS)}, or blue_marble:SPLIT"
     )
 
 
 def decoded(samples: Iterator, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
-    """Group samples (id, place, photo, number) into chunks of `size`; unusable ones are listed with the
-    reason."""
+    """Group samples (id, place, photo, number) into chunks of `size`; unusable ones are listed with the reason."""
     chunk, images = Chunk(), []
     for name, place, photo, number in samples:
         try:
@@ -276,11 +267,7 @@ def check_name(name: str) -> None:
 
 
 def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
-    """Open a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side`
-    pixels.
-
-    Raises PhotoError with the reason.
-    """
+    """Open a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side`."""
     file = io.BytesIO(photo) if isinstance(photo, bytes) else photo
     Image.init()
     try:
@@ -289,18 +276,14 @@ def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
     except Exception as error:
         if isinstance(photo, Path):
             return photos.open_photo(photo)  # gives the reason
-        raise PhotoError(
-            name, "empty (0 bytes)" if not photo else "not an image in a known format"
-        ) from error
+        raise PhotoError(name, "not an image in a known format" if photo else "empty (0 bytes)") from error
     large = image.width * image.height > LARGE_PIXELS  # takes gigabytes
     lock = Path(tempfile.gettempdir()) / f"geoclip-large-photo-{os.getuid()}.lock"
     with image, FileLock(lock) if large else contextlib.nullcontext():
         return photos.open_photo(image)
 
 
-def photo_views(
-    photo: Image.Image, views: Views, tower: Preprocessing, generator: np.random.Generator
-) -> Tensor:
+def photo_views(photo: Image.Image, views: Views, tower: Preprocessing, generator) -> Tensor:
     """(v, 3, p, p) uint8: the photo as in prediction, then random crops; or its ten crops (see Views)."""
     if views.ten_crop:
         made = photos.ten_crop(photo, tower.pixels)
@@ -312,10 +295,8 @@ def photo_views(
     return torch.from_numpy(np.stack([np.asarray(view) for view in made])).permute(0, 3, 1, 2).contiguous()
 
 
-def crop(
-    image: Image.Image, box: tuple[float, ...], side: int, how: Image.Resampling, mirror: bool
-) -> Image.Image:
-    """Return `box` (left, top, right, bottom) of an image, resized to side × side without an intermediate image."""
+def crop(image: Image.Image, box: tuple[float, ...], side: int, how, mirror: bool) -> Image.Image:
+    """Return `box` (left, top, right, bottom) of an image, resized to side × side by the filter `how`."""
     square = image.resize((side, side), how, box=box)
     return square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else square
 
@@ -373,7 +354,6 @@ def _place(name: str, about: dict) -> tuple[float, float]:
 
 
 def _first_line(error: Exception) -> str:
-    text = next(
-        (part for part in error.args if isinstance(part, str)), ""
-    )  # webdataset appends stream and address
+    # webdataset appends stream and address
+    text = next((part for part in error.args if isinstance(part, str)), "")
     return (text or type(error).__name__).strip().splitlines()[0]
