@@ -17,8 +17,7 @@ from geoclip.model import GeoCLIP
 def load_checkpoint(path: Path | str, clip_weights: Path | str | None = None) -> GeoCLIP:
     """Load the model of a checkpoint of `python -m geoclip train`, with its gallery, in evaluation mode.
 
-    clip_weights: a local file to read a frozen tower's weights from, if it was trained on features. Raises as
-    read_checkpoint and ImageEncoder.load_tower do.
+    clip_weights: a local file to read a frozen tower's weights from, if it was trained on features.
     """
     checkpoint = read_checkpoint(path)
     try:
@@ -28,10 +27,7 @@ def load_checkpoint(path: Path | str, clip_weights: Path | str | None = None) ->
 
 
 def read_checkpoint(path: Path | str) -> dict[str, Any]:
-    """Read a checkpoint of `python -m geoclip train`; nothing in the file is executed.
-
-    Raises FileNotFoundError, or ValueError for another file or for weights that are not finite.
-    """
+    """Read a checkpoint of `python -m geoclip train`; nothing in the file is executed."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
@@ -42,9 +38,8 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
         weights = checkpoint["state_dict"]
         checkpoint["geoclip_config"]["image"]  # of all models
     except Exception as error:  # torch's own message may advise to load the file unsafely
-        raise ValueError(
-            f"{path} is not a checkpoint of `python -m geoclip train`, or is damaged ({type(error).__name__})"
-        ) from error
+        wrong = f"is not a checkpoint of `python -m geoclip train`, or is damaged ({type(error).__name__})"
+        raise ValueError(f"{path} {wrong}") from error
     for name, tensor in weights.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise ValueError(f"{path}: {name} holds values that are not finite; use another checkpoint")
@@ -54,10 +49,7 @@ def read_checkpoint(path: Path | str) -> dict[str, Any]:
 def from_checkpoint(
     checkpoint: dict[str, Any], with_tower: bool = True, clip_weights: Path | str | None = None
 ) -> GeoCLIP:
-    """Build the model of a checkpoint that was read. with_tower: False leaves the image tower out.
-
-    Raises ValueError if the checkpoint holds another model, or weights that do not fit its configuration.
-    """
+    """Build the model of a checkpoint that was read. with_tower: False leaves the image tower out."""
     config, prefix = checkpoint["geoclip_config"], "model."
     if (kind := config.get("model", "geoclip")) != "geoclip":
         raise ValueError(f"the checkpoint holds the model {kind!r}, not GeoCLIP")
@@ -82,10 +74,8 @@ def from_checkpoint(
     if with_tower and not brings_tower:
         encoder.load_tower()
         if checkpoint.get("geoclip_tower") not in (None, tower_hash(encoder.tower)):
-            raise ValueError(
-                f"weights {weights_file!r} of {image.tower} are not those that the model was trained with: name the "
-                f"right file with --clip-weights"
-            )
+            wrong = f"weights {weights_file!r} of {image.tower} are not those that the model was trained with"
+            raise ValueError(f"{wrong}: name the right file with --clip-weights")
     if kept := checkpoint.get("geoclip_gallery"):
         model.use_gallery(Gallery(kept["latlon"], kept["source"]))
     return model.eval()

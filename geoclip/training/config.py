@@ -22,8 +22,7 @@ class RunConfig:
         data: Training data: "blue_marble" (the embedded tiles), a folder of features made by `embed`, or a
             CSV of photos.
         images: Folder of the photos that a CSV names; by default the folder of the CSV.
-        fraction: Part of the training set that is used, in (0, 1]; smaller parts are contained in larger
-            ones.
+        fraction: Part of the training set that is used, in (0, 1]; smaller parts are contained in larger ones.
         image: Image tower and head.
         tiles: How the embedded tiles are rendered.
         splits: Sizes of the splits of the embedded tiles.
@@ -34,8 +33,7 @@ class RunConfig:
         weight_decay: Weight decay of Adam.
         decay: Factor of the learning rate after each epoch.
         seed: Seed of all random draws.
-        precision: Arithmetic of training; "auto" is bf16-mixed on a GPU that supports it and 32-true
-            elsewhere.
+        precision: Arithmetic of training; "auto" is bf16-mixed on a GPU that supports it, else 32-true.
         workers: Processes that load data; 0 loads in the main process.
     """
 
@@ -96,15 +94,10 @@ class TrainConfig(RunConfig):
         if not 0 <= self.holdout < 1:
             raise ValueError(f"holdout must be in [0, 1), got {self.holdout}")
         if self.queue and self.batch_size > self.queue:
-            raise ValueError(
-                f"batch_size {self.batch_size} is larger than the queue of {self.queue}: enlarge the queue, or "
-                f"set queue to 0 to turn it off"
-            )
+            fix = "enlarge the queue, or set queue to 0 to turn it off"
+            raise ValueError(f"batch_size {self.batch_size} is larger than the queue of {self.queue}: {fix}")
         if self.image.dim != self.location.dim:
-            raise ValueError(
-                f"location.dim {self.location.dim} differs from image.dim {self.image.dim}: images and places "
-                f"share one embedding space"
-            )
+            raise ValueError(f"location.dim {self.location.dim} differs from image.dim {self.image.dim}")
 
 
 def config_parser(config_class: type[RunConfig] = TrainConfig):
@@ -118,15 +111,11 @@ def config_parser(config_class: type[RunConfig] = TrainConfig):
 
 
 def as_config(values: dict[str, Any] | Path | str, config_class: type[RunConfig] = TrainConfig) -> RunConfig:
-    """Read a configuration from a dict of its fields or from a YAML file.
-
-    Raises ValueError that names the file and the unknown or wrong field.
-    """
+    """Read a configuration from a dict of its fields or from a YAML file."""
     from jsonargparse import ArgumentError
 
-    source, values = (
-        ("configuration", values) if isinstance(values, dict) else (str(values), read_yaml(values))
-    )
+    source = "configuration" if isinstance(values, dict) else str(values)
+    values = values if isinstance(values, dict) else read_yaml(values)
     parser = config_parser(config_class)
     try:
         return from_namespace(parser.parse_object(values), config_class, parser)
@@ -149,9 +138,7 @@ def refuse_empty(values, config_class: type, prefix: str = "") -> None:
         elif dataclasses.is_dataclass(kind) or (
             values[name] is None and NoneType not in typing.get_args(kind)
         ):
-            raise ValueError(
-                f"{prefix}{name} is {values[name]}: give it a value, or remove the line to use the default"
-            )
+            raise ValueError(f"{prefix}{name} is {values[name]}: give it a value, or remove the line")
 
 
 def read_yaml(path: Path | str) -> dict[str, Any]:

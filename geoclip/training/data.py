@@ -36,7 +36,7 @@ class EpochSampler(Sampler):
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
         if n < batch_size:
             raise ValueError(
-                f"the training set has {n} samples, fewer than one batch of {batch_size}: lower batch_size"
+                f"{n} training samples are fewer than one batch of {batch_size}: lower batch_size"
             )
         if batch_size % ranks:
             raise ValueError(f"batch_size {batch_size} cannot be divided over {ranks} devices")
@@ -92,8 +92,7 @@ class PhotoTraining(Dataset):
     """Geotagged photos: batches of `image` (b, v, 3, p, p), `latlon` (b, 2) and `index`.
 
     A view is a random crop of 0.6 to 1 of the area, resized to p × p, mirrored in half of the cases and
-    normalised as the tower requires. It depends on seed, epoch, view and photo alone, not on the batch or the
-    worker. Training the head on many photos is faster on features, which `python -m geoclip embed` makes.
+    normalised as the tower requires. It depends on seed, epoch, view and photo alone.
     """
 
     def __init__(
@@ -104,7 +103,7 @@ class PhotoTraining(Dataset):
         seed: int = 0,
         held_out: Geotagged | None = None,
     ):
-        """held_out: photos left for evaluation. Raises FileNotFoundError if photos are missing."""
+        """held_out: photos left for evaluation."""
         if missing := photos.missing():
             raise FileNotFoundError(
                 f"{photos.name}: {len(missing):,} of {len(photos):,} photos are not in {photos.images}, the "
@@ -127,20 +126,16 @@ class PhotoTraining(Dataset):
         box = sources.random_box(photo.size, sources.Views(), generator)
         return self.crop(row, photo, box, generator.random() < 0.5)
 
-    def crop(
-        self, row: int, photo: Image.Image, box: tuple[float, ...], mirror: bool
-    ) -> Float[Tensor, "c p p"]:
+    def crop(self, row: int, photo: Image.Image, box: tuple[float, ...], mirror: bool) -> Tensor:
         """Return the part of a photo in `box` (left, top, right, bottom) as the tower's input."""
         image = sources.crop(photo, box, self.preprocessing.pixels, self.preprocessing.filter, mirror)
         return self.preprocessing.normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
         index = torch.tensor([row for _, row in keys])
-        images = [
-            torch.stack([self.view(epoch, row, number) for number in range(self.views)])
-            for epoch, row in keys
-        ]
-        return {"image": torch.stack(images), "latlon": self.latlon[index], "index": index}
+        images = [self.view(epoch, row, number) for epoch, row in keys for number in range(self.views)]
+        images = torch.stack(images).unflatten(0, (len(keys), self.views))
+        return {"image": images, "latlon": self.latlon[index], "index": index}
 
 
 def part(n: int, fraction: float, seed: int) -> np.ndarray:
@@ -153,8 +148,7 @@ def hold_out(photos: Geotagged, share: float) -> tuple[Geotagged, Geotagged]:
     """Split photos into a training set and a hold-out of at least this share, by photographer or by place.
 
     Whole photographers are held out where ten or more are known, else whole places (0.01°, about 1 km). They
-    are taken in one fixed random order, so that larger parts contain smaller ones. Raises ValueError if no
-    training photo is left.
+    are taken in one fixed random order, so that larger parts contain smaller ones.
     """
     table = photos.table
     group = table["author"]
@@ -169,10 +163,7 @@ def hold_out(photos: Geotagged, share: float) -> tuple[Geotagged, Geotagged]:
 
 
 def training_set(config: TrainConfig) -> Dataset:
-    """Return the training samples of a configuration: `latlon` (n, 2), and batches through __getitems__.
-
-    Raises ValueError for an empty set and FileNotFoundError for data that do not exist.
-    """
+    """Return the training samples of a configuration: `latlon` (n, 2), and batches through __getitems__."""
     if config.holdout and not Path(config.data).is_file():
         raise ValueError("holdout needs a CSV of photos as data; split the CSV before features are embedded")
     if config.data == "blue_marble":
@@ -185,8 +176,8 @@ def training_set(config: TrainConfig) -> Dataset:
         kept = kept.rows(part(len(kept), config.fraction, config.seed))
         return PhotoTraining(kept, Preprocessing.of(config.image), config.views, config.seed, held_out)
     raise FileNotFoundError(
-        f'data {config.data!r} is neither "blue_marble" nor a folder of features (`python -m geoclip embed`) '
-        f"nor a CSV of photos (`python -m geoclip dataset` makes one from a folder of geotagged photos)"
+        f'data {config.data!r} is neither "blue_marble" nor a folder of features (`python -m geoclip embed`) nor a '
+        f"CSV of photos (`python -m geoclip dataset`)"
     )
 
 
@@ -233,15 +224,9 @@ class Loaders(lightning.LightningDataModule):
     def loader(self, data: Dataset, keys, batch_size: int) -> DataLoader:
         on_gpu = isinstance(data, FeatureData) and data.on_gpu  # needs neither workers nor pinned memory
         workers = 0 if on_gpu else self.config.workers
-        return DataLoader(
-            data,
-            batch_size=batch_size,
-            sampler=keys,
-            num_workers=workers,
-            persistent_workers=workers > 0,
-            collate_fn=_whole_batch,
-            pin_memory=torch.cuda.is_available() and not on_gpu,
-        )
+        pinned = torch.cuda.is_available() and not on_gpu
+        how = {"num_workers": workers, "persistent_workers": workers > 0, "pin_memory": pinned}
+        return DataLoader(data, batch_size, sampler=keys, collate_fn=_whole_batch, **how)
 
 
 def _whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:

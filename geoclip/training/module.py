@@ -31,8 +31,7 @@ GALLERY = 100_000  # places of a gallery made of training places, as in the rele
 class TrainingModule(lightning.LightningModule):
     """What all trained models share: optimiser, step decay, draws of each step, logging, checkpoints, answers.
 
-    A subclass names its configuration in `config_class` and implements the methods that raise
-    NotImplementedError. It is a predictor.Model with one answer for a photo, without a gallery.
+    A subclass implements what raises NotImplementedError. It is a predictor.Model with one answer for a photo.
     """
 
     config_class: type[RunConfig]
@@ -54,10 +53,7 @@ class TrainingModule(lightning.LightningModule):
 
     @classmethod
     def restore(cls, checkpoint: dict[str, Any], with_tower: bool = True) -> "TrainingModule":
-        """Return the module that a checkpoint holds, without reading pretrained weights or training data.
-
-        with_tower: False leaves GeoCLIP's image tower out, for queries that are features.
-        """
+        """Return the module that a checkpoint holds, without reading pretrained weights or training data."""
         config = as_config(checkpoint["geoclip_config"], cls.config_class)
         image = dataclasses.replace(config.image, weights=None)
         module = cls.rebuild(dataclasses.replace(config, image=image), checkpoint)
@@ -90,11 +86,9 @@ class TrainingModule(lightning.LightningModule):
         return latlon[:, None], torch.full((len(latlon), 1), torch.nan)
 
     def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "1 c h w"]:
-        """Return the preprocessed photo. Raises PhotoError, and ValueError for ten crops."""
+        """Return the preprocessed photo."""
         if ten_crop:
-            raise ValueError(
-                "--ten-crop: a baseline has no ten-crop answer; only GeoCLIP averages over crops"
-            )
+            raise ValueError("--ten-crop: a baseline has no ten-crop answer; GeoCLIP averages over crops")
         preprocess = Preprocessing.of(self.config.image)
         return preprocess(open_photo(photo, preprocess.pixels))[None]
 
@@ -107,10 +101,8 @@ class TrainingModule(lightning.LightningModule):
         loss, step = values["loss"].detach(), self.global_step + 1
         logged = step % self.trainer.log_every_n_steps == 0  # log() in every step is slow
         if (logged or not loss.is_cuda) and not loss.isfinite():  # a GPU would have to wait for it
-            raise ValueError(
-                f"the loss is {loss.item()} in epoch {self.current_epoch + 1}, step {step}: lower learning_rate, or "
-                f"look for values in {self.config.data} that are not finite"
-            )
+            where = f"in epoch {self.current_epoch + 1}, step {step}"
+            raise ValueError(f"the loss is {loss.item()} {where}: lower learning_rate, or look at the data")
         if logged:
             self.log_dict({f"train/{name}": value.detach() for name, value in values.items()}, prog_bar=True)
         return values["loss"]
@@ -122,21 +114,16 @@ class TrainingModule(lightning.LightningModule):
 
     def configure_optimizers(self):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.Adam(
-            trained,
-            lr=self.config.learning_rate,
-            weight_decay=self.config.weight_decay,
-            fused=trained[0].is_cuda or None,  # one kernel instead of a dozen
-        )
+        fused = trained[0].is_cuda or None  # one kernel instead of a dozen
+        rates = {"lr": self.config.learning_rate, "weight_decay": self.config.weight_decay}
+        optimizer = torch.optim.Adam(trained, **rates, fused=fused)
         return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=self.config.decay)]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the configuration. Raises ValueError for weights that are not finite, before a good file is replaced."""
         for name, parameter in self.named_parameters():
             if not parameter.isfinite().all():
-                raise ValueError(
-                    f"{name} holds values that are not finite after training: lower learning_rate"
-                )
+                raise ValueError(f"{name} holds values that are not finite: lower learning_rate")
         checkpoint["geoclip_config"] = dataclasses.asdict(self.config)
 
 
@@ -181,11 +168,10 @@ class GeoCLIPTraining(TrainingModule):
         checkpoint["geoclip_gallery"] = gallery and {"latlon": gallery.latlon, "source": gallery.source}
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return the loss, the share of images that find their place (top1) and e^s (scale).
+        """Return the loss, the share of images that find their place (top1) and e^s (scale), means over views.
 
         batch: `image` (b, v, 3, h, w) or `feature` (b, v, c), and `latlon` (b, 2). Negatives are the places
-        of the batch, those of the other ranks, and the queue, all with GPS noise. The loss is the mean over
-        views.
+        of the batch, those of the other ranks, and the queue, all with GPS noise.
         """
         b = len(batch["latlon"])
         latlon = gather(batch["latlon"], self)
@@ -197,12 +183,8 @@ class GeoCLIPTraining(TrainingModule):
                 feature = batch["feature"][:, view]
             else:
                 feature = self.model.image_encoder.features(batch["image"][:, view])
-            noise_km = torch.cat(
-                [
-                    earth.draw_noise_km((len(latlon),), self.config.noise_m, generator),
-                    earth.draw_noise_km((len(queue),), self.config.queue_noise_m, generator),
-                ]
-            )
+            sizes = ((len(latlon), self.config.noise_m), (len(queue), self.config.queue_noise_m))
+            noise_km = torch.cat([earth.draw_noise_km((n,), sigma_m, generator) for n, sigma_m in sizes])
             # in single precision (0.1 mm), so that the GPU does not wait for the copy
             noise_km = noise_km.float().to(latlon.device, non_blocking=True)
             loss, hit = self.view_loss(feature, torch.cat([latlon, queue]), noise_km, target)
@@ -213,9 +195,7 @@ class GeoCLIPTraining(TrainingModule):
         scale = self.model.logit_scale.detach().exp()
         return {"loss": torch.stack(losses).mean(), "top1": torch.stack(hits).mean(), "scale": scale}
 
-    def view_loss(
-        self, feature: Tensor, latlon: Tensor, noise_km: Tensor, target: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def view_loss(self, feature: Tensor, latlon: Tensor, noise_km: Tensor, target: Tensor) -> tuple:
         """Return contrastive_loss of tower features (b, c) and places (m, 2) moved by noise_km (m, 2) east, north."""
         images = self.model.encode_features(feature)
         places = self.model.encode_places(earth.destination(latlon, *noise_km.unbind(-1)))

@@ -12,7 +12,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning
 import torch
@@ -64,9 +64,7 @@ class Run:
             found = json.loads(self.result_file.read_text(encoding="utf-8"))
             return {"steps": found["steps"], "seconds": found["seconds"]} | found
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{self.result_file} is damaged ({error!r}): delete it and rerun the command"
-            ) from error
+            raise ValueError(f"{self.result_file} is damaged ({error!r}): delete it and rerun") from error
 
     def metrics(self):
         """Return the logged values of the whole run as a pandas table: epoch, step, train/loss, val/loss, …"""
@@ -99,20 +97,15 @@ def is_kept(config: RunConfig) -> bool:
     return (run_folder(config) / "result.json").is_file()
 
 
-def load(
-    path: Path | str, kind: type[TrainingModule] = GeoCLIPTraining, with_tower: bool = True
-) -> TrainingModule:
+def load(path: Path | str, kind: type = GeoCLIPTraining, with_tower: bool = True) -> TrainingModule:
     """Return the trained module of a checkpoint in evaluation mode, GeoCLIP with its gallery.
 
-    with_tower: False leaves GeoCLIP's image tower out. Raises FileNotFoundError, or ValueError for a file
-    that is not a checkpoint of this kind of model.
+    with_tower: False leaves GeoCLIP's image tower out.
     """
     return restore(read_checkpoint(path), kind, path, with_tower)
 
 
-def restore(
-    checkpoint: dict[str, Any], kind: type[TrainingModule], path: Path | str, with_tower: bool = True
-) -> TrainingModule:
+def restore(checkpoint: dict[str, Any], kind: type, path, with_tower: bool = True) -> TrainingModule:
     """As load, of a checkpoint that was read from `path`."""
     try:
         return kind.restore(checkpoint, with_tower).eval()
@@ -136,8 +129,7 @@ def train(
     directory: folder of the run; by default run_folder(config). resume: continue an interrupted run from its
     last checkpoint; False starts again. progress: show a progress bar, or a line an epoch without a terminal.
     epochs: stop after this many, to be resumed later. devices: processes on each machine; nodes: machines,
-    each started by torchrun or SLURM, on a shared disk. Raises ValueError for devices that do not exist and
-    for a directory that holds a run of another configuration, and FileNotFoundError for missing data.
+    each started by torchrun or SLURM, on a shared disk.
     """
     options = check_devices(config, devices, accelerator, nodes)
     run = Run(Path(directory or run_folder(config)), config, kind)
@@ -175,9 +167,8 @@ def check_devices(config: RunConfig, devices: int | str, accelerator: str, nodes
         if devices > there:
             raise ValueError(f"devices {devices}: this machine has {there} {'GPUs' if on_gpu else 'cores'}")
         if config.batch_size % (devices * nodes):
-            raise ValueError(
-                f"batch_size {config.batch_size} cannot be divided over {devices * nodes} devices"
-            )
+            ranks = devices * nodes
+            raise ValueError(f"batch_size {config.batch_size} cannot be divided over {ranks} devices")
     return {"accelerator": accelerator, "devices": devices, "num_nodes": nodes}
 
 
@@ -186,18 +177,13 @@ def check_same_configuration(run: Run) -> None:
     path, wanted = run.directory / "config.yaml", plain(run.config)
     if path.is_file() and any(file.is_file() for file in (run.checkpoint, previous(run.checkpoint))):
         kept = read_yaml(path)
-        different = [
-            f"{name}: {kept.get(name)} there, {wanted[name]} here"
-            for name in wanted
-            if kept.get(name) != wanted[name]
-        ]
+        changed = [name for name in wanted if kept.get(name) != wanted[name]]
+        different = [f"{name}: {kept.get(name)} there, {wanted[name]} here" for name in changed]
         if run.result_file.is_file() and (old := run.result.get("recipe", RECIPE)) != RECIPE:
             different.append(f"recipe of the code: {old} there, {RECIPE} here")
         if different:
-            raise ValueError(
-                f"{run.directory} holds a run of another configuration ({'; '.join(different)}): name another "
-                f"folder, or start again with --resume false"
-            )
+            other = f"{run.directory} holds a run of another configuration ({'; '.join(different)})"
+            raise ValueError(f"{other}: name another folder, or start again with --resume false")
     with paths.atomic(path) as temporary:
         temporary.write_text(yaml.safe_dump(wanted, sort_keys=False))
 
@@ -348,10 +334,8 @@ def quiet():
         logger.setLevel(level)
 
 
-def tile_errors(
-    module: TrainingModule, split: Literal["val", "random", "blocked"], block: int = 256
-) -> Tensor:
-    """Return the error in km of each tile of a split of the embedded data."""
+def tile_errors(module: TrainingModule, split: str) -> Tensor:
+    """Return the error in km of each tile of the split "val", "random" or "blocked" of the embedded data."""
     images, latlon = module.test_tiles(split)
-    answers = torch.cat([module.place(part) for part in images.split(block)])
+    answers = torch.cat([module.place(part) for part in images.split(256)])
     return earth.haversine_km(answers, latlon)
