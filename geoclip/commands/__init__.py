@@ -5,36 +5,28 @@ from pathlib import Path
 
 
 def add_model_options(parser, precision: str) -> None:
-    """The options that `load_model` and `decide` read, and --ten-crop.
-
-    precision: default of --precision.
-    """
+    """Add the options that `load_model` and `decide` read, and --ten-crop."""
     from jsonargparse.typing import restricted_string_type
 
-    parser.add_argument(
-        "--checkpoint", help="a model trained with `train`; default: the authors' released weights with CLIP"
-    )
-    parser.add_argument(
-        "--clip-weights", help="a local file of CLIP's weights, for machines that cannot download them"
-    )
-    parser.add_argument(
-        "--ten-crop", action="store_true", help="average the logits over ten crops: slower, more accurate"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--checkpoint", help="a model trained with `train`; default: the authors' released weights with CLIP")
+    add("--clip-weights", help="a local file of CLIP's weights, for machines that cannot download them")
+    add("--ten-crop", action="store_true", help="average the logits over ten crops: slower, more accurate")
+    add(
         "--precision",
         choices=["auto", "fp32", "bf16", "int8"],
         default=precision,
         help="arithmetic of the image tower; auto: bf16 if that is faster; int8: fastest on a CPU",
     )
     rule = restricted_string_type("decision", r"^(argmax|mode|median|geoscore|disc:\d+(\.\d+)?)$")
-    parser.add_argument(
+    add(
         "--decision",
         type=rule,
         help="rule of the answer: argmax (the place with the largest cosine), or on the posterior mode, disc:KM "
         "(the most probability within KM), median (least expected distance) or geoscore; default: mode for a "
         "checkpoint that `calibrate` has calibrated, else argmax",
     )
-    parser.add_argument(
+    add(
         "--neighbours",
         help="features of the training images (`embed`), as given to `calibrate --neighbours`: they enter the "
         "posterior, and tell photos that are unlike all of them",
@@ -78,10 +70,7 @@ def decide(model, options, describe=None):
 
 
 def read_neighbours(folder: str, model):
-    """The Neighbours of a feature folder, by its first views, and the folder's name and hash.
-
-    Raises as FeatureData does, and ValueError if another tower made the features.
-    """
+    """The Neighbours of a feature folder, by its first views, and the folder's name and hash."""
     from geoclip.datasets.features import FeatureData
     from geoclip.image_encoder import tower_hash
     from geoclip.neighbours import Neighbours
@@ -89,17 +78,12 @@ def read_neighbours(folder: str, model):
     encoder = model.image_encoder
     data = FeatureData(folder, encoder.config)
     if encoder.tower is not None and data.info.tower_hash != tower_hash(encoder.tower):
-        raise ValueError(
-            f"{folder} holds features of another tower than the checkpoint's; embed again with it"
-        )
+        raise ValueError(f"{folder} holds features of another tower than the checkpoint's; embed again")
     return Neighbours(data.tensor()[:, 0].float(), data.latlon), f"{data.info.source}, {data.info.data}"
 
 
 def load_tiles_model(options):
-    """The module of a checkpoint trained on the embedded tiles, and what answers for it, see load_model.
-
-    Raises ValueError if it was not trained on them.
-    """
+    """The module of a checkpoint trained on the embedded tiles, and what answers for it, see load_model."""
     import torch
 
     from geoclip import baselines

@@ -17,10 +17,7 @@ def parser() -> ArgumentParser:
     """The options of `python -m geoclip embed`."""
     parser = ArgumentParser(prog="python -m geoclip embed", description=__doc__, epilog=EPILOG)
     add = parser.add_argument
-    add(
-        "source",
-        help="a CSV, tar shards (path or address, braces for many), a benchmark, or blue_marble:SPLIT",
-    )
+    add("source", help="a CSV, tar shards (path or address), a benchmark, or blue_marble:SPLIT")
     add("--out", required=True, help="folder of features; an unfinished one is completed")
     add("--images", help="image folder of a CSV (default: that of the CSV)")
     add("--views", type=PositiveInt, default=8, help="views per photo: the centre crop, then random crops")
@@ -32,24 +29,13 @@ def parser() -> ArgumentParser:
     add("--shard-size", type=PositiveInt, default=4096, help="photos per shard (a tar is always one shard)")
     add("--workers", type=NonNegativeInt, help="decoding processes (default: one per core)")
     add("--devices", type=PositiveInt, default=1, help="processes on this machine, one per GPU")
-    add(
-        "--precision",
-        choices=["auto", "fp32", "bf16"],
-        default="auto",
-        help="arithmetic of the tower; auto: the fastest that this machine computes well",
-    )
+    add("--precision", choices=["auto", "fp32", "bf16"], default="auto", help="arithmetic of the tower")
     add("--compile", type=bool, default=False, help="compile the tower (takes a minute at the start)")
     add("--seed", type=NonNegativeInt, default=0, help="seed of the random crops")
     add("--strict", action="store_true", help="refuse a benchmark with another number of rows than published")
-    add(
-        "--allow-pipe", action="store_true", help="accept the source pipe:COMMAND, which runs a shell command"
-    )
-    add(
-        "--verify",
-        choices=["quick", "full"],
-        default="quick",
-        help="of the shards that exist: headers, hashes of small files and sampled blocks, or every byte",
-    )
+    add("--allow-pipe", action="store_true", help="accept pipe:COMMAND, which runs a shell command")
+    how = "check of shards that exist: hashes of small files and sampled blocks, or every byte"
+    add("--verify", choices=["quick", "full"], default="quick", help=how)
     return parser
 
 
@@ -57,8 +43,8 @@ def run(options) -> int:
     """Embed, or start one process per device, and report what was embedded, found, unreadable and failed."""
     if options.tower.startswith("timm/"):
         raise ValueError(
-            f"--tower {options.tower}: timm's towers serve the baselines, which train on images: python -m geoclip "
-            f"train --model geocells --image.tower {options.tower}. embed takes conv or a model of open_clip"
+            f"--tower {options.tower}: timm's towers serve the baselines, which train on images; embed takes conv "
+            f"or a model of open_clip (python -m geoclip train --model geocells --image.tower {options.tower})"
         )
     import joblib
     import torch
@@ -71,9 +57,8 @@ def run(options) -> int:
     gpus = torch.cuda.device_count()
     if gpus and options.devices > gpus:
         raise ValueError(f"--devices {options.devices}: this machine has {gpus} GPUs")
-    source = open_source(
-        options.source, options.images, options.shard_size, options.strict, options.allow_pipe
-    )
+    read = (options.shard_size, options.strict, options.allow_pipe)
+    source = open_source(options.source, options.images, *read)
     rank, world, local_rank = embedding.rank_and_world()
     if options.devices > 1 and world == 1:
         return _launch(options)
@@ -90,20 +75,10 @@ def run(options) -> int:
     workers = options.workers
     if workers is None:
         workers = max(1, joblib.cpu_count() // max(1, gpus))
-    report = embedding.embed(
-        source,
-        encoder,
-        options.out,
-        Views(number=10 if options.ten_crop else options.views, seed=options.seed, ten_crop=options.ten_crop),
-        options.batch_size,
-        workers,
-        options.precision,
-        rank,
-        world,
-        options.compile,
-        progress=sys.stderr.isatty(),
-        full=options.verify == "full",
-    )
+    views = Views(10 if options.ten_crop else options.views, seed=options.seed, ten_crop=options.ten_crop)
+    how = (options.batch_size, workers, options.precision, rank, world, options.compile)
+    look = {"progress": sys.stderr.isatty(), "full": options.verify == "full"}
+    report = embedding.embed(source, encoder, options.out, views, *how, **look)
     rate = report.embedded / report.seconds if report.embedded else 0
     print(
         f"{options.out}: {report.embedded:,} images embedded ({rate:,.1f} per second), {report.found:,} found, "

@@ -16,26 +16,18 @@ OUT/unavailable.csv, and the exit status is then 1. Embed the shards as they are
 def parser() -> ArgumentParser:
     """The options."""
     parser = ArgumentParser(prog="python -m geoclip shards", description=__doc__, epilog=EPILOG)
-    parser.add_argument("urls", type=str, help="CSV of image id and URL, with or without a header")
-    parser.add_argument("--places", type=str, required=True, help="CSV with the places of these images")
-    parser.add_argument(
-        "--out", type=str, required=True, help="folder of the shards; an unfinished one is completed"
-    )
-    parser.add_argument("--shard-size", type=PositiveInt, default=10_000, help="URLs per shard")
-    parser.add_argument("--processes", type=PositiveInt, default=1, help="processes, each with its own shard")
-    parser.add_argument("--threads", type=PositiveInt, default=64, help="simultaneous downloads per process")
-    parser.add_argument(
-        "--timeout", type=PositiveFloat, default=30, help="seconds per photo, redirects included"
-    )
-    parser.add_argument("--max-mb", type=PositiveFloat, default=50, help="megabytes per photo")
-    parser.add_argument(
-        "--retries", type=NonNegativeInt, default=2, help="further attempts after a temporary failure"
-    )
-    parser.add_argument(
-        "--allow-private",
-        action="store_true",
-        help="also contact private and loopback addresses, and use the environment's proxy",
-    )
+    add = parser.add_argument
+    add("urls", type=str, help="CSV of image id and URL, with or without a header")
+    add("--places", type=str, required=True, help="CSV with the places of these images")
+    add("--out", type=str, required=True, help="folder of the shards; an unfinished one is completed")
+    add("--shard-size", type=PositiveInt, default=10_000, help="URLs per shard")
+    add("--processes", type=PositiveInt, default=1, help="processes, each with its own shard")
+    add("--threads", type=PositiveInt, default=64, help="simultaneous downloads per process")
+    add("--timeout", type=PositiveFloat, default=30, help="seconds per photo, redirects included")
+    add("--max-mb", type=PositiveFloat, default=50, help="megabytes per photo")
+    add("--retries", type=NonNegativeInt, default=2, help="further attempts after a temporary failure")
+    private = "also contact private and loopback addresses, and use the environment's proxy"
+    add("--allow-private", action="store_true", help=private)
     return parser
 
 
@@ -48,9 +40,8 @@ def run(options) -> int:
     if len(listed) < len(urls):
         left = len(urls) - len(listed)
         print(f"{left:,} of {len(urls):,} URLs are skipped: {options.places} has no place for them")
-    limits = shards.Limits(
-        options.threads, options.timeout, options.max_mb, options.retries, options.allow_private
-    )
+    a_photo = (options.timeout, options.max_mb, options.retries)
+    limits = shards.Limits(options.threads, *a_photo, options.allow_private)
     rank, world, _ = embedding.rank_and_world()
     done = shards.download(listed, options.out, options.shard_size, options.processes, limits, rank, world)
     print(f"{done.photos:,} of {len(listed):,} photos in {done.pattern}")

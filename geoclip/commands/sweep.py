@@ -13,29 +13,16 @@ and threshold), NOTEBOOK_table.csv|md|tex.
 def parser() -> ArgumentParser:
     """The options; the grid itself is in the profile."""
     parser = ArgumentParser(prog="python -m geoclip sweep", description=__doc__, epilog=EPILOG)
-    parser.add_argument(
-        "notebooks",
-        nargs="*",
-        help="paths or numbers (04) of notebooks (default: all with a grid in the profile)",
-    )
-    parser.add_argument("--profile", default="paper", help="a profile in notebooks/profiles, or a YAML file")
-    parser.add_argument(
-        "--seeds", type=PositiveInt, help="train with the seeds 0 to N - 1 (default: the profile's number)"
-    )
-    parser.add_argument("--jobs", type=PositiveInt, default=1, help="runs at a time, which share the cores")
-    parser.add_argument("--devices", default="", help="GPUs that the runs take in turn, such as 0,1")
-    parser.add_argument("--shard", default="1/1", help="run a part of the grid: 3/16 is the third of sixteen")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        dest="changes",
-        help="a notebook parameter as YAML, which overrides the profile",
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="print what would run and which data are missing"
-    )
+    add = parser.add_argument
+    add("notebooks", nargs="*", help="paths or numbers (04) (default: all with a grid in the profile)")
+    add("--profile", default="paper", help="a profile in notebooks/profiles, or a YAML file")
+    add("--seeds", type=PositiveInt, help="train with the seeds 0 to N - 1 (default: the profile's number)")
+    add("--jobs", type=PositiveInt, default=1, help="runs at a time, which share the cores")
+    add("--devices", default="", help="GPUs that the runs take in turn, such as 0,1")
+    add("--shard", default="1/1", help="run a part of the grid: 3/16 is the third of sixteen")
+    overrides = "a notebook parameter as YAML, which overrides the profile"
+    add("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes", help=overrides)
+    add("--dry-run", action="store_true", help="print what would run and which data are missing")
     return parser
 
 
@@ -53,9 +40,8 @@ def run(options) -> int:
             raise ValueError(f"--set takes NAME=VALUE, not {change!r}")
         changes[name] = yaml.safe_load(value)
     profile = Profile.load(options.profile)
-    names = options.notebooks or [
-        stem for stem, own in profile.notebooks.items() if "grid" in own or options.dry_run
-    ]
+    with_grid = [stem for stem, own in profile.notebooks.items() if "grid" in own or options.dry_run]
+    names = options.notebooks or with_grid
     plans = {path: sweep.plan(path, profile, options.seeds, changes) for path in map(notebooks.find, names)}
     if options.dry_run:
         for notebook, jobs in plans.items():

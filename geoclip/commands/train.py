@@ -29,13 +29,12 @@ def options_of(model: str) -> ArgumentParser:
         "Train a model, or resume an interrupted run. --model geocells or --model context, here or in the file, "
         "trains a baseline, which has options of its own."
     )
-    parser.add_argument(
-        "--out", type=str | None, default=None, help="Folder of the run; by default in the cache."
-    )
-    parser.add_argument("--resume", type=bool, default=True, help="Resume an interrupted run.")
-    parser.add_argument("--devices", type=int | str, default="auto", help='Number of devices, or "auto".')
-    parser.add_argument("--nodes", type=int, default=1, help="Machines, each started by torchrun or SLURM.")
-    parser.add_argument("--accelerator", default="auto", help='Hardware: "auto", "cpu" or "gpu".')
+    add = parser.add_argument
+    add("--out", type=str | None, default=None, help="Folder of the run; by default in the cache.")
+    add("--resume", type=bool, default=True, help="Resume an interrupted run.")
+    add("--devices", type=int | str, default="auto", help='Number of devices, or "auto".')
+    add("--nodes", type=int, default=1, help="Machines, each started by torchrun or SLURM.")
+    add("--accelerator", default="auto", help='Hardware: "auto", "cpu" or "gpu".')
     return parser
 
 
