@@ -43,8 +43,7 @@ class LocationEncoderConfig:
         width: Hidden units of each level's MLP.
         hidden_layers: Hidden layers of each level's MLP.
         dim: Dimension d of the embedding.
-        projection: Input of the levels: "equal_earth" (x, y), "degrees" (lat, lon) / 180, or "sphere" (x, y,
-            z).
+        projection: Input of the levels: "equal_earth" (x, y), "degrees" (lat, lon) / 180, or "sphere" (xyz).
     """
 
     sigmas: tuple[float, ...] = (2.0**0, 2.0**4, 2.0**8)
@@ -116,7 +115,6 @@ def require(config: Any, prefix: str, least: int, *names: str) -> None:
     """Raise ValueError unless these fields, or all their values, are finite and at least `least`."""
     for name in names:
         value = getattr(config, name)
-        if not all(
-            least <= part < math.inf for part in (value if isinstance(value, tuple | list) else [value])
-        ):
+        parts = value if isinstance(value, tuple | list) else [value]
+        if not all(least <= part < math.inf for part in parts):
             raise ValueError(f"{prefix}{name} must be at least {least} and finite, got {value}")

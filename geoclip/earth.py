@@ -18,10 +18,9 @@ EQUAL_EARTH_SCALE = 66.50336
 
 
 def check_latlon(latlon, source: str = "coordinates") -> Float[Tensor, "*n 2"]:
-    """The coordinates as a float tensor with longitude in [-180, 180); 180° becomes -180°.
+    """The coordinates as a float tensor (..., 2) with longitude in [-180, 180); 180° becomes -180°.
 
-    latlon: anything that torch.as_tensor accepts, of shape (..., 2), in degrees. Raises ValueError, with
-    `source`, row and value, for another shape, NaN, `|lat| > 90` (often swapped columns) or `|lon| > 180`.
+    Raises ValueError, with `source`, row and value, for another shape, NaN, `|lat| > 90` or `|lon| > 180`.
     """
     latlon = torch.as_tensor(latlon)
     if not latlon.is_floating_point():

@@ -64,13 +64,10 @@ def _chord(km):
     return 2 * np.sin(np.asarray(km) / earth.EARTH_RADIUS_KM / 2)
 
 
-def random_floor(
-    truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"], seed: int = 0
-) -> dict[str, float]:
+def random_floor(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"], seed: int = 0) -> dict:
     """Expected `summarize` of answering each image with a random place of the gallery.
 
-    The accuracies are exact: they count all n × m pairs. Median, mean and geoscore are those of 300,000
-    random pairs.
+    The accuracies are exact: they count all n × m pairs. The others are those of 300,000 random pairs.
     """
     repeated = truth.repeat(max(1, FLOOR_DRAWS // len(truth)), 1)
     generator = torch.Generator().manual_seed(seed)
@@ -81,16 +78,13 @@ def random_floor(
     return row | dict(zip(ACCURACY_COLUMNS, exact.tolist(), strict=True)) | {"n": len(truth)}
 
 
-def constant_floor(
-    truth: Float[Tensor, "n 2"], candidates: Float[Tensor, "m 2"], within_km: float = 25
-) -> Float[Tensor, " n"]:
-    """Error in km of the best constant answer: the candidate with the most other candidates within
-    `within_km`.
+def constant_floor(truth: Float[Tensor, "n 2"], candidates: Float[Tensor, "m 2"]) -> Float[Tensor, " n"]:
+    """Error in km of the best constant answer: the candidate with the most other candidates within 25 km.
 
     The constant is chosen by the candidates, which are training places, and never by the truth.
     """
     tree = _tree(candidates)
-    counts = tree.query_ball_point(tree.data, _chord(within_km), return_length=True)
+    counts = tree.query_ball_point(tree.data, _chord(25), return_length=True)
     return earth.haversine_km(truth, candidates[int(np.argmax(counts))].expand_as(truth))
 
 
@@ -109,11 +103,9 @@ def pixel_floor(
     return earth.haversine_km(truth, known[torch.cat(index)])
 
 
-def leaked(
-    truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"], within_m: float = 1.0
-) -> Bool[Tensor, " n"]:
-    """Whether the gallery holds the place itself, to `within_m` metres: a leak from training into test."""
-    return ceiling(truth.double(), places.double()) * 1000 <= within_m
+def leaked(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"]) -> Bool[Tensor, " n"]:
+    """Whether the gallery holds the place itself, to 1 m: a leak from training into test."""
+    return ceiling(truth.double(), places.double()) * 1000 <= 1
 
 
 def bootstrap(
@@ -159,20 +151,17 @@ def benchmark(
     about: dict[str, object] | None = None,
     from_places: bool = True,
     seed: int = 0,
-    draws: int = 1000,
 ) -> pd.DataFrame:
-    """The result of one benchmark: a tidy table, a row per `measure`, with the columns of `summarize` and
-    counts.
+    """The result of one benchmark: a tidy table, a row per `measure`, with the columns of `summarize` and counts.
 
     truth, predicted: (lat, lon) degrees; NaN in `predicted` is a miss; without `predicted`, only what follows
     from coordinates. places: the gallery, in double precision so that leaks can be found to 1 m. authors: a
     photographer per image, or None. about: columns to put first (data, model, split, …). from_places: whether
-    the answers are places of the gallery, so that it sets a ceiling. seed: of the random floor and of the
-    bootstrap.
+    the answers are places of the gallery, so that it sets a ceiling.
 
     Measures: "accuracy"; "low" and "high", its 95 % interval by bootstrap over photographers (or images);
     "not leaked", the accuracy on images whose place the gallery does not hold; "ceiling"; "random floor";
-    "constant floor". Raises ValueError for an empty set, coordinates out of range and unequal lengths.
+    "constant floor".
     """
     truth = earth.check_latlon(truth, "truth").double()
     places = earth.check_latlon(places, "gallery").double()
@@ -187,7 +176,7 @@ def benchmark(
         readable = int(answered.sum())
         error_km = earth.haversine_km(predicted, truth)
         rows["accuracy"] = summarize(error_km)
-        interval = bootstrap_interval(error_km, authors, draws, np.random.default_rng(seed))
+        interval = bootstrap_interval(error_km, authors, generator=np.random.default_rng(seed))
         for side, name in enumerate(("low", "high")):
             rows[name] = {column: ends[side] for column, ends in interval.items()} | {"n": len(truth)}
         if not leak.all():
@@ -205,6 +194,5 @@ def benchmark(
         "gallery_n": len(places),
         "gallery_unique": len(torch.unique(places, dim=0)),
     }
-    return pd.DataFrame(
-        [{**(about or {}), "measure": measure, **row, **rests_on} for measure, row in rows.items()]
-    )
+    about = about or {}
+    return pd.DataFrame([about | {"measure": measure} | row | rests_on for measure, row in rows.items()])

@@ -13,16 +13,13 @@ from torch.nn import functional
 
 from geoclip import earth, paths
 
-KEPT_AT_ONCE = 1 << 18  # places embedded before they are written to disk
+BLOCK, KEPT_AT_ONCE = 4096, 1 << 18  # places embedded at once, and before they are written to disk
 SCORES_AT_ONCE = {"cpu": 1 << 23}  # scores that fit in the CPU's cache; a GPU computes four times as many
 GROUP = 64  # scores per group in `top`
 
 
 class Gallery:
-    """Places (m, 2) in (lat, lon) degrees, and the name of their source.
-
-    Raises ValueError, with the row, if the gallery is empty or a coordinate is out of range.
-    """
+    """Places (m, 2) in (lat, lon) degrees, and the name of their source."""
 
     def __init__(self, latlon: Float[Tensor, "m 2"], source: str = "gallery"):
         self.given = earth.check_latlon(latlon, source)
@@ -36,11 +33,7 @@ class Gallery:
 
     @property
     def unique(self) -> int:
-        """Number of distinct places, in the precision in which they were given.
-
-        Places are embedded in float32, which cannot distinguish places closer than 1 m. Duplicates share
-        their place's probability.
-        """
+        """Number of distinct places, in the precision in which they were given."""
         return len(torch.unique(self.given, dim=0))
 
     @classmethod
@@ -54,8 +47,7 @@ class Gallery:
         """Unit-norm float32 embeddings of the places.
 
         keep: store them in the cache and memory-map them from there the next time. A stored file is verified
-        when it is opened and computed again if it is damaged. If the cache cannot be written, the embeddings
-        are not stored. Raises ValueError if an embedding is not finite.
+        when it is opened and computed again if it is damaged.
         """
         if not keep:
             return embed(location_encoder, self.latlon)
@@ -98,20 +90,15 @@ def _say(message: str) -> None:
 
 
 @torch.inference_mode()
-def embed(
-    location_encoder: nn.Module, latlon: Float[Tensor, "m 2"], block: int = 4096
-) -> Float[Tensor, "m d"]:
-    """Unit-norm float32 embeddings of (lat, lon) degrees, computed in blocks on the encoder's device.
-
-    Raises ValueError if an embedding is not finite: then the weights are damaged.
-    """
+def embed(location_encoder: nn.Module, latlon: Float[Tensor, "m 2"]) -> Float[Tensor, "m d"]:
+    """Unit-norm float32 embeddings of (lat, lon) degrees, computed in blocks on the encoder's device."""
     device = next(location_encoder.parameters()).device
     rows = torch.empty(0)
-    for start in range(0, len(latlon), block):
-        part = functional.normalize(location_encoder(latlon[start : start + block].to(device)), dim=-1)
+    for start in range(0, len(latlon), BLOCK):
+        part = functional.normalize(location_encoder(latlon[start : start + BLOCK].to(device)), dim=-1)
         if start == 0:
             rows = torch.empty(len(latlon), part.shape[1], device=device)
-        rows[start : start + block] = part
+        rows[start : start + BLOCK] = part
     if not rows.sum().isfinite():
         raise ValueError("the location encoder's embeddings are not finite: its weights are damaged")
     return rows
@@ -122,8 +109,7 @@ def search(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
     """The k most similar places of each query: (cosine, index), best first. Exact: every place is compared.
 
-    query, places: unit-norm; places in float32, or in float16 on a GPU. Raises ValueError if k is below 1 or
-    larger than the gallery, or if a score is not finite.
+    query, places: unit-norm; places in float32, or in float16 on a GPU.
     """
     return scan(query, places, k)[:2]
 
@@ -180,9 +166,7 @@ def top(scores: Float[Tensor, "m n"], k: int) -> tuple[Float[Tensor, "n k"], Int
 def check_k(k: int, n_places: int) -> None:
     """Raises ValueError unless 1 ≤ k ≤ n_places."""
     if not 1 <= k <= n_places:
-        raise ValueError(
-            f"top_k is {k}, but the gallery has {n_places} places; give a value from 1 to {n_places}"
-        )
+        raise ValueError(f"top_k is {k}, but the gallery has {n_places} places")
 
 
 def check_finite(score: Tensor) -> None:

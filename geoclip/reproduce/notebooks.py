@@ -18,13 +18,8 @@ KERNEL_TIMEOUT_S = 180
 
 
 def environment() -> dict[str, str]:
-    """Environment variables that make a notebook's outputs independent of the machine; creates their folders.
-
-    Jupyter, IPython and matplotlib keep to the cache folder and this Python's kernel, and hashes are the same
-    in each run. Makes relative paths in GEOCLIP_* absolute, because a notebook runs in a folder of its own.
-    Raises FileNotFoundError if GEOCLIP_DATA names no folder.
-    """
-    paths.make_variables_absolute()
+    """Environment variables that make a notebook's outputs independent of the machine; creates their folders."""
+    paths.make_variables_absolute()  # a notebook runs in a folder of its own
     paths.geoclip_data()
     folders = {
         "JUPYTER_CONFIG_DIR": "jupyter/config",
@@ -51,9 +46,8 @@ def run(
     """Execute the notebook `path` in its own folder, write it with its outputs and return where.
 
     parameters: override those of the cell tagged `parameters`. out: by default data/results/runs/NAME.ipynb.
-    If a cell fails or takes longer than `cell_timeout_s` (None: no limit), the kernel is shut down, `out` is
-    left as it was, NAME.failed.ipynb beside it holds the notebook up to the failure, and papermill's error is
-    raised. Raises ValueError for a parameter that the notebook does not have.
+    If a cell fails or takes longer than `cell_timeout_s` (None: no limit), `out` is left as it was,
+    NAME.failed.ipynb beside it holds the notebook up to the failure, and papermill's error is raised.
     """
     import nbformat
     import papermill
@@ -88,10 +82,7 @@ def run(
 
 
 def declared(path: Path) -> dict[str, object]:
-    """Names and default values of the parameters in the notebook's cell tagged `parameters`.
-
-    Raises ValueError if one is not a literal.
-    """
+    """Names and default values of the parameters in the notebook's cell tagged `parameters`."""
     import papermill
 
     values = {}
@@ -147,9 +138,8 @@ def accept(number: str, folder: Path | None = None) -> list[Path]:
         sources = {paths.EXPECTED / table.name: table for table in sorted(Path(offered).glob("*.csv"))}
         if sources:
             parameters = Path(offered) / report.accepted_parameters(path.stem).name
-            parameters.write_text(
-                json.dumps(report.as_json(declared(path)), indent=1, ensure_ascii=False) + "\n"
-            )
+            values = report.as_json(declared(path))
+            parameters.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n")
             sources[paths.EXPECTED / parameters.name] = parameters
         sources[path] = executed
         for target, source in sources.items():

@@ -17,9 +17,9 @@ class Profile:
     """The content of a profile.
 
     parameters: given to every notebook that has them. notebooks: stem → its own `parameters`, and a `grid` of
-    values. seeds: how many to train. data: name of what the notebooks read → `parameter` that names its
-    folder (and `key`, such as `outer/inner`, if that is a mapping), number of `samples`, their `source`, and
-    `make`, the command that makes the folder. An entry without `parameter` is always there.
+    values. data: name of what the notebooks read → `parameter` that names its folder (and `key`, such as
+    `outer/inner`, if that is a mapping), number of `samples`, their `source`, and `make`, the command that
+    makes the folder. An entry without `parameter` is always there.
     """
 
     name: str
@@ -30,10 +30,7 @@ class Profile:
 
     @classmethod
     def load(cls, name: str | Path) -> "Profile":
-        """Read notebooks/profiles/NAME.yaml or a YAML file; `${NAME}` in it is an environment variable.
-
-        Raises FileNotFoundError, and ValueError for a file that is not a profile.
-        """
+        """Read notebooks/profiles/NAME.yaml or a YAML file; `${NAME}` in it is an environment variable."""
         path = paths.profile(name)
         known = {"GEOCLIP_DATA": str(folder)} if (folder := paths.geoclip_data()) else {}
         try:
@@ -51,15 +48,11 @@ class Profile:
         return cls(path.stem, **content)
 
     def given(self, notebook: Path, known: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameters that the notebook gets, of those that it has (`known`): the shared ones, then its own.
-
-        Raises ValueError for an own parameter or a grid of one that it does not have.
-        """
+        """The parameters that the notebook gets, of those that it has (`known`): the shared ones, then its own."""
         own = self.notebooks.get(notebook.stem, {})
         if wrong := sorted((own.get("parameters", {}).keys() | own.get("grid", {}).keys()) - known.keys()):
-            raise ValueError(
-                f"{notebook.name} has no parameter {', '.join(wrong)}; it has {', '.join(known)}"
-            )
+            wrong, there = ", ".join(wrong), ", ".join(known)
+            raise ValueError(f"{notebook.name} has no parameter {wrong}; it has {there}")
         shared = {name: value for name, value in self.parameters.items() if name in known}
         return shared | own.get("parameters", {})
 
@@ -70,9 +63,7 @@ class Profile:
         listed = own and isinstance(known.get("SEEDS"), list)  # elsewhere SEEDS is their number
         return given | ({"SEEDS": list(range(self.seeds))} if listed else {})
 
-    def samples(
-        self, given: Mapping[str, Any], fractions: Sequence[float] = (1,)
-    ) -> dict[str, tuple[str, str]]:
+    def samples(self, given: Mapping[str, Any], fractions=(1,)) -> dict[str, tuple[str, str]]:
         """Name of the data → how many samples, from where; and what is missing ("" if nothing is).
 
         given: values of the notebook's parameters. fractions: the parts of the training data that are used.

@@ -40,11 +40,7 @@ NOTES = (
 
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
-    """The tidy table of notebook 07 in the ROWS and COLUMNS of the README.
-
-    A cell is the five accuracies, or why there is none. table: columns data, split, model, measure and the
-    accuracies in percent.
-    """
+    """The tidy table of notebook 07 in the ROWS and COLUMNS of the README: five accuracies, or why there are none."""
     cells = table.set_index(["data", "split", "model", "measure"])[ACCURACY_COLUMNS]
     if not cells.index.is_unique:
         raise ValueError("two rows of the table have one data, split, model and measure")

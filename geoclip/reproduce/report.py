@@ -26,10 +26,7 @@ FLOAT_FORMAT = "%.6g"
 
 
 def provenance(config: object = None, data_hash: str | None = None) -> dict:
-    """Where a result comes from: commit, uncommitted changes, data hash, configuration, library versions.
-
-    `config`: a dataclass, a mapping or None. `commit` and `dirty` are None outside a git checkout.
-    """
+    """Where a result comes from: commit, uncommitted changes, data hash, configuration, library versions."""
     if dataclasses.is_dataclass(config) and not isinstance(config, type):
         config = dataclasses.asdict(config)
     commit = _git("rev-parse", "HEAD")
@@ -47,9 +44,7 @@ def provenance(config: object = None, data_hash: str | None = None) -> dict:
 def save_figure(figure, name: str) -> None:
     """Write a matplotlib figure to figures/NAME.png (150 dpi) and NAME.pdf, without dates.
 
-    If the notebook's parameters are not those of the accepted run, the files go to data/results/figures
-    instead, so that trying a parameter leaves the checkout as it is. Raises ValueError if `name` does not
-    start with a notebook's number.
+    If the notebook's parameters are not those of the accepted run, they go to data/results/figures instead.
     """
     folder = paths.RESULTS / "figures" if changed_parameters(name) else paths.FIGURES
     no_dates = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
@@ -59,15 +54,12 @@ def save_figure(figure, name: str) -> None:
 
 
 def save_results(table: pd.DataFrame, name: str, provenance: Mapping) -> None:
-    """`save_table` to data/results/NAME.csv; raises ValueError if `name` does not start with a notebook's number."""
+    """`save_table` to data/results/NAME.csv."""
     save_table(table, paths.RESULTS / f"{_checked(name)}.csv", provenance)
 
 
 def save_table(table: pd.DataFrame, path: Path | str, provenance: Mapping) -> None:
-    """Write `table` to `path`, a CSV with six significant digits, and `provenance` to a .json beside it.
-
-    Raises ValueError if the table has no rows or `path` does not end in .csv.
-    """
+    """Write `table` to `path`, a CSV with six significant digits, and `provenance` to a .json beside it."""
     path = Path(path)
     if path.suffix != ".csv":
         raise ValueError(f"{path} must end in .csv, so that its provenance can be the .json beside it")
@@ -87,8 +79,8 @@ def accepted_parameters(name: str) -> Path:
 def changed_parameters(name: str, parameters: Mapping[str, object] | None = None) -> list[str]:
     """Names of the parameters that differ from those of the accepted run of the notebook that owns `name`.
 
-    `parameters`: the current values; by default the variables of the running notebook. Empty outside a
-    notebook, while a run is being accepted, and if no run has been accepted.
+    `parameters`: by default the variables of the running notebook. Empty outside one, while a run is being
+    accepted, and if none has been.
     """
     file, shell = accepted_parameters(name), _notebook()
     if parameters is None and shell is not None:
@@ -114,18 +106,13 @@ def hold_to_expected(
 ) -> None:
     """Compare `table` with data/expected/NAME.csv row by row and print one line.
 
-    Args:
-        keys: Columns that together identify a row.
-        tolerance: Column, or a pattern such as "acc_*" → largest accepted absolute difference in the column's
-            unit; None: the column is not compared. The first matching pattern counts. Columns without a
-            pattern must agree in the six digits that are stored. NaN equals NaN.
-        optional: Rows that may be missing on either side, because they need data of the user: True for all,
-            or column → list of values. Optional rows that are on both sides are compared.
-        parameters: See `changed_parameters`. If one of them differs from the accepted run, nothing is
-            compared and the line says which.
+    keys: columns that together identify a row. tolerance: column, or a pattern such as "acc_*" → largest accepted
+    absolute difference in the column's unit; None: the column is not compared. The first matching pattern counts;
+    columns without a pattern must agree in the six digits that are stored. optional: rows that may be missing on
+    either side, because they need data of the user: True for all, or column → list of values. parameters: see
+    `changed_parameters`; if one of them differs from the accepted run, nothing is compared.
 
-    Raises AssertionError that names row, column and both values, FileNotFoundError if no table has been
-    accepted, and ValueError if `keys` do not identify the rows.
+    Raises AssertionError that names row, column and both values.
     """
     path = paths.EXPECTED / f"{_checked(name)}.csv"
     keys = list(keys)
@@ -134,9 +121,7 @@ def hold_to_expected(
         if column not in found.columns:
             raise ValueError(f"{name}: there is no key column {column!r}, only {', '.join(found.columns)}")
     if (twice := found.duplicated(keys)).any():
-        raise ValueError(
-            f"{name}: two rows have the keys {_row(found[twice].iloc[0], keys)}; add a key column"
-        )
+        raise ValueError(f"{name}: two rows have the keys {_row(found[twice].iloc[0], keys)}; add a key")
     if changed := changed_parameters(name, parameters):
         verb = "differs" if len(changed) == 1 else "differ"
         print(f"{name}: not compared: {', '.join(changed)} {verb} from the accepted run")
@@ -144,9 +129,7 @@ def hold_to_expected(
     if folder := os.environ.get(ACCEPT_VARIABLE):
         _offer(found, path, Path(folder) / path.name, keys, optional)
     elif not path.exists():
-        raise FileNotFoundError(
-            f"no results of {name} have been accepted: there is no data/expected/{path.name}"
-        )
+        raise FileNotFoundError(f"no results of {name} have been accepted: no data/expected/{path.name}")
     elif problems := _differences(found, pd.read_csv(path), keys, dict(tolerance or {}), optional):
         more = f"\n… and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise AssertionError(
@@ -157,8 +140,7 @@ def hold_to_expected(
 
 
 def readable(table: pd.DataFrame) -> pd.DataFrame:
-    """`table` as text for reading: percentages and short distances to 0.1, other numbers to four digits; the
-    column acc_25km is headed "≤ 25 km"."""
+    """`table` as text for reading: percentages and short distances to 0.1, other numbers to four digits."""
     columns = {name: [_readable(value, str(name)) for value in table[name]] for name in table}
     return pd.DataFrame({heading(str(name)): column for name, column in columns.items()})
 
@@ -171,9 +153,8 @@ def heading(column: str) -> str:
 def show(table: pd.DataFrame, compared_as: str | None = None) -> None:
     """Display `table`, rounded by `readable`: as HTML in a notebook, elsewhere as text.
 
-    compared_as: name of the result whose comparison with data/expected covers these numbers. A caption says
-    so, and tests/nbval.cfg makes nbval leave the digits to that comparison, because they vary between
-    machines.
+    compared_as: name of the result whose comparison with data/expected covers these numbers; nbval leaves the
+    digits to that comparison (tests/nbval.cfg), because they vary between machines.
     """
     rounded = readable(table)
     text, html = rounded.to_string(index=False), rounded.to_html(index=False, border=0)

@@ -33,8 +33,7 @@ def plan(
     `SETTINGS: {a: …, b: …}` gives SETTINGS = {a: …}, then {b: …}. An empty grid stands for the notebook's own
     SETTINGS. A parameter SEEDS that is a list gets [0], then [1], … `changes` override the profile.
 
-    Each run has a folder named after the hash of everything it depends on, and is not repeated once it is
-    there. Raises ValueError for a parameter that the notebook does not have, and for fewer than one seed.
+    Each run has a folder named after the hash of all that it depends on, and is not repeated once it is there.
     """
     known, changes = notebooks.declared(notebook), dict(changes or {})
     own = profile.notebooks.get(notebook.stem, {})
@@ -110,8 +109,7 @@ def shard(jobs: Sequence[Job], part: str) -> list[Job]:
 def collect(jobs: Sequence[Job]) -> pd.DataFrame:
     """The finished jobs' results: a row for each data set, split, setting and seed; accuracies in percent, and n.
 
-    Warns if runs differ in a setting and seed that several of them have. Raises ValueError if a finished run
-    has no table NOTEBOOK_runs.csv.
+    Warns if runs differ in a setting and seed that several of them have.
     """
     tables = [job.out.with_name(f"{job.notebook.stem}_runs.csv") for job in jobs if job.out.exists()]
     if missing := [table for table in tables if not table.exists()]:
@@ -119,9 +117,8 @@ def collect(jobs: Sequence[Job]) -> pd.DataFrame:
     results = pd.concat(map(pd.read_csv, tables), ignore_index=True)
     repeated = results.groupby(KEYS)[_accuracies(results)]
     spread = (repeated.max() - repeated.min()).max(axis=1)
-    if (
-        spread.max() > 0
-    ):  # every run trains the paper's setting, on machines without a common cache separately
+    # every run trains the paper's setting, on machines without a common cache separately
+    if spread.max() > 0:
         where = dict(zip(KEYS, spread.idxmax(), strict=True))
         said = f"runs of one setting differ by up to {spread.max():.2f} points ({where}); the first is kept"
         warnings.warn(said, stacklevel=2)
@@ -129,11 +126,7 @@ def collect(jobs: Sequence[Job]) -> pd.DataFrame:
 
 
 def write_tables(results: pd.DataFrame, stem: str) -> list[Path]:
-    """Write STEM_sweep.csv (tidy) and the paper's table as STEM_table.csv, .md and .tex; returns the paths.
-
-    The table has a row for each data set, split and setting, and a column for each distance: "mean ± half
-    interval" over the seeds.
-    """
+    """Write STEM_sweep.csv (tidy) and the paper's table as STEM_table.csv, .md and .tex; returns the paths."""
     by, accuracies = ["data", "split", "setting"], _accuracies(results)
     tidy = results.melt([*KEYS, "n"], accuracies, "threshold_km", "accuracy")
     tidy["threshold_km"] = tidy["threshold_km"].str.extract(r"(\d+)", expand=False)
@@ -157,7 +150,7 @@ def _accuracies(table: pd.DataFrame) -> list[str]:
 
 def _latex(table: pd.DataFrame, stem: str) -> str:
     caption = (
-        "Percentage of images located within each distance: mean and half the 95\\,\\% interval over seeds."
+        "Percent of images located within each distance: mean and half the 95\\,\\% interval over seeds."
     )
     text = table.to_latex(index=False, escape=True, label=f"tab:{stem}", caption=caption)
     text = re.sub("[⁰¹²³⁴-⁹]+", lambda raised: f"$^{{{unicodedata.normalize('NFKC', raised[0])}}}$", text)
