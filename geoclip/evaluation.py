@@ -116,8 +116,7 @@ def bootstrap(
 ) -> np.ndarray:
     """Accuracies (draws, 5) of images resampled with replacement.
 
-    clusters: a label per image, such as its photographer; images with one label are not independent, so they
-    are drawn together.
+    clusters: a label per image, such as its photographer; images with one label are drawn together.
     """
     generator = generator or np.random.default_rng(0)
     error_km = np.asarray(error_km, float)
@@ -132,14 +131,9 @@ def bootstrap(
     return 100 * (weights @ total) / (weights @ size)[:, None]
 
 
-def bootstrap_interval(
-    error_km: Float[Tensor, " n"],
-    clusters=None,
-    draws: int = 1000,
-    generator: np.random.Generator | None = None,
-) -> dict[str, tuple[float, float]]:
+def bootstrap_interval(error_km: Float[Tensor, " n"], clusters=None, generator=None) -> dict[str, tuple]:
     """95 % percentile interval of each accuracy; arguments as in `bootstrap`."""
-    low, high = np.percentile(bootstrap(error_km, clusters, draws, generator), [2.5, 97.5], axis=0)
+    low, high = np.percentile(bootstrap(error_km, clusters, 1000, generator), [2.5, 97.5], axis=0)
     return {name: (low[i], high[i]) for i, name in enumerate(ACCURACY_COLUMNS)}
 
 
@@ -176,7 +170,7 @@ def benchmark(
         readable = int(answered.sum())
         error_km = earth.haversine_km(predicted, truth)
         rows["accuracy"] = summarize(error_km)
-        interval = bootstrap_interval(error_km, authors, generator=np.random.default_rng(seed))
+        interval = bootstrap_interval(error_km, authors, np.random.default_rng(seed))
         for side, name in enumerate(("low", "high")):
             rows[name] = {column: ends[side] for column, ends in interval.items()} | {"n": len(truth)}
         if not leak.all():

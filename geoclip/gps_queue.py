@@ -29,22 +29,17 @@ class GPSQueue(nn.Module):
     def contents(self) -> Float[Tensor, "q 2"]:
         """The places in the queue, oldest first."""
         # roll(-int(oldest)) would wait for the GPU at every step
-        return self.places[
-            (self.oldest + torch.arange(self.capacity, device=self.places.device)) % self.capacity
-        ]
+        rows = self.oldest + torch.arange(self.capacity, device=self.places.device)
+        return self.places[rows % self.capacity]
 
     @torch.no_grad()
     def push(self, latlon: Float[Tensor, "b 2"]) -> None:
-        """Replaces the oldest places by a batch, whose size need not divide the capacity.
-
-        Raises ValueError for a batch larger than the queue, part of which would never be a negative.
-        """
+        """Replaces the oldest places by a batch, whose size need not divide the capacity."""
         if self.capacity == 0:
             return
         if len(latlon) > self.capacity:
             raise ValueError(
-                f"a batch of {len(latlon)} does not fit a queue of {self.capacity}: enlarge the queue, or "
-                f"turn it off with queue 0"
+                f"a batch of {len(latlon)} does not fit a queue of {self.capacity}: enlarge the queue"
             )
         rows = (self.oldest + torch.arange(len(latlon), device=self.places.device)) % self.capacity
         self.places[rows] = latlon.to(self.places)

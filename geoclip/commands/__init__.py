@@ -91,9 +91,7 @@ def load_tiles_model(options):
     note_unfinished(options.checkpoint)
     module = baselines.load(options.checkpoint)
     if module.config.data != "blue_marble":
-        raise ValueError(
-            f"{options.checkpoint} was not trained on the embedded data; give --benchmark or --csv"
-        )
+        raise ValueError(f"{options.checkpoint} was not trained on tiles; give --benchmark or --csv")
     module.to("cuda" if torch.cuda.is_available() else "cpu")
     if not hasattr(module.model, "scores"):  # a baseline
         return module, module

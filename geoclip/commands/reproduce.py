@@ -6,9 +6,7 @@ from jsonargparse import ArgumentParser
 def parser() -> ArgumentParser:
     """Which notebooks, with which parameters."""
     parser = ArgumentParser(prog="python -m geoclip reproduce", description=__doc__)
-    parser.add_argument(
-        "--only", type=str, default=[], nargs="*", metavar="NN", help="numbers (default: all)"
-    )
+    parser.add_argument("--only", type=str, default=[], nargs="*", metavar="NN", help="default: all")
     parser.add_argument("--profile", help="a profile in notebooks/profiles, such as paper, or a YAML file")
     return parser
 

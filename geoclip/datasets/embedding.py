@@ -154,9 +154,7 @@ class Shard:
         features = np.concatenate([np.empty((0, info.views.number, info.dim), np.float16), *self.features])
         if bad := stored.not_finite(features):
             wrong = f"the features of {self.ids[bad[0]]} are not finite"
-            raise ValueError(
-                f"{info.source}, shard {part}: {wrong}; is the tower whole? Try --precision fp32"
-            )
+            raise ValueError(f"{info.source}, shard {part}: {wrong}; try --precision fp32")
         final = stored.shard_folder(out, part)
         temporary = out / f".{final.name}.{os.getpid()}"
         listed = pd.DataFrame([(part, *row) for row in self.unreadable], columns=["shard", "id", "reason"])

@@ -139,10 +139,8 @@ def recognise(
     for meaning, names in aliases.items():
         found[meaning] = next((lower[name] for name in names if name in lower), None)
         if found[meaning] is None and meaning in needed:
-            known = ", ".join(names)
-            raise ValueError(
-                f"{csv}: no column for {meaning} (one of {known}); the header is {','.join(header)}"
-            )
+            what = f"no column for {meaning} (one of {', '.join(names)})"
+            raise ValueError(f"{csv}: {what}; the header is {','.join(header)}")
     return {meaning: name for meaning, name in found.items() if name is not None}
 
 

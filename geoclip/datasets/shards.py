@@ -63,19 +63,16 @@ def read_urls(path: Path | str) -> pd.DataFrame:
     Raises ValueError, naming file, line and value, for a row without an http address or a repeated id.
     """
     try:
-        table = pd.read_csv(
-            path, header=None, dtype=str, keep_default_na=False, skipinitialspace=True, skip_blank_lines=False
-        )
+        plain = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}
+        table = pd.read_csv(path, skipinitialspace=True, **plain)
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a list of URLs: {str(error).strip()}") from error
     first = [name.strip().lower() for name in table.iloc[0]]
     if "url" in first:
         identity = next((name for name in ID_COLUMNS if name in first), None)
         if identity is None:
-            wanted = ", ".join(ID_COLUMNS)
-            raise ValueError(
-                f"{path}: the header {','.join(first)} has no image id; it needs one of {wanted}"
-            )
+            known = ", ".join(ID_COLUMNS)
+            raise ValueError(f"{path}: the header {','.join(first)} has no image id, one of {known}")
         table = table.iloc[1:, [first.index(identity), first.index("url")]]
     elif table.shape[1] != 2:
         raise ValueError(f"{path}: {table.shape[1]} columns and no header; expected image id and url")
@@ -205,17 +202,17 @@ async def _fetch_all(
         trust_env=limits.allow_private,
     )
     outcomes: dict[int, tuple[int, int] | str] = {}
-    running, waiting = {}, iter(enumerate(urls))
+    free = asyncio.Semaphore(limits.connections)
+
+    async def one(index: int, url: str) -> None:
+        async with free:
+            body, reason = await _fetch(session, url, limits)
+        outcomes[index] = reason or (arrived.tell(), len(body))
+        arrived.write(body)
+
     async with session:
-        while True:
-            for index, url in itertools.islice(waiting, limits.connections - len(running)):
-                running[asyncio.create_task(_fetch(session, url, limits))] = index
-            if not running:
-                return outcomes
-            for task in (await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED))[0]:
-                body, reason = task.result()
-                outcomes[running.pop(task)] = reason or (arrived.tell(), len(body))
-                arrived.write(body)
+        await asyncio.gather(*(one(index, url) for index, url in enumerate(urls)))
+    return outcomes
 
 
 async def _fetch(session: aiohttp.ClientSession, url: str, limits: Limits) -> tuple[bytes, str]:

@@ -36,11 +36,7 @@ def has_bf16() -> bool:
 
 
 class OpenVINOTower:
-    """A kept tower as a function: images (n, 3, p, p) float32 → features (n, c) float32, on the CPU.
-
-    key: identifies the weights; arithmetic: "fp32", "bf16", or "int8", which needs a tower converted to int8.
-    Raises FileNotFoundError if no intact model of that key is kept.
-    """
+    """A kept tower as a function: images (n, 3, p, p) float32 → features (n, c) float32, on the CPU."""
 
     def __init__(self, key: str, arithmetic: str):
         import openvino
@@ -50,11 +46,8 @@ class OpenVINOTower:
         if path is None:
             raise FileNotFoundError(f"no converted tower {key} is kept in {_folder(key, arithmetic)}")
         hint = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}[arithmetic]
-        options = {
-            "INFERENCE_PRECISION_HINT": hint,
-            "PERFORMANCE_HINT": "LATENCY",
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        }
+        options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+        options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
         self.compiled = openvino.Core().compile_model(path, "CPU", options)
 
     def __call__(self, images: Float[Tensor, "n 3 p p"]) -> Float[Tensor, "n c"]:
@@ -69,9 +62,8 @@ def kept(key: str, arithmetic: str) -> Path | None:
         return None
     try:
         expected = json.loads((folder / "sha256.json").read_text())
-        damaged = [
-            name for name in ("tower.xml", "tower.bin") if paths.sha256(folder / name) != expected[name]
-        ]
+        files = ("tower.xml", "tower.bin")
+        damaged = [name for name in files if paths.sha256(folder / name) != expected[name]]
     except (OSError, ValueError, KeyError, TypeError):
         damaged = ["sha256.json"]
     if not damaged:

@@ -121,9 +121,8 @@ def build(places: Float[Tensor, "m d"], lists: int):
     faiss = import_faiss()
     m, d = places.shape
     coarse = faiss.IndexFlatIP(d)
-    index = faiss.IndexIVFScalarQuantizer(
-        coarse, d, min(lists, m), faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
-    )
+    codes = (faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
+    index = faiss.IndexIVFScalarQuantizer(coarse, d, min(lists, m), *codes)
     chosen = torch.randperm(m, generator=torch.Generator().manual_seed(0))[: TRAINED_ON * index.nlist]
     index.cp.min_points_per_centroid = 1  # faiss warns about small galleries, which tests use
     index.train(places[chosen.sort().values].numpy())

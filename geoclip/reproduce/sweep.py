@@ -149,9 +149,7 @@ def _accuracies(table: pd.DataFrame) -> list[str]:
 
 
 def _latex(table: pd.DataFrame, stem: str) -> str:
-    caption = (
-        "Percent of images located within each distance: mean and half the 95\\,\\% interval over seeds."
-    )
+    caption = "Percent of images within each distance: mean and half the 95\\,\\% interval over seeds."
     text = table.to_latex(index=False, escape=True, label=f"tab:{stem}", caption=caption)
     text = re.sub("[⁰¹²³⁴-⁹]+", lambda raised: f"$^{{{unicodedata.normalize('NFKC', raised[0])}}}$", text)
     return text.replace("±", r"$\pm$").replace("σ", r"$\sigma$").replace("×", r"$\times$")

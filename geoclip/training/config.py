@@ -3,11 +3,9 @@
 import dataclasses
 import json
 import math
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 import yaml
 
@@ -132,12 +130,10 @@ def from_namespace(parsed, config_class: type[RunConfig], parser) -> RunConfig:
 
 def refuse_empty(values, config_class: type, prefix: str = "") -> None:
     """Raise ValueError for the name of a field without a value (null), which jsonargparse accepts for any type."""
-    for name, kind in typing.get_type_hints(config_class).items():
+    for name, kind in get_type_hints(config_class).items():
         if dataclasses.is_dataclass(kind) and hasattr(values[name], "keys"):
             refuse_empty(values[name], kind, f"{prefix}{name}.")
-        elif dataclasses.is_dataclass(kind) or (
-            values[name] is None and NoneType not in typing.get_args(kind)
-        ):
+        elif dataclasses.is_dataclass(kind) or (values[name] is None and type(None) not in get_args(kind)):
             raise ValueError(f"{prefix}{name} is {values[name]}: give it a value, or remove the line")
 
 

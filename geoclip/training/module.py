@@ -31,7 +31,12 @@ GALLERY = 100_000  # places of a gallery made of training places, as in the rele
 class TrainingModule(lightning.LightningModule):
     """What all trained models share: optimiser, step decay, draws of each step, logging, checkpoints, answers.
 
-    A subclass implements what raises NotImplementedError. It is a predictor.Model with one answer for a photo.
+    It is a predictor.Model with one answer for a photo. A subclass implements
+
+    - build(config, data) and rebuild(config, checkpoint): the untrained module for a training set, and one of a
+      checkpoint's shape with new weights;
+    - loss(batch, generator): scalars to log, "loss" among them, for a batch of `image` or `feature`, and `latlon`;
+    - place(images): the best place (n, 2) of each preprocessed image.
     """
 
     config_class: type[RunConfig]
@@ -47,11 +52,6 @@ class TrainingModule(lightning.LightningModule):
         return data.training_set(config)
 
     @classmethod
-    def build(cls, config: RunConfig, data: Dataset) -> "TrainingModule":
-        """Return the untrained module for a training set."""
-        raise NotImplementedError
-
-    @classmethod
     def restore(cls, checkpoint: dict[str, Any], with_tower: bool = True) -> "TrainingModule":
         """Return the module that a checkpoint holds, without reading pretrained weights or training data."""
         config = as_config(checkpoint["geoclip_config"], cls.config_class)
@@ -60,19 +60,6 @@ class TrainingModule(lightning.LightningModule):
         module.load_state_dict(checkpoint["state_dict"])
         module.config = config
         return module
-
-    @classmethod
-    def rebuild(cls, config: RunConfig, checkpoint: dict[str, Any]) -> "TrainingModule":
-        """Return a module of a checkpoint's shape, with new weights."""
-        raise NotImplementedError
-
-    def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
-        """Return scalars to log, "loss" among them, for a batch of `image` or `feature`, and `latlon`."""
-        raise NotImplementedError
-
-    def place(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2"]:
-        """Return the best place of each preprocessed image, in (lat, lon) degrees."""
-        raise NotImplementedError
 
     def answers(self, images: Float[Tensor, "n c h w"]) -> dict[str, Float[Tensor, "n 2"]]:
         """Return the best places by the name of the answer; a model that has only one calls it ""."""
