@@ -7,11 +7,13 @@ safe for colour-blind readers and ordered by lightness, so maps can be read in g
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
 
 import cartopy.crs as ccrs
 import matplotlib.pyplot as plt
 import numpy as np
+import pyproj
 import shapely
 from cartopy.mpl.geoaxes import GeoAxes
 from matplotlib.collections import LineCollection
@@ -57,6 +59,7 @@ CATEGORIES = ("#F0E442", "#56B4E9", "#D55E00", "#0072B2", "#000000", "#E69F00", 
 ERROR_BOUNDS_KM = (200.0, 750.0, 2500.0)
 ERROR_COLOURS = ("#5ec962", "#21918c", "#3b528b", "#440154")
 PLATE = ccrs.PlateCarree()
+SPHERE = pyproj.Geod(ellps="sphere")
 KM = 1000.0  # the projections' metres
 
 
@@ -265,17 +268,11 @@ def plain(text: str) -> str:
 
 def great_circle(start, end) -> np.ndarray:
     """Points (lat, lon) on the shortest way from `start` to `end`, inclusive, at most 1° apart."""
-    a, b = (_vector(place) for place in (start, end))
-    angle = np.arctan2(np.linalg.norm(np.cross(a, b)), a @ b)
-    count = max(2, int(np.ceil(np.rad2deg(angle))) + 1)
-    # Perpendicular to a in the plane of the circle; antipodes are joined by any circle.
-    side = b - (a @ b) * a
-    if np.linalg.norm(side) < 1e-12:
-        side = np.cross(a, [0.0, 0.0, 1.0] if abs(a[2]) < 0.9 else [1.0, 0.0, 0.0])
-    side /= np.linalg.norm(side)
-    t = np.linspace(0, angle, count)[:, None]
-    x, y, z = (np.cos(t) * a + np.sin(t) * side).T
-    return np.stack([np.rad2deg(np.arcsin(np.clip(z, -1, 1))), np.rad2deg(np.arctan2(y, x))], axis=1)
+    (lat, lon), (to_lat, to_lon) = _array(start), _array(end)
+    count = max(2, math.ceil(SPHERE.inv(lon, lat, to_lon, to_lat)[2] / 111 / KM) + 1)
+    ends = {"initial_idx": 0, "terminus_idx": 0, "return_back_azimuth": False}
+    way = SPHERE.inv_intermediate(lon, lat, to_lon, to_lat, count, **ends)
+    return np.stack([way.lats, way.lons], axis=1)
 
 
 @functools.cache
@@ -359,8 +356,3 @@ def _bar(axes: GeoAxes, drawn, label: str) -> None:
 
 def _array(values) -> np.ndarray:
     return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, dtype=np.float64)
-
-
-def _vector(place) -> np.ndarray:
-    lat, lon = np.deg2rad(_array(place))
-    return np.array([np.cos(lat) * np.cos(lon), np.cos(lat) * np.sin(lon), np.sin(lat)])

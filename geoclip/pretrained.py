@@ -259,7 +259,7 @@ def _download(wheel: Path) -> None:
             raise FileNotFoundError(
                 f"the authors' released package is not at {wheel} and could not be downloaded (pip: "
                 f"{lines[0].removeprefix('ERROR: ').strip()}); connect to a package index once, or put {WHEEL} there "
-                "yourself. Training, evaluation and prediction with your own checkpoints still work"
+                "yourself. Prediction with your own checkpoints still works"
             )
         _check(fetched, paths.sha256(fetched), WHEEL_SHA256)
         os.replace(fetched, wheel)

@@ -62,8 +62,7 @@ def data_folder() -> Path:
     found = paths.geoclip_data()
     if found is None:
         raise FileNotFoundError(
-            "benchmarks are read from the folder that GEOCLIP_DATA names, which is not set; "
-            "geoclip/datasets/benchmarks.toml describes its layout"
+            "benchmarks lie in the folder GEOCLIP_DATA, which is not set; see geoclip/datasets/benchmarks.toml"
         )
     return found
 
