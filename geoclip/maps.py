@@ -9,8 +9,10 @@ import functools
 import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import cartopy.crs as ccrs
+import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 import pyproj
@@ -25,25 +27,7 @@ from matplotlib.patheffects import withStroke
 
 from geoclip import paths
 
-STYLE = {
-    "figure.dpi": 110,
-    "figure.constrained_layout.use": True,
-    "font.size": 8,
-    "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.prop_cycle": plt.cycler(
-        color=["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"],
-        linestyle=["-", "--", "-.", ":", "-", "--", "-."],
-    ),
-    "legend.fontsize": 7,
-    "legend.frameon": False,
-    "lines.linewidth": 1.4,
-    "image.cmap": "cividis",
-    "pdf.fonttype": 42,
-    "savefig.facecolor": "white",
-}
+STYLE = matplotlib.rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_default_template=False)
 LAND, SEA, LINE = "#e6e6e6", "#ffffff", "#9a9a9a"
 # White lines with a dark rim are visible on both ends of the colour scale.
 OVER_HEAT = {

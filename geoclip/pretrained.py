@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import tomllib
 import warnings
 import zipfile
 from pathlib import Path
@@ -44,26 +45,6 @@ CLIP_REPOSITORY = "openai/clip-vit-large-patch14"
 CLIP_REVISION = "32bd64288804d66eefd0ccbe215aa642df71cc41"
 CLIP_FILE = "model.safetensors"
 CLIP_SHA256 = "a2bf730a0c7debf160f7a6b50b3aaf3703e7e88ac73de7a314903141db026dcb"
-
-# Hugging Face's names of CLIP's tensors → open_clip's.
-CLIP_PARTS = {
-    "vision_model.embeddings.class_embedding": "visual.class_embedding",
-    "vision_model.embeddings.patch_embedding.weight": "visual.conv1.weight",
-    "vision_model.embeddings.position_embedding.weight": "visual.positional_embedding",
-    "vision_model.pre_layrnorm": "visual.ln_pre",  # so spelled there
-    "vision_model.post_layernorm": "visual.ln_post",
-    "vision_model.encoder.layers": "visual.transformer.resblocks",
-    "text_model.embeddings.token_embedding": "token_embedding",
-    "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.encoder.layers": "transformer.resblocks",
-    "text_model.final_layer_norm": "ln_final",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.out_proj": "attn.out_proj",
-}
-CLIP_TRANSPOSED = {"visual_projection.weight": "visual.proj", "text_projection.weight": "text_projection"}
 
 
 def authors_wheel() -> Path:
@@ -198,15 +179,16 @@ def _from_hugging_face(state: "dict[str, Tensor]") -> "dict[str, Tensor]":
     """Rename a Hugging Face CLIPModel's tensors as open_clip does; q, k and v become one matrix."""
     import torch
 
+    names = tomllib.loads(Path(__file__).with_name("clip_names.toml").read_text(encoding="utf-8"))
     renamed = {}
     for name, tensor in state.items():
         if re.search(r"position_ids$|\.[kv]_proj\.(weight|bias)$", name):
             continue  # counters, and what is joined with the q of its layer
-        if name in CLIP_TRANSPOSED:
-            renamed[CLIP_TRANSPOSED[name]] = tensor.T.contiguous()
+        if name in names["transposed"]:
+            renamed[names["transposed"][name]] = tensor.T.contiguous()
             continue
         ours = name
-        for theirs, part in CLIP_PARTS.items():
+        for theirs, part in names["parts"].items():
             ours = ours.replace(theirs, part)
         if match := re.fullmatch(r"(.*)\.self_attn\.q_proj\.(weight|bias)", ours):
             ours = f"{match[1]}.attn.in_proj_{match[2]}"
