@@ -264,7 +264,7 @@ def test_lists_with_and_without_a_header(tmp_path):
         ("1,http://a\n2,http://b,c\n", "not a list of URLs: Error tokenizing data"),
         ("id,url\n", "contains no URLs"),
         ("1,http://a\n\n2,b\n", "line 2: ',' is not an http address"),
-        ("url,name\nhttp://a,1\n", "has no image id; it needs"),
+        ("url,name\nhttp://a,1\n", "has no image id, one of id"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=wrong):
