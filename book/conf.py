@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 from importlib.metadata import distribution
 from pathlib import Path
@@ -19,7 +20,7 @@ templates_path = [str(ROOT / "book" / "_templates")]  # absolute: autosummary ta
 
 nb_execution_mode = "off"
 nb_merge_streams = True
-myst_enable_extensions = ["dollarmath", "colon_fence"]
+myst_enable_extensions = ["dollarmath", "colon_fence", "attrs_inline"]
 myst_heading_anchors = 3
 
 smartquotes = False
@@ -61,7 +62,18 @@ or, with another value of a parameter,
 ```bash
 papermill {path} out.ipynb -y '{parameter}: {value}'
 ```
-:::
+{colab}:::
+"""
+
+# GitHub Actions says which repository this is; a book that is built elsewhere has no address to open in Colab.
+REPOSITORY, BRANCH = os.environ.get("GITHUB_REPOSITORY"), os.environ.get("GITHUB_REF_NAME", "main")
+IN_COLAB = ("00", "15")  # they need nothing but what the package index has, and minutes
+COLAB = """\
+[Open in Colab](https://colab.research.google.com/github/{repository}/blob/{branch}/{path}){{.badge}} and first run there
+```ipython
+!git clone --depth 1 https://github.com/{repository} geoclip-reproduced
+%pip install --quiet ./geoclip-reproduced
+```
 """
 
 
@@ -76,7 +88,9 @@ def open_with_number_and_command(app, docname, source):
     parameters = {s.targets[0].id: json.dumps(ast.literal_eval(s.value)) for s in statements}
     name, value = min(parameters.items(), key=lambda item: len(item[1]))
     path = f"notebooks/{Path(docname).name}.ipynb"
-    text = RUN.format(number=number, path=path, parameter=name, value=value)
+    open_there = REPOSITORY and number in IN_COLAB
+    colab = COLAB.format(repository=REPOSITORY, branch=BRANCH, path=path) if open_there else ""
+    text = RUN.format(number=number, path=path, parameter=name, value=value, colab=colab)
     title = "".join(first["source"]).replace("# ", f"# {number} · ", 1)
     notebook["cells"] = [{**first, "source": f"{title}\n\n{text}"}, *others]
     source[0] = json.dumps(notebook)
@@ -94,12 +108,13 @@ def quote_log(app, docname, source):
 
 
 def link_notebooks(app, doctree, docname):
-    """Link numbers of notebooks in running text, such as "notebooks 04 and 05", to their pages."""
+    """Link numbers of notebooks in running text, such as "notebooks 04 and 05", and in tables, to their pages."""
     for text in list(doctree.findall(nodes.Text)):
         inside = (nodes.reference, nodes.literal, nodes.literal_block, nodes.title, nodes.raw)
-        if not MENTIONED.search(text) or any(isinstance(n, inside) for n in _parents(text)):
+        pattern = NUMBER if text in NUMBERED and isinstance(text.parent.parent, nodes.entry) else MENTIONED
+        mentions = [mention.span() for mention in pattern.finditer(text)]
+        if not mentions or any(isinstance(n, inside) for n in _parents(text)):
             continue
-        mentions = [mention.span() for mention in MENTIONED.finditer(text)]
         parts, end = [], 0
         for match in (number for span in mentions for number in NUMBER.finditer(text, *span)):
             target = NUMBERED.get(match[0])

@@ -297,7 +297,7 @@ function render({ model, el }) {
         globe.fly(...truth, 1);
       }
     } else if ($(".mode").value === "guess") {
-      say(model.get("state").photos ? "Choose a photo first." : "Press “Random tile” first.");
+      say(`Choose a photo or press “${$(".new").textContent}” first.`);
     } else if (!model.get("state").photos) {
       forget();
       globe.marks = { truth: [lat, lon] }; globe.draw();
@@ -347,6 +347,7 @@ function render({ model, el }) {
     guess = null; guessing = $(".mode").value === "guess" && Boolean(answers[index].truth);
     show();
     if (guessing) { globe.marks = null; globe.draw(); say("Where is this? Click on the globe."); }
+    else if ($(".mode").value === "guess" && picture) say(`${$(".said").textContent} Its EXIF has no place, so no guess is scored.`);
   }
 
   model.on("msg:custom", (message, buffers) => {
@@ -433,7 +434,8 @@ function render({ model, el }) {
     for (const control of el.querySelectorAll(".controls select, .controls input, .ask button, .ask input, .place button"))
       control.disabled = !ready;
     if (decision) $(".decision").value = decision;
-    $(".new").hidden = $("[data-style=tile]").hidden = photos;
+    $(".new").textContent = photos ? "Example photo" : "Random tile";
+    $("[data-style=tile]").hidden = photos;
     $(".words").hidden = !photos;
   }
   async function earth() {

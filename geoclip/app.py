@@ -8,11 +8,13 @@ clicked. Both go the way of `python -m geoclip predict`. Uploads stay in this pr
 import asyncio
 import contextlib
 import io
+import random
 import re
 import sys
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +54,12 @@ class Answerer:
 
         options = Namespace(
             checkpoint=checkpoint and str(checkpoint), clip_weights=clip_weights, precision="auto", top_k=1,
-            gallery=None, index=False, decision=None, neighbours=None,
+            gallery=None, index=False, decision="mode", neighbours=None,
         )  # fmt: skip
         self.model = commands.load_model(options)
         predict.prepare_gallery(self.model, options)
-        default = commands.decide(self.model, options)
-        self.decision = options.decision
-        options.decision = "mode"
-        self.decider = commands.decide(self.model, options) if default is self.model else default
+        self.decider = commands.decide(self.model, options)
+        self.decision = "mode" if self.decider.calibration.fitted_on else "argmax"
         self.top_k = 5
         self.asked: list[tuple] = []  # (Upload or text, its embedding)
         self.found: list[dict] = []  # the answers of `predict`
@@ -90,12 +90,13 @@ class Answerer:
         Image.fromarray(pixels.numpy()).save(file, "PNG", exif=exif)
         return Upload(f"tile_{lat:.4f}_{lon:.4f}.png", file.getvalue())
 
-    def random_place(self) -> tuple[float, float]:
-        """A place of one of the test splits: near training places, or in a part of the Earth without any."""
-        import torch
-
-        places = self.tiles.splits()[("random", "blocked")[torch.randint(2, ()).item()]]
-        return tuple(places[torch.randint(len(places), ())].tolist())
+    def example(self) -> Upload:
+        """A tile of a test split, near training places or far from them; where there is CLIP, scikit-learn's china.jpg."""
+        if not self.tiles:
+            file = resources.files("sklearn.datasets.images") / "china.jpg"
+            return Upload(file.name, file.read_bytes())
+        places = self.tiles.splits()[random.choice(("random", "blocked"))]
+        return self.tile(*random.choice(places.tolist()))
 
     def ask(self, query: Upload | str) -> tuple[dict, bytes]:
         """The answer for an image or a text, see `answer`, and the pixels that the model sees, as a PNG.
@@ -151,11 +152,10 @@ class Answerer:
 
         from geoclip import evaluation
 
-        what = f"Probabilities: of being within 25 km, {self.decider.calibration.status}."
+        what = f"of being within 25 km, {self.decider.calibration.status}"
         if self.decision == "argmax":
-            what = (
-                f"Probabilities: shares of the gallery's {len(self.model.gallery):,} places, not calibrated."
-            )
+            what = f"shares of the gallery's {len(self.model.gallery):,} places, not calibrated"
+        what = f"Probabilities: {what}."
         away = evaluation.ceiling(torch.tensor([truth]), self.known).item() if truth else 0
         far = f"Far from anything it was trained on: {away:,.0f} km from the nearest place that it knows."
         return [far, what] if away > FAR_KM else [what]
@@ -230,7 +230,9 @@ class Page(anywidget.AnyWidget):
                 if epoch := re.match(r"epoch (\d+) of (\d+)", line):
                     self.say(said, int(epoch[1]) / int(epoch[2]))
             checkpoint = Path(line.rpartition("checkpoint ")[2])
-        if not checkpoint.with_suffix(".calibration.json").is_file():
+        from geoclip import calibration  # quick only now that a thread has imported torch
+
+        if not calibration.beside(checkpoint).is_file():
             self.say("Fitting the model's probabilities, once: about half a minute …")
             async for _ in command("calibrate", "--checkpoint", str(checkpoint)):
                 pass
@@ -238,9 +240,7 @@ class Page(anywidget.AnyWidget):
 
     def _received(self, _, content: dict, buffers: list) -> None:
         try:
-            if (
-                content["kind"] == "shown"
-            ):  # not before: a kernel that is busy with imports does not answer the page
+            if content["kind"] == "shown":  # not before: a busy kernel does not answer the page
                 self.loading = self.loading or asyncio.gather(self._load(), self._draw())
             elif self.state["ready"]:
                 getattr(self, f"_on_{content['kind']}")(content, buffers)
@@ -262,7 +262,7 @@ class Page(anywidget.AnyWidget):
 
     def _on_random(self, *_) -> None:
         self.answerer.clear()
-        self._ask(self.answerer.tile(*self.answerer.random_place()))
+        self._ask(self.answerer.example())
 
     def _on_text(self, content: dict, _) -> None:
         self.answerer.clear()
@@ -350,7 +350,6 @@ def texture() -> bytes:
 
     file = io.BytesIO()
     with Image.open(blue_marble.raster_file()[0]) as image:
-        image.convert("RGB").resize((2160, 1080), Image.Resampling.BILINEAR, reducing_gap=1.0).save(
-            file, "JPEG"
-        )
+        small = image.convert("RGB").resize((2160, 1080), Image.Resampling.BILINEAR, reducing_gap=1.0)
+        small.save(file, "JPEG")
     return file.getvalue()

@@ -45,3 +45,23 @@ def geoclip_data() -> Path:
 def tiny_clip():
     """The name of a CLIP of 30 thousand parameters beside its token embedding, with a text tower."""
     return "tiny-clip"
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """A checkpoint of a model of tiles with random weights."""
+    import browsing
+
+    return browsing.made_checkpoint(tmp_path_factory.mktemp("model") / "made.ckpt", "conv")
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory):
+    """A headless Chromium that saves downloads in `browser.downloads`."""
+    import browsing
+
+    opened = browsing.chromium(tmp_path_factory.mktemp("downloads"))
+    if opened is None:
+        pytest.skip("no Chromium with chromedriver: install the packages chromium and chromium-driver")
+    yield opened
+    opened.quit()
