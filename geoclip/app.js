@@ -447,12 +447,16 @@ function render({ model, el }) {
     globe.texture = held.getContext("2d").getImageData(0, 0, image.width, image.height);
     globe.draw();
   }
-  globe.lines = model.get("outlines").map((line) => line.map(([lon, lat]) => vector(lat, lon)));
+  function outlines() {
+    globe.lines = model.get("outlines").map((line) => line.map(([lon, lat]) => vector(lat, lon)));
+    globe.draw();
+  }
   $(".decision").replaceChildren(...Object.entries(fixed.decisions).map(([value, text]) => new Option(text, value)));
   $(".top").max = fixed.places;
   model.on("change:state", update);
   model.on("change:earth", earth);
-  show(); update(); earth();
+  model.on("change:outlines", outlines);
+  show(); update(); earth(); outlines();
   model.send({ kind: "shown" });
   return () => globe.watch.disconnect();
 }

@@ -187,7 +187,7 @@ class Page(anywidget.AnyWidget):
     def __init__(self, checkpoint: Path | str | None = None, clip_weights: Path | str | None = None):
         fixed = {"mb": MOST_MB, "files": MOST_FILES, "places": MOST_PLACES, "decisions": DECISIONS}
         state = {"ready": False, "photos": False, "said": "Loading the model …", "progress": None}
-        super().__init__(state=state, fixed=fixed, outlines=outlines())
+        super().__init__(state=state, fixed=fixed)
         self.checkpoint, self.clip_weights = checkpoint, clip_weights
         self.parts: dict[str, list[bytes]] = {}
         self.on_msg(self._received)
@@ -198,6 +198,7 @@ class Page(anywidget.AnyWidget):
         self.state = self.state | {"said": said, "progress": progress} | changes
 
     async def _draw(self) -> None:
+        self.outlines = await asyncio.to_thread(outlines)
         self.earth = await asyncio.to_thread(texture)
 
     async def _load(self) -> None:

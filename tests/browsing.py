@@ -83,7 +83,9 @@ def serve(folder, checkpoint=None, server=None):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    recipe = re.search(r"^try:.*\n\tcd notebooks/try && ([^$]*) \$\S+ -m (.*)$", MAKEFILE, flags=re.MULTILINE)
+    recipe = re.search(
+        r"^try:.*\n\tcd notebooks/try && ([^$]*) \$\S+ \$\S+ -m (.*)$", MAKEFILE, flags=re.MULTILINE
+    )
     settings = dict(setting.split("=") for setting in recipe[1].split())
     settings |= {f"JUPYTERLAB_{name}_DIR": str(folder / name) for name in ("SETTINGS", "WORKSPACES")}
     arguments = [sys.executable, "-m", *(server or f"{recipe[2]} --no-browser").split(), f"--port={port}"]

@@ -1,6 +1,8 @@
 """The book: its pages are complete, its links lead somewhere, and it opens without the internet."""
 
 import importlib.util
+import json
+import os
 import re
 import subprocess
 import sys
@@ -99,16 +101,52 @@ def test_the_workflow_waits_to_be_started():
     assert {"path": "book/_build/html"} in [vars(step)["with"] for step in steps]
 
 
-@pytest.mark.slow
-def test_the_book_builds_without_warnings_and_its_pages_are_complete(tmp_path):
-    if importlib.util.find_spec("myst_nb") is None:
-        pytest.skip("Sphinx is not installed: `make book` installs it")
-    command = [sys.executable, BOOK / "build.py", tmp_path]
-    done = subprocess.run(command, cwd=paths.ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_open_in_colab_only_where_the_repository_is_known(monkeypatch):
+    pytest.importorskip("myst_nb", reason="Sphinx is not installed: `make book` installs it")
+    spec = importlib.util.spec_from_file_location("book_conf", BOOK / "conf.py")
+    conf = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(conf)
 
+    def opened(path, repository):
+        monkeypatch.setattr(conf, "REPOSITORY", repository)
+        source = [path.read_text(encoding="utf-8")]
+        conf.open_with_number_and_command(None, f"notebooks/{path.stem}", source)
+        text = json.loads(source[0])["cells"][0]["source"]
+        assert f"make reproduce ONLY={path.name[:2]}\n" in text
+        return re.findall(r"colab.research.google.com/github/(\S+)\)\{.badge\}|^([!%].+)", text, re.MULTILINE)
+
+    for path in notebooks.numbered():
+        assert opened(path, None) == []
+        lines = [first or second for first, second in opened(path, "someone/geoclip")]
+        assert lines in (
+            [],
+            [
+                f"someone/geoclip/blob/{conf.BRANCH}/notebooks/{path.name}",
+                "!git clone --depth 1 https://github.com/someone/geoclip geoclip-reproduced",
+                "%pip install --quiet ./geoclip-reproduced",
+            ],
+        )
+        written = path.read_text(encoding="utf-8")
+        assert bool(lines) == ("`%pip install --quiet ./geoclip-reproduced`" in written), path.name
+        assert bool(lines) == (path.name[:2] in ("00", "15"))
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """The book, built as by GitHub Actions."""
+    pytest.importorskip("myst_nb", reason="Sphinx is not installed: `make book` installs it")
+    out = tmp_path_factory.mktemp("book")
+    command = [sys.executable, BOOK / "build.py", out]
+    environment = os.environ | {"GITHUB_REPOSITORY": "someone/geoclip"}
+    done = subprocess.run(command, cwd=paths.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out / "html"
+
+
+@pytest.mark.slow
+def test_the_book_builds_without_warnings_and_its_pages_are_complete(built):
     def page(name):
-        return (tmp_path / "html" / f"{name}.html").read_text(encoding="utf-8")
+        return (built / f"{name}.html").read_text(encoding="utf-8")
 
     for path in notebooks.numbered():
         text = page(f"notebooks/{path.stem}")
@@ -119,7 +157,50 @@ def test_the_book_builds_without_warnings_and_its_pages_are_complete(tmp_path):
         assert f'href="notebooks/{path.name.replace(".ipynb", ".html")}"' in page("index")
         assert text.count("<img alt=") == path.read_text(encoding="utf-8").count('"image/png":')
     assert 'href="07_benchmarks.html">07</a>' in page("notebooks/03_training")
-    assert "\\frac" in page("notebooks/03_training") and (tmp_path / "html/_static/tex-svg.js").is_file()
+    assert "\\frac" in page("notebooks/03_training") and (built / "_static/tex-svg.js").is_file()
     assert "Return the mean cross-entropy" in page("api/geoclip.loss")
     assert "raised no false alarm in 1,943 blocks" in page("failures")
-    assert "What did not work" in (tmp_path / "html" / "searchindex.js").read_text(encoding="utf-8")
+    assert "What did not work" in (built / "searchindex.js").read_text(encoding="utf-8")
+    assert 'href="https://colab.research.google.com/github/someone/geoclip/' in page(
+        "notebooks/15_your_own_task"
+    )
+    table = page("index").partition("in the paper</p></th>")[2].partition("</table>")[0]
+    for number in ("01", "04", "05", "06", "07", "08", "09", "16"):
+        assert f'href="notebooks/{notebooks.find(number).stem}.html">{number}</a>' in table
+
+
+@pytest.mark.slow
+def test_the_book_in_a_browser_from_disk(built, browser):
+    from browsing import complaints, fetched, resize, wait
+
+    def one(css):
+        return browser.find_element("css selector", css)
+
+    fetched(browser)
+    browser.get((built / "notebooks" / "02_location_encoder.html").as_uri())
+    figures = browser.find_elements("css selector", "article img")
+    assert len(figures) > 1 and {f.find_element("xpath", "..").tag_name for f in figures} == {"button"}
+    assert all(figure.get_attribute("alt") for figure in figures)
+    browser.execute_script("arguments[0].click()", figures[0])
+    assert one("dialog.figure[open] img").size["width"] > figures[0].size["width"]
+    one("dialog.figure").click()
+    assert not browser.find_elements("css selector", "dialog.figure[open]")
+    wait(lambda: browser.find_elements("css selector", "mjx-container svg"))  # equations are drawn
+    light = one("body").value_of_css_property("background-color")
+    for _ in range(2):  # from automatic to light or dark, and to the other
+        browser.execute_script("document.querySelector('.theme-toggle').click()")
+        if one("body").value_of_css_property("background-color") != light:
+            break
+    assert one("body").value_of_css_property("background-color") != light, "dark mode"
+    browser.execute_script("localStorage.removeItem('theme')")
+    one(".sidebar-search").send_keys("Equal Earth projection\n")
+    wait(lambda: browser.find_elements("css selector", "#search-results li a"))
+    assert "02_location_encoder" in " ".join(
+        a.get_attribute("href") for a in browser.find_elements("css selector", "#search-results li a")
+    )
+    resize(browser, 400, 800)
+    browser.get((built / "index.html").as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
+    resize(browser, 1200, 1000)
+    assert complaints(browser) == []
+    assert {url.partition(":")[0] for url in fetched(browser)} <= {"file", "data", "blob"}
