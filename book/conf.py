@@ -71,8 +71,8 @@ IN_COLAB = ("00", "15")  # they need nothing but what the package index has, and
 COLAB = """\
 [Open in Colab](https://colab.research.google.com/github/{repository}/blob/{branch}/{path}){{.badge}} and first run there
 ```ipython
-!git clone --depth 1 https://github.com/{repository} geoclip-reproduced
-%pip install --quiet ./geoclip-reproduced
+!git clone --depth 1 https://github.com/{repository} repository && pip install --quiet ./repository
+%cd repository
 ```
 """
 

@@ -122,12 +122,12 @@ def test_open_in_colab_only_where_the_repository_is_known(monkeypatch):
             [],
             [
                 f"someone/geoclip/blob/{conf.BRANCH}/notebooks/{path.name}",
-                "!git clone --depth 1 https://github.com/someone/geoclip geoclip-reproduced",
-                "%pip install --quiet ./geoclip-reproduced",
+                "!git clone --depth 1 https://github.com/someone/geoclip repository && pip install --quiet ./repository",
+                "%cd repository",
             ],
         )
         written = path.read_text(encoding="utf-8")
-        assert bool(lines) == ("`%pip install --quiet ./geoclip-reproduced`" in written), path.name
+        assert bool(lines) == ("`%cd repository`" in written), path.name
         assert bool(lines) == (path.name[:2] in ("00", "15"))
 
 
