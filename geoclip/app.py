@@ -14,7 +14,6 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +91,8 @@ class Answerer:
 
     def example(self) -> Upload:
         """A tile of a test split, near training places or far from them; where there is CLIP, scikit-learn's china.jpg."""
+        from importlib import resources
+
         if not self.tiles:
             file = resources.files("sklearn.datasets.images") / "china.jpg"
             return Upload(file.name, file.read_bytes())
