@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 from geoclip import earth
 from geoclip.earth import EARTH_RADIUS_KM
@@ -26,6 +26,8 @@ from geoclip.kernels import Profile, density, log_kernel, table
 
 PAIRS = 1 << 17  # pairs of a place and a kernel that are computed at once; they fit in a CPU's cache
 HEAVIEST, STARTS, ASCENTS, STEPS = 512, 128, 4, 12  # of a search, see _search
+ROWS = 16  # images whose weights of all places are held at once
+GROUP = 8  # places that are compared as one at first, see _largest
 CROWD_KM = 25.0  # a prior that is divided out counts the places within this distance
 DRAWS = 256  # places drawn from each posterior, for regions and entropy
 
@@ -179,15 +181,14 @@ class Posterior:
         if len(latlon) != len(self):
             raise ValueError(f"{len(latlon)} places for {len(self)} posteriors")
         vector = earth.unit_sphere(latlon.double()).view(len(latlon), -1, 3)
-        parts = [compute(vector[rows], layers) for rows, layers in self._chunks(vector.shape[1])]
-        return torch.cat(parts).view(latlon.shape[:-1])
+        return self._each(vector, lambda *part: [compute(*part)])[0].view(latlon.shape[:-1])
 
-    def _chunks(self, places: int):
-        """(rows, their layers), of few enough images that `places` of each make at most PAIRS pairs."""
-        step = max(1, PAIRS // (places * sum(layer.weight.shape[1] for layer in self.layers)))
-        for start in range(0, len(self), step):
-            rows = slice(start, start + step)
-            yield rows, self[rows].layers
+    def _each(self, vector: Float[Tensor, "n q 3"], compute) -> list[Tensor]:
+        """The tensors of compute(unit vectors (b, q, 3), layers), of b images at a time: at most PAIRS pairs."""
+        step = max(1, PAIRS // (vector.shape[1] * sum(layer.weight.shape[1] for layer in self.layers)))
+        slices = [slice(start, start + step) for start in range(0, len(self), step)]
+        parts = [compute(vector[rows], self[rows].layers) for rows in slices]
+        return [torch.cat(part) for part in zip(*parts, strict=True)]
 
     def _search(self, profiles: list[Profile], k: int = 1, apart_km: float = 0.0) -> Tensor:
         """The k best places (n, k, 2) that are apart_km apart.
@@ -195,19 +196,22 @@ class Posterior:
         The places of the heaviest kernels are compared; the best of them ascend, among the heaviest kernels
         at first, then the k best among all.
         """
-        found = torch.full((len(self), k, 2), math.nan, dtype=torch.double)
+
+        def ascend(steps):
+            return lambda place, layers: _ascend(place, layers, profiles, steps)
+
         h_apart = 1 - math.cos(min(apart_km / EARTH_RADIUS_KM, math.pi))
-        for rows, layers in self._chunks(ASCENTS + 2 * k):
-            heavy = [heaviest(layer, HEAVIEST) for layer in layers]
-            starts = torch.cat([heaviest(layer, STARTS).xyz for layer in heavy], 1)
-            value = _utility(starts, heavy, profiles)[0]
-            place, value = _distinct(starts, value, ASCENTS + 2 * (k - 1), h_apart)
-            place, value = _distinct(*_ascend(place, heavy, profiles, STEPS), k, h_apart)
-            none = value.isneginf()
-            place, value = _ascend(place, layers, profiles, STEPS // 2)
-            place, value = _distinct(place, value.masked_fill(none, -math.inf), k, h_apart)
-            place = earth.from_unit_sphere(place).masked_fill(value.isneginf()[..., None], math.nan)
-            found[rows, : place.shape[1]] = place
+        heavy = Posterior([heaviest(layer, HEAVIEST) for layer in self.layers])
+        starts = torch.cat([heaviest(layer, STARTS).xyz for layer in heavy.layers], 1)
+        value = heavy._each(starts, lambda place, layers: _utility(place, layers, profiles)[:1])[0]
+        place, value = _distinct(starts, value, ASCENTS + 2 * (k - 1), h_apart)
+        place, value = _distinct(*heavy._each(place, ascend(STEPS)), k, h_apart)
+        none = value.isneginf()
+        place, value = self._each(place, ascend(STEPS // 2))
+        place, value = _distinct(place, value.masked_fill(none, -math.inf), k, h_apart)
+        found = torch.full((len(self), k, 2), math.nan, dtype=torch.double)
+        place = earth.from_unit_sphere(place).masked_fill(value.isneginf()[..., None], math.nan)
+        found[:, : place.shape[1]] = place
         return found
 
 
@@ -268,17 +272,20 @@ class Places:
         if logits.shape[1] != len(self.xyz):
             raise ValueError(f"{logits.shape[1]} scores for {len(self.xyz)} places")
         _check_positive(temperature=temperature, kernel_km=kernel_km)
-        scaled = logits / temperature
-        if prior != "gallery":
-            scaled = scaled + self.counts(prior).log().float()
-        weight = _softmax(scaled, torch.float)
-        kept, index = weight.topk(min(self.keep, len(self.xyz)), dim=1)
-        pooled = torch.zeros(len(weight), len(self.centre)).index_add_(1, self.cell, weight)
-        pooled = pooled.scatter_add_(1, self.cell[index], -kept).clamp_min(0).double()
+        expected = 0.0 if prior == "gallery" else self.counts(prior).log().float()
+        parts = [self._weights(part / temperature + expected) for part in logits.split(ROWS)]
+        kept, index, pooled = (torch.cat(part) for part in zip(*parts, strict=True))
         total = kept.double().sum(1, keepdim=True) + pooled.sum(1, keepdim=True)
         pooled = (1 - background) * pooled / total + background * self.share(prior)
         near = Layer(self.xyz[index], (1 - background) * kept / total, kernel_km)
         return Posterior([near, Layer(self.centre[None], pooled, self.wide_km(kernel_km))])
+
+    def _weights(self, logits: Float[Tensor, "n m"]) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights of the heaviest places, their indices, and the weights of the cells of the others."""
+        weight = _softmax(logits, torch.float)
+        kept, index = _largest(weight, min(self.keep, len(self.xyz)))
+        pooled = torch.zeros(len(weight), len(self.centre)).index_add_(1, self.cell, weight)
+        return kept, index, pooled.scatter_add_(1, self.cell[index], -kept).clamp_min(0).double()
 
     def wide_km(self, kernel_km: float) -> float:
         """Standard deviation of the kernel of a cell of pooled places."""
@@ -297,7 +304,18 @@ def _softmax(logits: Tensor, dtype: torch.dtype = torch.double) -> Tensor:
         raise ValueError(
             "the scores are NaN or infinite: the model's weights or the image's values are damaged"
         )
-    return (logits - top).to(dtype).softmax(-1)
+    return logits.softmax(-1, dtype)
+
+
+def _largest(weight: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
+    """weight.topk(k) in less time: the k largest are in the k groups of GROUP places with the largest maxima."""
+    groups = pad(weight, (0, -weight.shape[1] % GROUP), value=-1).unflatten(1, (GROUP, -1))
+    if groups.shape[2] <= k:
+        return weight.topk(k, dim=1)
+    near = groups.amax(1).topk(k, dim=1, sorted=False).indices
+    index = (near[:, None] + groups.shape[2] * torch.arange(GROUP)[:, None]).flatten(1)
+    kept, at = groups.flatten(1).gather(1, index).topk(k, dim=1)
+    return kept, index.gather(1, at)
 
 
 def _utility(
@@ -307,9 +325,10 @@ def _utility(
 
     weighted: weight × xyz of each layer, which the gradient needs; it is 0 without.
     """
-    value = pull = torch.zeros(())
+    value, pull, one = torch.zeros(()), torch.zeros(()), vector.new_ones(())
     for i, ((xyz, weight, _), profile) in enumerate(zip(layers, profiles, strict=True)):
-        worth, fall = profile((vector @ xyz.mT).neg_().add_(1), weighted is not None)
+        h = torch.baddbmm(one, vector, xyz.mT.expand(len(vector), -1, -1), alpha=-1)
+        worth, fall = profile(h, weighted is not None)
         value = value + (worth.double() @ weight[..., None])[..., 0]
         if weighted is not None and fall is not None:
             pull = pull + fall.double() @ weighted[i]

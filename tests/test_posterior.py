@@ -121,10 +121,10 @@ def test_rotating_the_earth_rotates_the_answers():
 
 def test_answers_do_not_depend_on_the_batch():
     generator = torch.Generator().manual_seed(0)
-    places = Places(earth.sample_sphere(2000, generator), keep=256, pooled_km=1000)
-    logits = 8 * torch.randn(8, 2000, generator=generator)
+    places = Places(earth.sample_sphere(3001, generator), keep=256, pooled_km=1000)
+    logits = 8 * torch.randn(20, 3001, generator=generator)
     together = places.posterior(logits, 50.0)
-    for row in (0, 7):
+    for row in (0, 19):
         alone = places.posterior(logits[row : row + 1], 50.0)
         for decision in ("mode", "median", "disc:100"):
             assert earth.haversine_km(together.answer(decision)[row], alone.answer(decision)[0]) < 1e-3
@@ -137,6 +137,9 @@ def test_places_left_out_keep_their_mass():
     logits = 2 * torch.randn(4, 20_000, generator=generator)
     whole, short = (Places(latlon, keep=keep).posterior(logits, 50.0) for keep in (20_000, 500))
     assert len(short.layers) == 2
+    heaviest = logits.softmax(1).topk(500)
+    torch.testing.assert_close(short.layers[0].weight, heaviest.values.double())
+    torch.testing.assert_close(short.layers[0].xyz, earth.unit_sphere(latlon.double())[heaviest.indices])
     total = sum(layer.weight.sum(1) for layer in short.layers)
     torch.testing.assert_close(total, torch.ones(4, dtype=torch.double), rtol=0, atol=1e-9)
     places = earth.sample_sphere(4, generator)
