@@ -208,7 +208,11 @@ class Page(anywidget.AnyWidget):
                 self.checkpoint = await self._kept_or_trained()
             self.answerer = await asyncio.to_thread(self._opened)
             photos = self.answerer.tiles is None
-            what = "Drop photos, write a text, or try the example photo." if photos else "Click anywhere on the globe."
+            what = (
+                "Drop photos, write a text, or try the example photo."
+                if photos
+                else "Click anywhere on the globe."
+            )
             self.say(what, ready=True, photos=photos, decision=self.answerer.decision)
         except Exception as error:  # there is nobody else to tell
             self.say(f"The model could not be loaded: {error}.")

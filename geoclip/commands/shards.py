@@ -40,8 +40,13 @@ def run(options) -> int:
     if len(listed) < len(urls):
         left = len(urls) - len(listed)
         print(f"{left:,} of {len(urls):,} URLs are skipped: {options.places} has no place for them")
-    a_photo = (options.timeout, options.max_mb, options.retries)
-    limits = shards.Limits(options.threads, *a_photo, options.allow_private)
+    limits = shards.Limits(
+        connections=options.threads,
+        seconds=options.timeout,
+        megabytes=options.max_mb,
+        retries=options.retries,
+        allow_private=options.allow_private,
+    )
     rank, world, _ = embedding.rank_and_world()
     done = shards.download(listed, options.out, options.shard_size, options.processes, limits, rank, world)
     print(f"{done.photos:,} of {len(listed):,} photos in {done.pattern}")

@@ -49,8 +49,18 @@ class FeatureInfo:
     def of(cls, source: Source, encoder: ImageEncoder, views: Views) -> "FeatureInfo":
         """Describe the features that `encoder` makes of `source`."""
         config = encoder.config
-        made = (tower_hash(encoder.tower), Preprocessing.of(config), views, encoder.feature_dim)
-        return cls(config.tower, config.weights, *made, source.name, source.hash, RECIPE, source.parts)
+        return cls(
+            tower=config.tower,
+            weights=config.weights,
+            tower_hash=tower_hash(encoder.tower),
+            preprocessing=Preprocessing.of(config),
+            views=views,
+            dim=encoder.feature_dim,
+            source=source.name,
+            data=source.hash,
+            recipe=RECIPE,
+            shards=source.parts,
+        )
 
     @classmethod
     def read(cls, path: Path) -> "FeatureInfo":

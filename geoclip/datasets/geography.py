@@ -110,8 +110,9 @@ def mean_temperature() -> Task:
     if target.isna().any():
         row = stations.table.loc[target.isna().idxmax()]
         raise ValueError(f"{csv}, line {row['line']}: meanT is {row['file']!r}, not a number")
-    about = ("r2", "stations", "°C, the stations of SatCLIP's and RANGE's task", "every station")
-    return Task("mean temperature", stations.latlon, target.to_numpy(float), *about)
+    source = "°C, the stations of SatCLIP's and RANGE's task"
+    values = target.to_numpy(float)
+    return Task("mean temperature", stations.latlon, values, "r2", "stations", source, "every station")
 
 
 def california_housing() -> Task:
@@ -131,8 +132,8 @@ def california_housing() -> Task:
     finally:
         socket.setdefaulttimeout(usual)
     latlon = found.data[:, [found.feature_names.index(name) for name in ("Latitude", "Longitude")]]
-    about = ("r2", "California", "median house value, 1990 census (scikit-learn)", "every block group", 1.0)
-    return Task("California housing", latlon, found.target, *about)
+    name, source = "California housing", "median house value, 1990 census (scikit-learn)"
+    return Task(name, latlon, found.target, "r2", "California", source, "every block group", 1.0)
 
 
 def on_land(latlon: np.ndarray) -> pd.DataFrame:
