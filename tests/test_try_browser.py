@@ -198,7 +198,8 @@ def test_ten_sessions_at_once_do_not_meet(served, browser):
     tabs = dict(zip([h for h in browser.window_handles if h != first], places, strict=True))
     for tab, place in tabs.items():
         browser.switch_to.window(tab)
-        Shown(browser).choose(*place)
+        page = Shown(browser)
+        page.choose(*place)
     used = memory_mb(process)
     print(f"{len(used)} sessions, {sum(used):,.0f} MB")
     assert sum(used) / len(used) < 1000, "megabytes of a session"
