@@ -34,8 +34,8 @@ DECISIONS = {
 }
 FAR_KM = 300.0  # from all training places: the gap around the blocks that training leaves out
 NO_CLIP = (
-    "photos need CLIP's weights, which are not on this computer. `python -m geoclip predict photo.jpg` downloads "
-    "them once (1.7 GB); this page takes photos from then on. Until then, click on the globe"
+    "photos need CLIP's weights, which are not on this computer; `python -m geoclip predict photo.jpg` "
+    "downloads them once (1.7 GB). Until then, click on the globe"
 )
 
 
@@ -60,15 +60,15 @@ class Answerer:
         self.decider = commands.decide(self.model, options)
         self.decision = "mode" if self.decider.calibration.fitted_on else "argmax"
         self.top_k = 5
-        self.asked: list[tuple] = []  # (Upload or text, its embedding)
-        self.found: list[dict] = []  # the answers of `predict`
-        self.failed: dict[str, str] = {}
+        self.clear()
         self.tiles: Any = blue_marble if self.model.image_encoder.config.tower == "conv" else None
         self.known = blue_marble.splits()["train"] if self.tiles else self.model.gallery.latlon
 
     def clear(self) -> None:
         """Forget what was asked."""
-        self.asked, self.found, self.failed = [], [], {}
+        self.asked: list[tuple] = []  # (Upload or text, its embedding)
+        self.found: list[dict] = []  # the answers of `predict`
+        self.failed: dict[str, str] = {}
 
     def tile(self, lat: float, lon: float) -> Upload:
         """The tile around a place, in degrees, as the model sees it: a PNG whose EXIF records the place."""
@@ -94,8 +94,9 @@ class Answerer:
         from importlib import resources
 
         if not self.tiles:
-            file = resources.files("sklearn.datasets.images") / "china.jpg"
-            return Upload(file.name, file.read_bytes())
+            return Upload(
+                "china.jpg", (resources.files("sklearn.datasets.images") / "china.jpg").read_bytes()
+            )
         places = self.tiles.splits()[random.choice(("random", "blocked"))]
         return self.tile(*random.choice(places.tolist()))
 
@@ -106,17 +107,15 @@ class Answerer:
         """
         import torch
 
+        file, seen = io.BytesIO(), self.model.image_encoder.preprocess
         with torch.inference_mode():
             if isinstance(query, str):
-                embedded, picture = self.model.encode_text(query), b""
+                embedded = self.model.encode_text(query)
             else:
                 embedded = self.model.encode_views(self.model.views(query)[None])
-                seen = self.model.image_encoder.preprocess
-                file = io.BytesIO()
                 seen.crop(open_photo(query, seen.pixels)).save(file, "PNG")
-                picture = file.getvalue()
         self.asked.append((query, embedded))
-        return self.answer(len(self.asked) - 1), picture
+        return self.answer(len(self.asked) - 1), file.getvalue()
 
     def answer(self, index: int) -> dict:
         """The answer for what was asked at `index`, as `predict --format json` gives it, and what the page shows.
@@ -179,16 +178,18 @@ class Page(anywidget.AnyWidget):
 
     _esm = Path(__file__).with_name("app.js")
     _css = Path(__file__).with_name("app.css")
-    state = traitlets.Dict().tag(sync=True)  # ready, photos, said, progress (0 to 1 or None), decision
-    fixed = traitlets.Dict().tag(sync=True)  # limits and choices
+    state = traitlets.Dict({"ready": False, "photos": False, "said": "Loading the model …", "progress": None})
+    state.tag(sync=True)  # progress: 0 to 1, or None; once it is ready, also decision
+    fixed = traitlets.Dict(
+        {"mb": MOST_MB, "files": MOST_FILES, "places": MOST_PLACES, "decisions": DECISIONS}
+    )
+    fixed.tag(sync=True)
     outlines: traitlets.List = traitlets.List().tag(sync=True)  # lines of [lon, lat]
     earth = traitlets.Bytes().tag(sync=True)  # JPEG, equirectangular
     answerer: Answerer  # once the state is ready
 
     def __init__(self, checkpoint: Path | str | None = None, clip_weights: Path | str | None = None):
-        fixed = {"mb": MOST_MB, "files": MOST_FILES, "places": MOST_PLACES, "decisions": DECISIONS}
-        state = {"ready": False, "photos": False, "said": "Loading the model …", "progress": None}
-        super().__init__(state=state, fixed=fixed)
+        super().__init__()
         self.checkpoint, self.clip_weights = checkpoint, clip_weights
         self.parts: dict[str, list[bytes]] = {}
         self.on_msg(self._received)
@@ -208,11 +209,7 @@ class Page(anywidget.AnyWidget):
                 self.checkpoint = await self._kept_or_trained()
             self.answerer = await asyncio.to_thread(self._opened)
             photos = self.answerer.tiles is None
-            what = (
-                "Drop photos, write a text, or try the example photo."
-                if photos
-                else "Click anywhere on the globe."
-            )
+            what = "Drop photos, or write a text." if photos else "Click anywhere on the globe."
             self.say(what, ready=True, photos=photos, decision=self.answerer.decision)
         except Exception as error:  # there is nobody else to tell
             self.say(f"The model could not be loaded: {error}.")
@@ -256,22 +253,21 @@ class Page(anywidget.AnyWidget):
         except Exception as error:  # the page would wait for ever
             self.send({"kind": "said", "said": f"This failed: {error}"})
 
-    def _ask(self, query: Upload | str) -> None:
+    def _ask(self, query: Upload | str, alone: bool = True) -> None:
         start = time.monotonic()
+        if alone:
+            self.answerer.clear()
         answer, picture = self.answerer.ask(query)
         answer |= {"kind": "answer", "index": len(self.answerer.asked) - 1}
         self.send(answer | {"seconds": time.monotonic() - start}, [picture])
 
     def _on_place(self, content: dict, _) -> None:
-        self.answerer.clear()
         self._ask(self.answerer.tile(content["lat"], content["lon"]))
 
     def _on_random(self, *_) -> None:
-        self.answerer.clear()
         self._ask(self.answerer.example())
 
     def _on_text(self, content: dict, _) -> None:
-        self.answerer.clear()
         self._ask(content["text"].strip()[:300])
 
     def _on_file(self, content: dict, buffers: list) -> None:
@@ -295,7 +291,7 @@ class Page(anywidget.AnyWidget):
         if self.answerer.tiles:
             open_photo(photo)
             raise PhotoError(name, NO_CLIP)
-        self._ask(photo)
+        self._ask(photo, alone=False)
 
     def _on_settings(self, content: dict, _) -> None:
         self.answerer.decision = content["decision"]
