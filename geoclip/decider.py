@@ -1,13 +1,14 @@
 """A model that answers by a decision on its posterior, as the commands ask it."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import islice
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from geoclip.calibration import APART_KM, Calibration
+from geoclip.calibration import APART_KM, Calibration, NeighbourFit
 from geoclip.model import GeoCLIP
 from geoclip.neighbours import Neighbours, fused
 from geoclip.posterior import Places, Posterior
@@ -18,7 +19,8 @@ class Decider:
 
     decision: as in Posterior.answer. describe: called with the posteriors of each batch; what it returns for
     each photo is kept in `described`, in the order of the photos that could be read. neighbours: training images
-    that enter the posterior too, as calibration.neighbours says.
+    that enter the posterior too, as calibration.neighbours says; if their photographers are known, the features of
+    the photos are kept for `by_others`.
     """
 
     def __init__(
@@ -40,6 +42,7 @@ class Decider:
         self.gallery = model.gallery
         self.places = Places(model.gallery.latlon)
         self.described: list[dict] = []
+        self._kept: list[Tensor] = []  # features (b, v, c) of each batch
 
     @torch.inference_mode()
     def posterior(self, query: Float[Tensor, "n d"] | Float[Tensor, "n v c h w"]) -> Posterior:
@@ -52,11 +55,35 @@ class Decider:
         if self.neighbours is None or fit is None:
             return self.model.scores(query).cpu(), None
         features = self.model.image_encoder.features(query.flatten(0, 1).to(self.model.logit_scale.device))
-        views = query.shape[:2]
-        scores = self.model.scores(self.model.encode_features(features).unflatten(0, views).mean(1)).cpu()
-        near = self.neighbours.find(features.unflatten(0, views).mean(1).cpu().float())
+        features = features.unflatten(0, query.shape[:2])
+        if self.neighbours.authors is not None:
+            self._kept.append(features.cpu())
+        return self._fused(features, fit, self.neighbours)
+
+    def _fused(
+        self, features: Tensor, fit: NeighbourFit, neighbours: Neighbours, authors: Sequence | None = None
+    ) -> tuple[Tensor, Tensor]:
+        flat = features.flatten(0, 1).to(self.model.logit_scale.device)
+        encoded = self.model.encode_features(flat).unflatten(0, features.shape[:2])
+        scores, near = self.model.scores(encoded.mean(1)).cpu(), features.mean(1).cpu().float()
+        found = neighbours.find(near, authors=authors)
         alone, gallery = Calibration(fit.temperature, fit.kernel_km), Calibration(fit.gallery_temperature)
-        return next(fused([scores], self.places, gallery, near, alone)), near[0][:, 0]
+        return next(fused([scores], self.places, gallery, found, alone)), found[0][:, 0]
+
+    @torch.inference_mode()
+    def by_others(self, authors: Sequence) -> Float[Tensor, "n 2"]:
+        """Answers for all photos located so far, without the training images by their own photographers, `authors`.
+
+        Raises ValueError if the photographers of the training images are not known.
+        """
+        fit, theirs, found = self.calibration.neighbours, iter(authors), []
+        if fit is None or self.neighbours is None or self.neighbours.authors is None:
+            raise ValueError("the photographers of the training images are not known")
+        for features in self._kept:
+            own = list(islice(theirs, len(features)))
+            logits = self._fused(features, fit, self.neighbours, own)[0]
+            found.append(self.calibration.posterior(self.places, logits).answer(self.decision))
+        return torch.cat(found)
 
     @torch.inference_mode()
     def locate(

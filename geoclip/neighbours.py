@@ -73,7 +73,7 @@ def fused(
         rows = []
         for scores, (cosine, latlon) in zip(batch, near, strict=False):
             h = (1 - places.xyz @ earth.unit_sphere(latlon).T).clamp_min(0).float()
-            weight = (cosine / by_neighbours.temperature).softmax(0)
+            weight = (cosine / by_neighbours.temperature).softmax(0).nan_to_num()  # 0 if all are −inf
             density = log_kernel(h, by_neighbours.kernel_km).exp() @ weight
             uniform = FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
             rows.append(scores / by_gallery.temperature + (density + uniform).log())

@@ -205,7 +205,8 @@ class Posterior:
         starts = torch.cat([heaviest(layer, STARTS).xyz for layer in heavy.layers], 1)
         value = heavy._each(starts, lambda place, layers: _utility(place, layers, profiles)[:1])[0]
         place, value = _distinct(starts, value, ASCENTS + 2 * (k - 1), h_apart)
-        place, value = _distinct(*heavy._each(place, ascend(STEPS)), k, h_apart)
+        place, value = heavy._each(place, ascend(STEPS))
+        place, value = _distinct(place, value, k, h_apart)
         none = value.isneginf()
         place, value = self._each(place, ascend(STEPS // 2))
         place, value = _distinct(place, value.masked_fill(none, -math.inf), k, h_apart)

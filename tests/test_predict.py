@@ -15,13 +15,15 @@ from shapely.geometry import shape
 
 from geoclip import earth, pretrained
 from geoclip.__main__ import main
-from geoclip.calibration import Calibration
+from geoclip.calibration import Calibration, NeighbourFit
 from geoclip.datasets.blue_marble import SplitConfig
+from geoclip.datasets.features import FeatureInfo
 from geoclip.gallery import Gallery
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, load_clip
 from geoclip.location_encoder import LocationEncoder, LocationEncoderConfig
 from geoclip.model import GeoCLIP
 from geoclip.photos import PhotoError
+from geoclip.training.checkpoints import load_checkpoint
 from geoclip.training.config import TrainConfig
 from geoclip.training.module import GeoCLIPTraining
 
@@ -509,6 +511,46 @@ def test_training_features_enter_the_posterior_and_tell_unfamiliar_photos(
     (tmp_path / "last.neighbours.json").write_text(json.dumps(fitted))
     assert main([*asked, *options]) == 2
     assert "but `calibrate` was given other, 0" in capsys.readouterr().err
+
+
+def test_neighbours_by_the_photographer_of_the_photo_are_left_out(checkpoint, capsys, tmp_path):
+    own, csv, features = tmp_path / "last.ckpt", tmp_path / "train.csv", str(tmp_path / "features")
+    shutil.copy(checkpoint, own)
+    (tmp_path / "result.json").write_text("{}")
+    places = load_checkpoint(own).gallery.latlon[:12].tolist()
+    rows = [f"{save(tmp_path / f'{i}.png', i).name},{lat},{lon}" for i, (lat, lon) in enumerate(places)]
+    written = [f"{row},mine" for row in rows]
+    csv.write_text("\n".join(["file,lat,lon,author", *written]))
+    # the photos of the training again: half of them are said to be by somebody else
+    asked = [row.replace("mine", "other") if i % 2 else row for i, row in enumerate(written)]
+    (tmp_path / "asked.csv").write_text("\n".join(["file,lat,lon,author", *asked, "gone.png,0,0,mine"]))
+    embed = ["embed", str(csv), "--out", features, "--checkpoint", str(own), "--views", "1", "--workers", "0"]
+    assert main(embed) == 0
+    info = FeatureInfo.read(tmp_path / "features" / "features.json")
+    fit = NeighbourFit(f"{info.source}, {info.data}", 1e4, 0.5, 1.0, 0.0)
+    Calibration(1.0, 1.0, 0.0, "synthetic", 60, neighbours=fit).save(own)
+    options = ["--checkpoint", str(own), "--neighbours", features, "--out", str(tmp_path / "table.csv")]
+    options += [
+        "--csv",
+        str(tmp_path / "asked.csv"),
+        "--workers",
+        "0",
+        "--batch-size",
+        "5",
+        "--decision",
+        "mode",
+    ]
+    assert main(["evaluate", *options, "--photographer-disjoint", str(csv)]) == 1  # one photo is missing
+    capsys.readouterr()
+    found = pd.read_csv(tmp_path / "table.csv").set_index("measure")["acc_1km"]
+    assert found["accuracy"] == pytest.approx(100 * 12 / 13, abs=0.01)
+    assert found["accuracy, neighbours by others"] == pytest.approx(100 * 6 / 13, abs=0.01)
+    csv.write_text("\n".join(["file,lat,lon,author", *written[1:]]))
+    assert main(["evaluate", *options, "--photographer-disjoint", str(csv)]) == 2
+    assert "names no photographer of 1 of the images" in capsys.readouterr().err
+    (tmp_path / "asked.csv").write_text("\n".join(["file,lat,lon", *rows]))
+    assert main(["evaluate", *options, "--photographer-disjoint", str(csv)]) == 2
+    assert "asked does not name the photographer of each photo" in capsys.readouterr().err
 
 
 def test_too_few_images_to_calibrate_on(checkpoint, capsys):

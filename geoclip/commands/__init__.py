@@ -60,7 +60,8 @@ def decide(model, options, describe=None):
         raise ValueError(f"--decision: {options.checkpoint} is a baseline, which has no posterior")
     neighbours = None
     if found.neighbours is not None:
-        neighbours, name = read_neighbours(options.neighbours, model)
+        photographers = getattr(options, "photographer_disjoint", None)
+        neighbours, name = read_neighbours(options.neighbours, model, photographers)
         if name != found.neighbours.features:
             raise ValueError(
                 f"--neighbours: {options.neighbours} holds features of {name}, but `calibrate` was given "
@@ -69,9 +70,14 @@ def decide(model, options, describe=None):
     return Decider(model, options.decision, found, describe, neighbours)
 
 
-def read_neighbours(folder: str, model):
-    """The Neighbours of a feature folder, by its first views, and the folder's name and hash."""
+def read_neighbours(folder: str, model, photographers: str | None = None):
+    """The Neighbours of a feature folder, by its first views, and the folder's name and hash.
+
+    photographers: the CSV of the images, or a benchmark's name, for the photographer of each.
+    """
+    from geoclip.datasets import benchmarks
     from geoclip.datasets.features import FeatureData
+    from geoclip.datasets.sources import printable
     from geoclip.image_encoder import tower_hash
     from geoclip.neighbours import Neighbours
 
@@ -79,7 +85,19 @@ def read_neighbours(folder: str, model):
     data = FeatureData(folder, encoder.config)
     if encoder.tower is not None and data.info.tower_hash != tower_hash(encoder.tower):
         raise ValueError(f"{folder} holds features of another tower than the checkpoint's; embed again")
-    return Neighbours(data.tensor()[:, 0].float(), data.latlon), f"{data.info.source}, {data.info.data}"
+    authors = None
+    if photographers:
+        named = photographers in benchmarks.CARDS
+        table = (benchmarks.load(photographers) if named else benchmarks.read_csv(Path(photographers))).table
+        by = dict(zip(map(printable, table["file"]), table["author"], strict=True))
+        authors = [by.get(name) for name in data.ids()]
+        if lacking := [name for name, author in zip(data.ids(), authors, strict=True) if not author]:
+            raise ValueError(
+                f"--photographer-disjoint: {photographers} names no photographer of {len(lacking):,} of the images in "
+                f"{folder}, the first is {lacking[0]}; give the CSV that the features were made of"
+            )
+    neighbours = Neighbours(data.tensor()[:, 0].float(), data.latlon, authors)
+    return neighbours, f"{data.info.source}, {data.info.data}"
 
 
 def load_tiles_model(options):

@@ -42,6 +42,12 @@ def parser() -> ArgumentParser:
     )
     add_model_options(parser, precision="fp32")
     parser.add_argument(
+        "--photographer-disjoint",
+        metavar="CSV",
+        help="the CSV of the training images of --neighbours (or mp16), with their photographers: also score answers "
+        "without the neighbours that the photographer of the photo took",
+    )
+    parser.add_argument(
         "--coordinates-only", action="store_true", help="ceiling, floors and leaks, without a model"
     )
     parser.add_argument(
@@ -105,6 +111,10 @@ def check(options) -> None:
         raise ValueError("--coordinates-only uses no model; omit --checkpoint")
     if options.data and (options.coordinates_only or not options.checkpoint):
         raise ValueError("--data blue_marble is scored with your own model; give --checkpoint")
+    if options.photographer_disjoint and not (options.neighbours and (options.benchmark or options.csv)):
+        raise ValueError(
+            "--photographer-disjoint is of photos and --neighbours; give --benchmark or --csv, and both"
+        )
     if options.out and not options.out.endswith(".csv"):
         raise ValueError(f"--out {options.out}: the result is a table; give a name that ends in .csv")
     if not (options.benchmark or options.csv) and options.ten_crop:
@@ -116,11 +126,16 @@ def check(options) -> None:
 def score_photos(options):
     """The table of a benchmark or CSV; answers and unreadable photos as tables, or None without a model."""
     import joblib
+    import pandas as pd
     import torch
 
     from geoclip import earth, evaluation, predictor
 
     photos = read_photos(options)
+    if options.photographer_disjoint and photos.authors is None:
+        raise ValueError(
+            f"--photographer-disjoint: {photos.name} does not name the photographer of each photo"
+        )
     model = None if options.coordinates_only else load_model(options)
     gallery = choose_gallery(options, model)
     truth, answers, predicted = torch.from_numpy(photos.latlon), None, None
@@ -144,6 +159,15 @@ def score_photos(options):
     table = evaluation.benchmark(
         truth, gallery.given, predicted, photos.authors, about, ceiling, options.seed
     )
+    if options.photographer_disjoint:
+        read = [index for index in range(len(photos)) if index not in found.unreadable]
+        predicted = torch.full_like(predicted, torch.nan)
+        predicted[read] = model.by_others(photos.authors[read].tolist())
+        other = evaluation.benchmark(
+            truth, gallery.given, predicted, photos.authors, about, False, options.seed
+        )
+        other = other[~other["measure"].str.endswith("floor")]
+        table = pd.concat([table, other.assign(measure=other["measure"] + ", neighbours by others")])
     return table, answers
 
 
