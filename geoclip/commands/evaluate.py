@@ -111,7 +111,8 @@ def check(options) -> None:
         raise ValueError("--coordinates-only uses no model; omit --checkpoint")
     if options.data and (options.coordinates_only or not options.checkpoint):
         raise ValueError("--data blue_marble is scored with your own model; give --checkpoint")
-    if options.photographer_disjoint and not (options.neighbours and (options.benchmark or options.csv)):
+    of_photos = (options.benchmark or options.csv) and not options.coordinates_only
+    if options.photographer_disjoint and not (options.neighbours and of_photos):
         raise ValueError(
             "--photographer-disjoint is of photos and --neighbours; give --benchmark or --csv, and both"
         )

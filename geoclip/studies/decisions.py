@@ -1,5 +1,6 @@
 """Better answers from the same weights: what the notebooks on decisions and on uncertainty share."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,24 +13,42 @@ from torch import Tensor
 from geoclip import evaluation
 from geoclip.calibration import Calibration
 from geoclip.datasets import blue_marble
+from geoclip.datasets.features import FeatureData
+from geoclip.gallery import Gallery
 from geoclip.model import GeoCLIP
 from geoclip.neighbours import Neighbours, fused
 from geoclip.posterior import Places, Posterior
+from geoclip.studies.runner import Study
+from geoclip.training import runs
 from geoclip.training.data import seeded
 from geoclip.training.module import GeoCLIPTraining
 
 BATCH = 50  # images whose scores of all places are held at once
-__all__ = ["BATCH", "Case", "Neighbours", "collect", "fused", "paired", "tile_case", "tile_features"]
+__all__ = [
+    "BATCH",
+    "Case",
+    "Neighbours",
+    "collect",
+    "fused",
+    "paired",
+    "photo_case",
+    "tile_case",
+    "tile_features",
+]
 
 
 @dataclass(frozen=True)
 class Case:
     """A model, images with known places, and `parts`: pairs of rows to fit a posterior on and to answer for."""
 
-    model: GeoCLIP
+    module: GeoCLIPTraining
     features: Float[Tensor, "n c"]
     latlon: Float[Tensor, "n 2"]
     parts: list[tuple[Tensor, Tensor]]
+
+    @property
+    def model(self) -> GeoCLIP:
+        return self.module.model
 
     @cached_property
     def places(self) -> Places:
@@ -39,6 +58,13 @@ class Case:
     def answered(self) -> Tensor:
         """Rows of the images that are answered for."""
         return torch.cat([rows for _, rows in self.parts])
+
+    def training(self) -> tuple[Float[Tensor, "t c"], Float[Tensor, "t 2"]]:
+        """Backbone features of the images that the model was trained on, the first view of each, and their places."""
+        if self.module.config.data == "blue_marble":
+            return tile_features(self.module, "train")
+        known = FeatureData(self.module.config.data)
+        return known.tensor()[:, 0].float(), known.latlon.double()
 
     def logits(self, rows: Tensor) -> Iterator[Float[Tensor, "_ m"]]:
         """Logits of all gallery places, a batch of images at a time."""
@@ -52,16 +78,33 @@ def tile_case(module: GeoCLIPTraining, split: str, n: int) -> Case:
 
     For `random`, the posterior is fitted on n tiles of `val`; for `blocked`, on each half of the blocks in turn.
     """
-    model, config = module.model, module.config
     if split == "random":
         (known, there), (features, latlon) = (tile_features(module, name, n) for name in ("val", split))
         parts = [(torch.arange(len(known)), len(known) + torch.arange(len(features)))]
-        return Case(model, torch.cat([known, features]), torch.cat([there, latlon]), parts)
+        return Case(module, torch.cat([known, features]), torch.cat([there, latlon]), parts)
     features, latlon = tile_features(module, split, n)
-    block = (latlon / config.splits.block_deg).floor().unique(dim=0, return_inverse=True)[1]
+    return Case(module, features, latlon, _halves(latlon, module.config.splits.block_deg))
+
+
+def photo_case(study: Study, split: str, seed: int, n: int) -> Case:
+    """A model trained on the study's photos, and n test photos of a split, drawn at random, the first view of each.
+
+    The posterior is fitted on each half of the blocks of 1° in turn, and answers for the other.
+    """
+    module = runs.train(dataclasses.replace(study.reference, seed=seed)).load(with_tower=False)
+    module.model.use_gallery(Gallery(study.gallery, "study"))
+    features, latlon = study.tests[split]
+    rows = torch.randperm(len(latlon), generator=seeded("decisions", split))[:n]
+    features, latlon = features[rows, 0].float(), latlon[rows].double()
+    return Case(module, features, latlon, _halves(latlon, 1.0))
+
+
+def _halves(latlon: Float[Tensor, "n 2"], block_deg: float) -> list[tuple[Tensor, Tensor]]:
+    """Both orders of the rows in one half of the blocks and in the other."""
+    block = (latlon / block_deg).floor().unique(dim=0, return_inverse=True)[1]
     first = torch.randperm(int(block.max()) + 1, generator=seeded("halves"))[block] % 2 == 0
     rows = [half.nonzero()[:, 0] for half in (first, ~first)]
-    return Case(model, features, latlon, [(rows[0], rows[1]), (rows[1], rows[0])])
+    return [(rows[0], rows[1]), (rows[1], rows[0])]
 
 
 @torch.inference_mode()
