@@ -214,6 +214,16 @@ def test_embedded_context_is_what_maps_say():
         samples.tile_context(places, ("month",))
 
 
+def test_what_a_list_of_photos_does_not_say_is_looked_up_on_maps(tmp_path):
+    csv = tmp_path / "photos.csv"
+    csv.write_text("IMG_FILE,LAT,LON\na.jpg,48.8566,2.3522\nb.jpg,-23.5505,-46.6333\n")
+    found = samples.Samples.of(changed(data=str(csv)), ("country", "climate"))
+    assert found.context["country"].tolist() == ["France", "Brazil"]
+    assert [list(labels.CLIMATES)[int(c)] for c in found.context["climate"]] == ["Cfb", "Cfa"]
+    with pytest.raises(ValueError, match="no label 'month'"):
+        samples.Samples.of(changed(data=str(csv)), ("country", "month"))
+
+
 def test_labels_not_seen_in_training_are_unknown_and_wrong_ones_are_refused():
     classes = labels.classes_of(pd.DataFrame({"climate": [3.0], "city": ["Nice"]}), ("climate", "city"))
     assert len(classes["climate"]) == 30  # fixed, however few occur

@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from geoclip import baselines, earth, paths
+from geoclip import baselines, earth, evaluation, paths
 from geoclip.baselines import geocells
 from geoclip.datasets import embedding, features, sources
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
@@ -72,6 +72,41 @@ def fitted(monkeypatch):
     trained, fit = [], runs.fit
     monkeypatch.setattr(runs, "fit", lambda run, *rest: (trained.append(run.config), fit(run, *rest)))
     return trained
+
+
+def test_models_trained_on_photos_answer_the_benchmarks_that_are_there(mp16, tmp_path, monkeypatch, capsys):
+    """By every way that they have; a photo that is not there is a miss, and its benchmark is called a part."""
+    monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")
+    monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
+    rows = pd.read_csv(mp16 / "mp16.csv").rename(columns={"IMG_FILE": "IMG_ID"}).assign(AUTHOR="", S3_Label=0)
+    rows[:96].to_csv(tmp_path / "mp16_places365.csv", index=False)
+    rows.loc[96, "IMG_ID"] = "gone.jpg"
+    rows[96:108].to_csv(tmp_path / "im2gps3k_places365.csv", index=False)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "im2gps3k").symlink_to(mp16 / "images")
+    photos = {"data": str(tmp_path / "mp16_places365.csv"), "images": str(mp16 / "images"), "batch_size": 32}
+    reference = as_config(TINY | photos | {"epochs": 1})
+    with pytest.raises(FileNotFoundError, match="has the photos of none of yfcc26k"):
+        runner.open_photos(reference, ["yfcc26k"])
+    study = runner.open_photos(reference, ["im2gps3k", "gws15k"])
+    assert "no photos of it: gws15k" in capsys.readouterr().out
+    assert study.label == "MP-16" and list(study.photos) == ["Im2GPS3k, 12 of 2,997"]
+    cells = {"model": "geocells", "img_min": 1, "img_max": [50, 20, 10]}
+    table, errors = runner.run(study, {"GeoCLIP": {}, "cells": cells}, [0], 1, return_errors=True)
+    ways = [f"cells, {way}" for way in ("coarse", "middle", "fine", "hierarchical")]
+    assert table["setting"].tolist() == ["GeoCLIP", *ways] and set(table["n"]) == {12}
+    km = np.stack(list(errors.values()))
+    assert np.isnan(km[:, 0]).all() and np.isfinite(km[:, 1:]).all()
+    truth, trained_on = (
+        torch.from_numpy(part[["LAT", "LON"]].to_numpy()) for part in (rows[97:108], rows[:96])
+    )
+    assert (
+        km[0, 1:] >= evaluation.ceiling(truth, trained_on).numpy() - 1e-3
+    ).all()  # it answers with their places
+    key = study.key()
+    Image.new("RGB", (8, 8)).save(mp16 / "images" / "gone.jpg")
+    assert study.key() != key  # the photo is there now, so its score is another
+    (mp16 / "images" / "gone.jpg").unlink()
 
 
 @pytest.mark.slow

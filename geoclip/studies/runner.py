@@ -1,7 +1,7 @@
 """Grids of settings and seeds: each combination is trained and scored once, in processes, into one table.
 
 The ablations train on features of a frozen tower, as the paper does: for photos CLIP's, for Blue Marble tiles
-that of a model trained as in notebook 03. Notebook 12 trains each model whole, on tiles.
+that of a model trained as in notebook 03. Notebook 12 trains each model whole, on tiles or photos.
 """
 
 import dataclasses
@@ -25,8 +25,9 @@ from filelock import FileLock
 from jaxtyping import Float
 from torch import Tensor
 
-from geoclip import baselines, earth, evaluation, gallery, paths
-from geoclip.datasets import blue_marble, embedding, features, sources
+from geoclip import baselines, earth, evaluation, gallery, paths, predictor
+from geoclip.datasets import benchmarks, blue_marble, embedding, features, sources
+from geoclip.datasets.folder import Geotagged
 from geoclip.image_encoder import ImageEncoder
 from geoclip.training import runs
 from geoclip.training.config import RunConfig, TrainConfig, plain
@@ -50,13 +51,15 @@ class Study:
 
     label: name of the data in tables. reference: the configuration that each setting changes. tests: split →
     features of the test images and their places; None scores each model on the tiles of its own test splits.
-    gallery: places (m, 2) to answer from, in degrees; required with `tests`.
+    gallery: places (m, 2) to answer from, in degrees; required with `tests`. photos: split → photos to answer
+    instead, by each model from the places that it has learnt.
     """
 
     label: str
     reference: RunConfig
     tests: Tests | None = None
     gallery: Float[Tensor, "m 2"] | None = None
+    photos: Mapping[str, Geotagged] | None = None
 
     def key(self) -> str:
         """Return a hash of the test data and RECIPE: scores of a run with the same key are the same."""
@@ -65,6 +68,9 @@ class Study:
             digest.update(split.encode())
             for tensor in (*tensors, self.gallery):
                 digest.update(tensor.numpy().tobytes())
+        for split, photos in (self.photos or {}).items():
+            rows = photos.table[["file", "lat", "lon"]].to_csv()
+            digest.update(repr((split, rows, photos.missing())).encode())
         return digest.hexdigest()[:16]
 
 
@@ -173,8 +179,11 @@ def _train_and_score(study: Study | None, config: RunConfig, file: Path) -> None
 def errors_km(module: TrainingModule, study: Study) -> dict[tuple[str, str], np.ndarray]:
     """Return (answer, split) → error in km (n,) of each test image; a model with one answer calls it ""."""
     found = {}
-    for split in study.tests or SPLITS:
-        if study.tests is None:
+    for split in study.tests or study.photos or SPLITS:
+        if study.photos is not None:
+            latlon = torch.from_numpy(study.photos[split].latlon)
+            answers = answer_photos(module, study.photos[split])
+        elif study.tests is None:
             images, latlon = module.test_tiles(split)
             parts = [module.answers(part) for part in images.split(BATCH)]
             answers = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -184,6 +193,31 @@ def errors_km(module: TrainingModule, study: Study) -> dict[tuple[str, str], np.
         for name, places in answers.items():
             found[name, split] = earth.haversine_km(places, latlon).numpy()
     return found
+
+
+@dataclass
+class _AllAnswers:
+    """A predictor.Model whose places of a photo are all answers of a module, in the order of its `ways`."""
+
+    module: TrainingModule
+
+    def views(self, photo, ten_crop: bool = False) -> Tensor:
+        return self.module.views(photo, ten_crop)
+
+    def locate(self, query: Float[Tensor, "n 1 c h w"], k: int = 1) -> tuple[Tensor, Tensor]:
+        answers = self.module.answers(query[:, 0].to(self.module.device))
+        latlon = torch.stack([places.cpu().double() for places in answers.values()], 1)
+        return latlon, torch.full(latlon.shape[:2], torch.nan)
+
+
+def answer_photos(module: TrainingModule, photos: Geotagged) -> dict[str, Float[Tensor, "n 2"]]:
+    """Return the best place of each photo by the name of the answer; NaN for photos that cannot be read."""
+    on_gpu = torch.cuda.is_available()
+    model = _AllAnswers(module.to("cuda" if on_gpu else "cpu"))
+    files = [photos.path(row) for row in range(len(photos))]
+    workers = (os.cpu_count() or 1) if on_gpu else 0  # on a CPU the tower needs the cores itself
+    found = predictor.answer(model, files, len(module.ways), workers=workers)
+    return dict(zip(module.ways, found.latlon.unbind(1), strict=True))
 
 
 def answer_features(
@@ -229,14 +263,29 @@ def open_study(
     return Study(source, config, folder_tests(tests, config), gallery.Gallery.official().latlon)
 
 
+def open_photos(reference: RunConfig, names: Sequence[str]) -> Study:
+    """Open the study of models that are trained whole on the photos of the CSV `reference.data`.
+
+    names: cards of the benchmarks to answer; those without photos in GEOCLIP_DATA are left out, and named.
+    """
+    there = [benchmarks.load(name) for name in names if benchmarks.on_disk(name) == "photos"]
+    if absent := [name for name in names if benchmarks.on_disk(name) != "photos"]:
+        print(f"left out, because GEOCLIP_DATA has no photos of it: {', '.join(absent)}")
+    if not there:
+        raise FileNotFoundError(f"GEOCLIP_DATA has the photos of none of {', '.join(names)}")
+    csv = Path(reference.data)
+    titles = {Path(card.csv).name: card.title for card in benchmarks.CARDS.values() if card.csv}
+    return Study(titles.get(csv.name, csv.stem), reference, photos={photos.name: photos for photos in there})
+
+
 def folder_tests(tests: Mapping[str, Path | str], config: TrainConfig) -> Tests:
-    """Return split → features and places of folders made by the same tower as the folder `config.data`."""
+    """Return split → features and places of folders made by the tower of `config.data`; a part is called a part."""
     trained_on = features.FeatureData(config.data, config.image).info.tower_hash
     opened = {split: features.FeatureData(folder, config.image) for split, folder in tests.items()}
     for split, test in opened.items():
         if test.info.tower_hash != trained_on:
             raise ValueError(f"{test.folder} ({split}) holds features of another tower: embed it again")
-    return {split: (test.tensor(), test.latlon) for split, test in opened.items()}
+    return {benchmarks.called(split, test): (test.tensor(), test.latlon) for split, test in opened.items()}
 
 
 def gallery_of(study: Study, size: int) -> Float[Tensor, "m 2"]:

@@ -41,6 +41,7 @@ class TrainingModule(lightning.LightningModule):
 
     config_class: type[RunConfig]
     gallery = None
+    ways: tuple[str, ...] = ("",)  # the names of `answers`
 
     def __init__(self, config: RunConfig):
         super().__init__()
