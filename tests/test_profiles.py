@@ -13,6 +13,11 @@ SHIPPED = sorted(file.stem for file in (paths.NOTEBOOKS / "profiles").glob("*.ya
 OF_NOTEBOOKS = ["embedded", "paper"]
 
 
+def on_features(profile):
+    """The notebooks of a profile that read features of the training photos."""
+    return {stem for stem in profile.notebooks if "DATA" in notebooks.declared(notebooks.find(stem))}
+
+
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     monkeypatch.delenv("GEOCLIP_DATA", raising=False)
@@ -42,7 +47,7 @@ def test_reproduce_runs_what_has_its_data_and_lists_the_rest(name, capsys, monke
 
     monkeypatch.setattr(batch, "run_jobs", lambda jobs: started.extend(jobs) or [])
     options = reproduce_command.parser().parse_args(["--profile", name])
-    at_paper_size = set(Profile.load(name).notebooks) if name == "paper" else set()
+    at_paper_size = on_features(Profile.load(name)) if name == "paper" else set()
     assert reproduce_command.run(options) == (1 if at_paper_size else 0)
     assert {path.stem for path in notebooks.numbered()} == {job.label for job in started} | at_paper_size
     printed = capsys.readouterr().out
@@ -58,17 +63,29 @@ def test_with_its_data_the_paper_s_profile_reaches_the_ablations_whole(tmp_path,
             (tmp_path / "data" / folder / kind).mkdir(parents=True)
     monkeypatch.setenv("GEOCLIP_DATA", "data")
     profile = Profile.load("paper")
-    for stem in profile.notebooks:
+    for stem in on_features(profile):
         path = notebooks.find(stem)
         known = notebooks.declared(path)
         given = profile.whole(path, known)
         assert profile.missing(known | given) == []
         assert given["DATA"] == str(tmp_path / "data" / "mp16" / "features")
-        assert given["SEEDS"] == [0, 1, 2, 3, 4] and paths.profile(given["REFERENCE"]).is_file()
+        assert paths.profile(given.get("REFERENCE") or given["CONFIG"]).is_file()
+        assert given.get("SEEDS") == ([0, 1, 2, 3, 4] if isinstance(known["SEEDS"], list) else None)
     assert (
         "queue 32,768"
         in profile.whole(notebooks.find("05"), notebooks.declared(notebooks.find("05")))["SETTINGS"]
     )
+
+
+def test_of_the_test_sets_one_is_enough(tmp_path):
+    about = {"samples": 1, "source": "photos"}
+    sets = {name: about | {"parameter": "TESTS", "key": name} for name in ("one", "two")}
+    profile = Profile("some", data=sets | {"training": about | {"parameter": "DATA"}})
+    lost = tmp_path / "lost"
+    given = {"TESTS": {"one": tmp_path, "two": lost}, "DATA": tmp_path}
+    assert profile.missing(given) == [] and profile.samples(given)["two"][1] == f"MISSING: {lost}"
+    assert profile.missing({"TESTS": {"one": tmp_path}, "DATA": None}) == ["training MISSING: None"]
+    assert len(profile.missing({"TESTS": {"one": lost, "two": lost}, "DATA": tmp_path})) == 2
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name not in OF_NOTEBOOKS])

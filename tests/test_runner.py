@@ -177,6 +177,28 @@ def test_a_fraction_trains_on_part_of_the_photos(study):
     assert runs["samples"].tolist() == [100] and runs["steps"].tolist() == [2]
 
 
+def test_a_part_of_a_set_is_called_a_part(mp16, tmp_path):
+    (tmp_path / "mp16").mkdir()
+    (tmp_path / "mp16/features").symlink_to(mp16 / "features")
+    tests = {"Im2GPS3k": mp16 / "test_features", "mine": mp16 / "test_features"}
+    study = runner.open_study(mp16 / "reference.yaml", tmp_path / "mp16/features", tests)
+    assert study.label == "MP-16, 500 of 4,723,695" and list(study.tests) == [
+        "Im2GPS3k, 100 of 2,997",
+        "mine",
+    ]
+    (tmp_path / "REHEARSAL.txt").touch()
+    study = runner.open_study(mp16 / "reference.yaml", tmp_path / "mp16/features", tests)
+    assert study.label == "MP-16 rehearsal, 500 of 4,723,695"
+
+
+def test_a_test_set_that_is_missing_is_named_and_the_rest_goes_on(mp16, tmp_path, capsys):
+    tests = {"here": mp16 / "test_features", "lost": tmp_path / "lost"}
+    study = runner.open_study(mp16 / "reference.yaml", mp16 / "features", tests)
+    assert list(study.tests) == ["here"] and "features are missing: lost" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match=r"no features to test on: .*lost"):
+        runner.open_study(mp16 / "reference.yaml", mp16 / "features", {"lost": tmp_path / "lost"})
+
+
 def test_features_of_another_tower_are_refused(mp16, tmp_path):
     encoder = ImageEncoder(ImageEncoderConfig(**TINY["image"]), torch.Generator().manual_seed(1))
     source = sources.open_source(str(mp16 / "test.csv"), mp16 / "images")

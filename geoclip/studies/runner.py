@@ -210,6 +210,7 @@ class _AllAnswers:
         return latlon, torch.full(latlon.shape[:2], torch.nan)
 
 
+@torch.inference_mode()
 def answer_photos(module: TrainingModule, photos: Geotagged) -> dict[str, Float[Tensor, "n 2"]]:
     """Return the best place of each photo by the name of the answer; NaN for photos that cannot be read."""
     on_gpu = torch.cuda.is_available()
@@ -220,6 +221,7 @@ def answer_photos(module: TrainingModule, photos: Geotagged) -> dict[str, Float[
     return dict(zip(module.ways, found.latlon.unbind(1), strict=True))
 
 
+@torch.inference_mode()
 def answer_features(
     module: GeoCLIPTraining, features: Float[Tensor, "n v c"], latlon: Float[Tensor, "m 2"]
 ) -> Float[Tensor, "n 2"]:
@@ -259,8 +261,17 @@ def open_study(
     if not tests:
         raise ValueError("a folder of training features needs folders of test features too (split → folder)")
     config = dataclasses.replace(config, data=str(data))
-    source = features.FeatureData(data, config.image).info.source
-    return Study(source, config, folder_tests(tests, config), gallery.Gallery.official().latlon)
+    label = _label(features.FeatureData(data, config.image))
+    return Study(label, config, folder_tests(tests, config), gallery.Gallery.official().latlon)
+
+
+def _label(trained_on: features.FeatureData) -> str:
+    """What the features are of: for GEOCLIP_DATA/mp16/features "MP-16, 4,123,456 of 4,723,695", else the source."""
+    folder = trained_on.folder.absolute().parent
+    if (card := benchmarks.CARDS.get(folder.name)) is None:
+        return trained_on.info.source
+    rehearsal = " rehearsal" if (folder.parent / benchmarks.REHEARSAL).is_file() else ""
+    return benchmarks.called(card.title + rehearsal, trained_on)
 
 
 def open_photos(reference: RunConfig, names: Sequence[str]) -> Study:
@@ -279,9 +290,18 @@ def open_photos(reference: RunConfig, names: Sequence[str]) -> Study:
 
 
 def folder_tests(tests: Mapping[str, Path | str], config: TrainConfig) -> Tests:
-    """Return split → features and places of folders made by the tower of `config.data`; a part is called a part."""
+    """Return split → features and places of folders made by the tower of `config.data`; a part is called a part.
+
+    Folders that are missing are left out, and named.
+    """
+    if absent := [split for split, folder in tests.items() if not Path(folder).is_dir()]:
+        print(f"left out, because their features are missing: {', '.join(absent)}")
+    if len(absent) == len(tests):
+        raise FileNotFoundError(f"no features to test on: {', '.join(map(str, tests.values()))}")
     trained_on = features.FeatureData(config.data, config.image).info.tower_hash
-    opened = {split: features.FeatureData(folder, config.image) for split, folder in tests.items()}
+    opened = {
+        split: features.FeatureData(tests[split], config.image) for split in tests if split not in absent
+    }
     for split, test in opened.items():
         if test.info.tower_hash != trained_on:
             raise ValueError(f"{test.folder} ({split}) holds features of another tower: embed it again")
