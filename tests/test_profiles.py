@@ -77,17 +77,6 @@ def test_with_its_data_the_paper_s_profile_reaches_the_ablations_whole(tmp_path,
     )
 
 
-def test_of_the_test_sets_one_is_enough(tmp_path):
-    about = {"samples": 1, "source": "photos"}
-    sets = {name: about | {"parameter": "TESTS", "key": name} for name in ("one", "two")}
-    profile = Profile("some", data=sets | {"training": about | {"parameter": "DATA"}})
-    lost = tmp_path / "lost"
-    given = {"TESTS": {"one": tmp_path, "two": lost}, "DATA": tmp_path}
-    assert profile.missing(given) == [] and profile.samples(given)["two"][1] == f"MISSING: {lost}"
-    assert profile.missing({"TESTS": {"one": tmp_path}, "DATA": None}) == ["training MISSING: None"]
-    assert len(profile.missing({"TESTS": {"one": lost, "two": lost}, "DATA": tmp_path})) == 2
-
-
 @pytest.mark.parametrize("name", [name for name in SHIPPED if name not in OF_NOTEBOOKS])
 def test_the_others_configure_training_and_are_refused_as_profiles(name):
     assert baselines.as_config(paths.profile(name)).epochs > 0

@@ -86,12 +86,8 @@ class Profile:
         return found
 
     def missing(self, given: Mapping[str, Any]) -> list[str]:
-        """What of the data is missing, and how to make it; of the folders in one parameter, one is enough."""
-        found = {
-            (name, self.data[name].get("parameter")): gone for name, (_, gone) in self.samples(given).items()
-        }
-        there = {parameter for (_, parameter), gone in found.items() if not gone}
-        return [f"{name} {gone}" for (name, parameter), gone in found.items() if parameter not in there]
+        """What of the data is missing, and how to make it."""
+        return [f"{name} {gone}" for name, (_, gone) in self.samples(given).items() if gone]
 
 
 def _check(content: Any, kinds: Mapping[str, type], what: str, needed: Sequence[str] = ()) -> None:
