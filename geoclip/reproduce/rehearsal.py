@@ -22,11 +22,13 @@ import torch
 from PIL import ExifTags, Image
 
 from geoclip import earth, paths, pretrained
+from geoclip.baselines import samples
 from geoclip.config import TileConfig
-from geoclip.datasets import benchmarks, blue_marble, nus_wide, nus_wide_synthetic
+from geoclip.datasets import benchmarks, blue_marble, nus_wide, nus_wide_synthetic, reverse_geocoding
 
 BENCHMARKS = ("im2gps3k", "yfcc26k", "yfcc4k", "gws15k")
 ADDRESSES, SERVER, NUS_WIDE_CSV = "mp16_urls.csv", "server", "nus-wide/photos.csv"
+OSV_MINI, MAPS, STATIONS = "osv-mini", "segmentation", "climate/station_temperature.csv"
 PORT = 8416  # of the addresses in the list: the list is the same each time, so that a download can resume
 SLOW_S = 15.0  # after which a slow address answers
 FAULTS = ("gone", "slow", "cut", "page", "truncated")  # of every 40 addresses, one each
@@ -59,6 +61,9 @@ def make(out: Path | str, images: int = 120, seed: int = 0, port: int = PORT) ->
     for name in BENCHMARKS:
         _benchmark(part, name, _photos(places, images, rng), rng)
     _nus_wide(part, images, seed, rng)
+    for split in ("train", "test"):
+        _osv_mini(part / OSV_MINI, split, _photos(places, images, rng), rng)
+    _stations(part / STATIONS, gallery[rng.choice(len(gallery), 400, replace=False)], rng)
     (part / benchmarks.REHEARSAL).write_text(text)
     os.replace(part, out)
     return out
@@ -134,31 +139,40 @@ def _photos(places: np.ndarray, n: int, rng: np.random.Generator) -> pd.DataFram
     return pd.DataFrame(table)[benchmarks.PLACES365.split(",")]
 
 
-def _mp16(out: Path, photos: pd.DataFrame, port: int, rng: np.random.Generator) -> None:
-    """The list of addresses, without a header as MP-16's, the photos behind it, and the places by the same ids."""
-    fault = [FAULTS[i % 40] if i % 40 < len(FAULTS) else "photo" for i in range(len(photos))]
-    name = photos["IMG_ID"].str.replace("/", "_")
+def _mp16(out: Path, rows: pd.DataFrame, port: int, rng: np.random.Generator) -> None:
+    """The list of addresses, without a header as MP-16's, the photos behind it, and the places by the same ids.
+
+    The folder mp16 holds those photos that are whole, as the copies of MP-16 do that come as images.
+    """
+    fault = np.array([FAULTS[i % 40] if i % 40 < len(FAULTS) else "photo" for i in range(len(rows))])
+    name = rows["IMG_ID"].str.replace("/", "_")
     name[10::40] = name[9::40][: len(name[10::40])].to_numpy()  # another id of the photo before it
-    _write_photos(out / SERVER, photos.assign(IMG_ID=name).drop_duplicates("IMG_ID"), rng)
+    served = rows.assign(IMG_ID=name).drop_duplicates("IMG_ID")
+    _write_photos(out / SERVER, served, rng, out / MAPS / "mp16")
     (out / SERVER / "page.html").write_text("<html>This photo is private</html>")
-    for broken in name[[kind == "truncated" for kind in fault]]:
+    whole = rows.assign(IMG_ID=name)[fault == "photo"].drop_duplicates("IMG_ID")
+    paths.make_folder(out / "mp16/images")
+    for file in whole["IMG_ID"]:
+        shutil.copy(out / SERVER / file, out / "mp16/images")
+    whole.to_csv(out / "mp16" / benchmarks.card("mp16").csv, index=False)
+    for broken in name[fault == "truncated"]:
         _truncate(out / SERVER / broken)
     urls = [f"http://127.0.0.1:{port}/{kind}/{file}" for kind, file in zip(fault, name, strict=True)]
-    listed = pd.DataFrame({"id": photos["IMG_ID"], "url": urls})
+    listed = pd.DataFrame({"id": rows["IMG_ID"], "url": urls})
     listed.iloc[:-1].to_csv(out / ADDRESSES, header=False, index=False)  # one place has no address
-    known = photos.drop(index=photos.index[20])  # and one address no place
+    known = rows.drop(index=rows.index[20])  # and one address no place
     lines = known.to_csv(index=False).splitlines()
     lines.insert(len(lines) // 2, "," * (known.shape[1] - 1))  # an empty row
     (out / benchmarks.card("mp16").csv).write_text("\n".join(lines) + "\n")
 
 
 def _benchmark(out: Path, name: str, photos: pd.DataFrame, rng: np.random.Generator) -> None:
-    """The CSV of a card and its images, of which one is missing and one truncated."""
+    """The CSV of a card and its images, of which one is missing and one truncated, with segmentation maps."""
     csv, folder = benchmarks.card(name).csv, out / "images" / name
     stored = photos["IMG_ID"].str.replace("/", "_")  # as public copies do
     if name != "yfcc4k":  # which keeps the folders in its names
         photos = photos.assign(IMG_ID=stored)
-    _write_photos(folder, photos.assign(IMG_ID=stored), rng)
+    _write_photos(folder, photos.assign(IMG_ID=stored), rng, out / MAPS / name)
     (folder / stored[5]).unlink()
     _truncate(folder / stored[3])
     if not csv.endswith("_places365.csv"):
@@ -174,8 +188,42 @@ def _nus_wide(out: Path, images: int, seed: int, rng: np.random.Generator) -> No
     nus_wide.write_csv(data, out / NUS_WIDE_CSV)
 
 
-def _write_photos(folder: Path, photos: pd.DataFrame, rng: np.random.Generator) -> None:
-    """Render a JPEG for each row; every fifth is taken upright, as its EXIF orientation says."""
+def _osv_mini(root: Path, split: str, photos: pd.DataFrame, rng: np.random.Generator) -> None:
+    """A split of OSV-Mini: the test split lacks one image, and both lack some labels."""
+    latlon = torch.from_numpy(photos[["LAT", "LON"]].to_numpy(float, copy=True))
+    near = reverse_geocoding.nearest_town(latlon, states=True)
+    table = {
+        "id": photos["IMG_ID"].str.extract(r"(\d+)\.jpg$")[0],
+        "latitude": photos["LAT"],
+        "longitude": photos["LON"],
+        "region": near["state"].fillna("unknown").str.replace("/", "-"),
+        "sub-region": near["country"],
+        "city": near["town"].where(near["town_km"] < 50),
+        "climate": samples.tile_context(latlon, ["climate"])["climate"].astype("Int64"),
+        "captured_at": rng.integers(1_400_000_000, 1_700_000_000, len(photos)) * 1000,
+    }
+    table = pd.DataFrame(table)
+    table["captured_at"] = table["captured_at"].astype("Int64").mask(rng.random(len(table)) < 0.1)
+    folder, names = root / f"{split}_images", table["region"] + "/" + table["id"] + ".jpg"
+    _write_photos(folder, photos.assign(IMG_ID=names), rng)
+    if split == "test":
+        (folder / names[5]).unlink()
+    table.to_csv(root / f"{split}_mini.csv", index=False)
+
+
+def _stations(csv: Path, places: np.ndarray, rng: np.random.Generator) -> None:
+    degrees = (27 - places[:, 0] ** 2 / 120 + rng.normal(scale=2, size=len(places))).round(2)
+    paths.make_folder(csv.parent)
+    pd.DataFrame({"Lat": places[:, 0], "Lon": places[:, 1], "meanT": degrees}).to_csv(csv, index=False)
+
+
+def _write_photos(
+    folder: Path, photos: pd.DataFrame, rng: np.random.Generator, maps: Path | None = None
+) -> None:
+    """Render a JPEG for each row; every fifth is taken upright, as its EXIF orientation says.
+
+    maps: where to write its segmentation map, four colours in a PNG.
+    """
     latlon = torch.from_numpy(photos[["LAT", "LON"]].to_numpy(float, copy=True))
     config = TileConfig(pixels=RENDERED)
     draw = torch.Generator().manual_seed(int(rng.integers(2**31)))
@@ -192,6 +240,8 @@ def _write_photos(folder: Path, photos: pd.DataFrame, rng: np.random.Generator) 
             exif = _exif(row, 6 if upright else 1)
             path = folder / row.IMG_ID
             path.parent.mkdir(parents=True, exist_ok=True)
+            if maps:
+                image.quantize(4).save(paths.make_folder(maps) / Path(row.IMG_ID).with_suffix(".png"))
             (image.transpose(Image.Transpose.ROTATE_90) if upright else image).save(
                 path, "JPEG", quality=85, exif=exif
             )
