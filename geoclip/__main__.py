@@ -1,8 +1,4 @@
-"""The command line: `python -m geoclip COMMAND …`. Each command is one module of geoclip.commands.
-
-The paper's authors publish a package that is also imported as `geoclip`, and an environment can hold only
-one of the two. The command `geoclip-reproduced` always runs this one.
-"""
+"""The command line: `python -m geoclip COMMAND …`. Each command is one module of geoclip.commands."""
 
 import argparse
 import ast
@@ -40,7 +36,8 @@ def commands() -> dict[str, str]:
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit status; errors are printed in a line, not as a traceback."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    signal.signal(signal.SIGTERM, _terminate)
+    # as an exception, so that temporary files and child processes are cleaned up
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         status = _run(arguments)
         sys.stdout.flush()
@@ -103,10 +100,6 @@ def _options_as_typed(message: str, arguments: list[str], parser) -> str:
         named = ", ".join(options.get(name, name) for name in required[1].split(", "))
         message = message.replace(required[1], named)
     return message
-
-
-def _terminate(signum, frame):
-    sys.exit(128 + signum)  # as an exception, so that temporary files and child processes are cleaned up
 
 
 def _describe(error: Exception, arguments: list[str]) -> str:

@@ -124,8 +124,7 @@ class ImageEncoder(nn.Module):
     """Embeds images: tower (n, 3, p, p) → (n, c), head (n, c) → (n, d), not normalised.
 
     preprocess: PIL image → (3, p, p) for the tower. feature_dim: c, 768 for ViT-L/14. tower: the PyTorch
-    tower, None until it is needed when the encoder was made with `with_tower=False` (for training on
-    features, or for an engine that needs no PyTorch weights).
+    tower, loaded when it is needed if `with_tower` is False.
     """
 
     def __init__(

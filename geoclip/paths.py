@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import platformdirs
+
 SAMPLE, SAMPLES = 1 << 20, 256  # bytes of a block, and how many blocks of a sealed file are hashed
 VARIABLES = ("GEOCLIP_CACHE", "GEOCLIP_DATA", "GEOCLIP_FIGURES", "GEOCLIP_RESULTS")
 
@@ -22,18 +24,13 @@ CHECKOUT = (_PACKAGE.parent / "pyproject.toml").is_file()
 ROOT = _PACKAGE.parent if CHECKOUT else _PACKAGE  # the wheel keeps data/ and notebooks/ below the package
 
 
-def _user_cache() -> Path:
-    import platformdirs
-
-    return platformdirs.user_cache_path("geoclip-reproduced")
-
-
 def _folder(variable: str, default: Path) -> Path:
     return Path(os.environ.get(variable) or default).expanduser().absolute()
 
 
+USER_CACHE = platformdirs.user_cache_path("geoclip-reproduced")
 DATA = ROOT / "data"
-CACHE = _folder("GEOCLIP_CACHE", DATA / "cache" if CHECKOUT else _user_cache())  # safe to delete
+CACHE = _folder("GEOCLIP_CACHE", DATA / "cache" if CHECKOUT else USER_CACHE)  # safe to delete
 RESULTS = _folder("GEOCLIP_RESULTS", DATA / "results" if CHECKOUT else Path("geoclip_results"))
 FIGURES = _folder("GEOCLIP_FIGURES", ROOT / "figures" if CHECKOUT else RESULTS / "figures")
 EXPECTED = DATA / "expected"

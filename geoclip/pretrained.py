@@ -1,8 +1,7 @@
 """Released weights: the authors' package and OpenAI's CLIP, fetched once, checked by SHA-256, read without pickle.
 
-The authors' package carries the location encoder, the image head, the temperature and the 100 K gallery. Its
-import name is ours too, so it is unpacked into a folder of its own and never installed beside this package.
-CLIP ViT-L/14 comes from the file that their package uses too, at a fixed revision.
+The authors' package carries the location encoder, the image head, the temperature and the 100 K gallery; it is
+unpacked, never installed, because its import name is ours too. CLIP ViT-L/14 is the file that it uses too.
 """
 
 import errno

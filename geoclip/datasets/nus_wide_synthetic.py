@@ -1,8 +1,4 @@
-"""A small synthetic set in the official layout of NUS-WIDE, to run its probes without the photos.
-
-It says nothing about NUS-WIDE. What is planted is known, so that a probe can be seen to find it, and to find
-nothing where the places are shuffled.
-"""
+"""A small synthetic set in the official layout of NUS-WIDE, to run its probes without the photos."""
 
 from pathlib import Path
 
@@ -29,8 +25,7 @@ def write(
     """Write n photos with `concepts` concepts, and a feature folder ROOT/features. Returns `root`.
 
     A concept applies to 80 % of the photos within 1,500 km of its three centres and to 3 % of the others. A
-    tenth of the photos has no geotag. The visual features are a random projection of the concepts, with
-    noise. planted=False shuffles the geotags, so that places carry no information.
+    tenth of the photos has no geotag. planted=False shuffles the geotags: places then carry no information.
     """
     root, rng = Path(root), np.random.default_rng(seed)
     draw = torch.Generator().manual_seed(seed)

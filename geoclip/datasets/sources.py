@@ -61,15 +61,12 @@ class Views:
 
 @dataclass
 class Chunk:
-    """Consecutive photos of a part.
-
-    images: (m, v, 3, p, p), uint8, or float for sources that render tensors; unreadable: (id, reason).
-    """
+    """Consecutive photos of a part."""
 
     ids: list[str] = field(default_factory=list)
     latlon: list[tuple[float, float]] = field(default_factory=list)
-    images: Tensor | None = None
-    unreadable: list[tuple[str, str]] = field(default_factory=list)
+    images: Tensor | None = None  # (m, v, 3, p, p), uint8, or float for sources that render tensors
+    unreadable: list[tuple[str, str]] = field(default_factory=list)  # (id, reason)
 
     def pin_memory(self) -> "Chunk":
         """Move the images to pinned memory; called by the DataLoader."""
@@ -146,7 +143,10 @@ class TarShards:
                 for number, sample in enumerate(group_by_keys(_members(tar, url), handler=note)):
                     name = sample["__key__"]
                     photo = next((sample[kind] for kind in IMAGE_SUFFIXES if kind in sample), None)
-                    about = _json(sample.get("json"))
+                    about = {}
+                    with contextlib.suppress(ValueError, RecursionError):
+                        about = json.loads(sample.get("json", b"{}"))
+                    about = about if isinstance(about, dict) else {}
                     name = str(next((about[key] for key in ("IMG_ID", "id") if key in about), name))
                     try:
                         if photo is None:
@@ -190,10 +190,8 @@ class Tiles:
             rows = range(start, min(start + TILES_A_CHUNK, last))
             latlon = self.latlon[rows.start : rows.stop]
             generator = torch.Generator().manual_seed(views.seed * 2**32 + start)
-            rendered = [
-                blue_marble.render(latlon, self.config, blue_marble.augmentation(len(latlon), generator))
-                for _ in range(views.number)
-            ]
+            draws = [blue_marble.augmentation(len(latlon), generator) for _ in range(views.number)]
+            rendered = [blue_marble.render(latlon, self.config, part) for part in draws]
             ids = [f"{self.name}/{row}" for row in rows]
             yield Chunk(ids, [tuple(place) for place in latlon.tolist()], torch.stack(rendered, 1))
 
@@ -315,14 +313,11 @@ def random_box(size: tuple[int, int], views: Views, generator: np.random.Generat
 
 
 def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict]:
-    """The files of a tar as group_by_keys expects them, without webdataset's own (`__meta__/…`).
-
-    Raises OSError for anything but empty blocks after the last file, because tarfile takes a damaged header,
-    or a truncated tar, for the end.
-    """
+    """The files of a tar as group_by_keys expects them, without webdataset's own (`__meta__/…`)."""
     for member in tar:
         if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
             yield {"__url__": url, "fname": member.name, "data": tar.extractfile(member).read()}
+    # only empty blocks may follow: tarfile takes a damaged header, or a truncated tar, for the end
     rest = tar.fileobj.read(512)
     if len(rest) < 512:
         raise OSError("the tar is truncated: it does not end with two empty blocks")
@@ -330,14 +325,6 @@ def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict]:
         if rest.strip(b"\0"):
             raise OSError("the tar is damaged: a file in it has no valid header")
         rest = tar.fileobj.read(1 << 20)
-
-
-def _json(text: bytes | None) -> dict:
-    try:
-        about = json.loads(text) if text else {}
-    except (ValueError, RecursionError):
-        return {}
-    return about if isinstance(about, dict) else {}
 
 
 def _place(name: str, about: dict) -> tuple[float, float]:

@@ -60,18 +60,10 @@ def run(
     failed = out.with_suffix(".failed.ipynb")
     with paths.atomic(out) as temporary, variables(environment()):
         try:
-            papermill.execute_notebook(
-                path,
-                temporary,
-                parameters=dict(parameters or {}),
-                cwd=path.parent,
-                kernel_name="python3",
-                language="python",
-                progress_bar=False,
-                start_timeout=KERNEL_TIMEOUT_S,
-                execution_timeout=cell_timeout_s,
-                extra_arguments=["--log-level=CRITICAL"],  # hides the kernel's notices about its sockets
-            )
+            kernel = {"kernel_name": "python3", "language": "python", "cwd": path.parent}
+            limits = {"start_timeout": KERNEL_TIMEOUT_S, "execution_timeout": cell_timeout_s}
+            quiet = {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"]}
+            papermill.execute_notebook(path, temporary, dict(parameters or {}), **kernel, **limits, **quiet)
         except Exception:
             shutil.copyfile(temporary, failed)
             raise

@@ -115,13 +115,9 @@ def tile_features(
     latlon = blue_marble.splits(module.config.splits)[split]
     draws = blue_marble.test_augmentation(split, len(latlon))
     rows = torch.randperm(len(latlon), generator=seeded("decisions", split))[:n]
-    parts = [
-        module.model.image_encoder.features(
-            blue_marble.render(latlon[part], module.config.tiles, draws[part])
-        )
-        for part in rows.split(256)
-    ]
-    return torch.cat(parts), latlon[rows].double()
+    tiles, tower = module.config.tiles, module.model.image_encoder
+    images = (blue_marble.render(latlon[part], tiles, draws[part]) for part in rows.split(256))
+    return torch.cat([tower.features(part) for part in images]), latlon[rows].double()
 
 
 @torch.inference_mode()

@@ -226,7 +226,9 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, devices: dic
             enable_model_summary=False,
             **devices,
         )
-        if compiling_pays(config, len(data), trainer.strategy.root_device) and hasattr(module, "view_loss"):
+        # compiling takes half a minute: it pays on features, on a GPU, in long runs
+        long = config.epochs * (len(data) // config.batch_size) >= 10_000 and on_features(config)
+        if long and trainer.strategy.root_device.type == "cuda" and hasattr(module, "view_loss"):
             module.view_loss = torch.compile(module.view_loss, mode="reduce-overhead")
         try:
             trainer.fit(module, datamodule=Loaders(config, data), ckpt_path=resumed, weights_only=True)
@@ -346,12 +348,6 @@ def last_good(checkpoint: Path, set_aside: bool = True) -> Path | None:
         else:
             return path
     return None
-
-
-def compiling_pays(config: RunConfig, samples: int, device: torch.device) -> bool:
-    """Return whether torch.compile, which takes half a minute, is worth it: on features, on a GPU, in long runs."""
-    steps = config.epochs * (samples // config.batch_size)
-    return device.type == "cuda" and on_features(config) and steps >= 10_000
 
 
 def precision(config: RunConfig, accelerator: str) -> str:
