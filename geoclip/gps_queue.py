@@ -38,9 +38,7 @@ class GPSQueue(nn.Module):
         if self.capacity == 0:
             return
         if len(latlon) > self.capacity:
-            raise ValueError(
-                f"a batch of {len(latlon)} does not fit a queue of {self.capacity}: enlarge the queue"
-            )
+            raise ValueError(f"a batch of {len(latlon)} does not fit a queue of {self.capacity}: enlarge it")
         rows = (self.oldest + torch.arange(len(latlon), device=self.places.device)) % self.capacity
         self.places[rows] = latlon.to(self.places)
         self.oldest.copy_((self.oldest + len(latlon)) % self.capacity)

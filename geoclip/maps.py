@@ -254,8 +254,8 @@ def great_circle(start, end) -> np.ndarray:
     """Points (lat, lon) on the shortest way from `start` to `end`, inclusive, at most 1° apart."""
     (lat, lon), (to_lat, to_lon) = _array(start), _array(end)
     count = max(2, math.ceil(SPHERE.inv(lon, lat, to_lon, to_lat)[2] / 111 / KM) + 1)
-    ends = {"initial_idx": 0, "terminus_idx": 0, "return_back_azimuth": False}
-    way = SPHERE.inv_intermediate(lon, lat, to_lon, to_lat, count, **ends)
+    # with both ends: initial_idx and terminus_idx are 0
+    way = SPHERE.inv_intermediate(lon, lat, to_lon, to_lat, count, 0, 0, 0, return_back_azimuth=False)
     return np.stack([way.lats, way.lons], axis=1)
 
 

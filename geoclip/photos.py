@@ -55,9 +55,8 @@ def open_photo(photo, side: int | None = None) -> Image.Image:
     white, animations give their first frame, and 16 bits are scaled to 8. Raises PhotoError with the reason.
     """
     if isinstance(photo, str | Path | Upload):
-        name = str(photo)
-        with _reasons(name), _open_file(photo) as image:
-            return _upright_rgb(image, name, side)
+        with opened(photo) as image:
+            return _upright_rgb(image, str(photo), side)
     if isinstance(photo, Image.Image):
         name = getattr(photo, "filename", "") or "image"
         with _reasons(name):
@@ -70,7 +69,7 @@ def is_large(photo) -> bool:
     if not isinstance(photo, str | Path | Upload):
         return False
     try:
-        with _reasons(str(photo)), _open_file(photo) as image:
+        with opened(photo) as image:
             return image.width * image.height > LARGE_PIXELS
     except PhotoError:
         return False
@@ -109,11 +108,13 @@ def resize(image: Image.Image, side: int, resample=Image.Resampling.BICUBIC) -> 
 
 def exif_latlon(photo: str | Path | Upload | Image.Image) -> tuple[float, float] | None:
     """The position that EXIF records, (lat, lon) in degrees, or None. Raises PhotoError if it is unusable."""
-    name = str(photo)
     if isinstance(photo, Image.Image):
         name = getattr(photo, "filename", "") or "image"
-    with _reasons(name):
-        with contextlib.nullcontext(photo) if isinstance(photo, Image.Image) else _open_file(photo) as image:
+        with _reasons(name):
+            gps = photo.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+    else:
+        name = str(photo)
+        with opened(photo) as image:
             gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
     tags = ExifTags.GPS
     values = [gps.get(tag) for tag in (tags.GPSLatitude, tags.GPSLongitude)]
@@ -156,6 +157,13 @@ def _reasons(name: str) -> Iterator[None]:
             raise PhotoError(name, "no permission to read it") from error
         except Exception as error:
             raise PhotoError(name, f"cannot be decoded ({str(error) or type(error).__name__})") from error
+
+
+@contextlib.contextmanager
+def opened(photo: str | Path | Upload) -> Iterator[Image.Image]:
+    """The image in a file, before it is decoded. Raises PhotoError, also for what the block raises."""
+    with _reasons(str(photo)), _open_file(photo) as image:
+        yield image
 
 
 def _open_file(photo: str | Path | Upload) -> Image.Image:

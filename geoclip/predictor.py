@@ -60,10 +60,8 @@ def answer(
     opened = DataLoader(_Opened(model, photos, ten_crop, workers), batch_size, collate_fn=list, **how)
     latlon, probability = torch.full((len(photos), k, 2), torch.nan), torch.full((len(photos), k), torch.nan)
     unreadable: dict[int, str] = {}
-    seconds = 0 if sys.stderr.isatty() else 30  # between two reports; a log gets none of a short run
-    bar = tqdm(
-        total=len(photos), unit="photo", disable=not progress, delay=seconds, mininterval=seconds or 0.1
-    )
+    every = 0 if sys.stderr.isatty() else 30  # between two reports; a log gets none of a short run
+    bar = tqdm(total=len(photos), unit="photo", disable=not progress, delay=every, mininterval=every or 0.1)
     with bar:
         for batch in opened:
             views = {index: found for index, found in batch if isinstance(found, Tensor)}

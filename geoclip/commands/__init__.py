@@ -63,10 +63,8 @@ def decide(model, options, describe=None):
         photographers = getattr(options, "photographer_disjoint", None)
         neighbours, name = read_neighbours(options.neighbours, model, photographers)
         if name != found.neighbours.features:
-            raise ValueError(
-                f"--neighbours: {options.neighbours} holds features of {name}, but `calibrate` was given "
-                f"{found.neighbours.features}"
-            )
+            other = f"features of {name}, but `calibrate` was given {found.neighbours.features}"
+            raise ValueError(f"--neighbours: {options.neighbours} holds {other}")
     return Decider(model, options.decision, found, describe, neighbours)
 
 

@@ -62,9 +62,7 @@ def data_folder() -> Path:
     """The folder GEOCLIP_DATA; FileNotFoundError explains how to set it."""
     found = paths.geoclip_data()
     if found is None:
-        raise FileNotFoundError(
-            "benchmarks lie in the folder GEOCLIP_DATA, which is not set; see geoclip/datasets/benchmarks.toml"
-        )
+        raise FileNotFoundError("benchmarks need GEOCLIP_DATA, which is not set (datasets/benchmarks.toml)")
     return found
 
 
@@ -77,10 +75,8 @@ def find_csv(wanted: Card, data: Path | None = None) -> Path:
     for csv in tried:
         if csv.is_file():
             return csv
-    raise FileNotFoundError(
-        f"{wanted.title}: {wanted.csv} was not found at {tried[0]} or {tried[1]}; get it from: "
-        f"{wanted.source}"
-    )
+    missing = f"{wanted.csv} was not found at {tried[0]} or {tried[1]}"
+    raise FileNotFoundError(f"{wanted.title}: {missing}; get it from: {wanted.source}")
 
 
 def on_disk(name: str) -> str:
@@ -115,10 +111,8 @@ def load(
         photos = read_csv(csv, images or (default if default.is_dir() else None), wanted.title)
     whole = wanted.n is None or len(photos) == wanted.n
     if strict and not whole:
-        raise ValueError(
-            f"{wanted.title}: {len(photos):,} rows, but the published set has {wanted.n:,}; without --strict, "
-            "the part is used under a name that says so"
-        )
+        rows = f"{len(photos):,} rows, but the published set has {wanted.n:,}"
+        raise ValueError(f"{wanted.title}: {rows}; without --strict, the part is used under another name")
     named = f"{photos.name} rehearsal" if (data / REHEARSAL).is_file() else photos.name
     return replace(photos, name=named if whole else f"{named}, {expected(wanted, photos)}")
 
@@ -147,10 +141,8 @@ def read_places365(csv, images=None, name: str | None = None) -> folder.Geotagge
     scene = label.map({str(number): scene for number, scene in enumerate(SCENES)})
     if scene.isna().any():
         row = scene.isna().idxmax()
-        raise ValueError(
-            f"{csv}, line {photos.table.at[row, 'line']}: S3_Label is {label[row]!r}, not 0 (indoor), 1 "
-            "(natural) or 2 (urban)"
-        )
+        line = photos.table.at[row, "line"]
+        raise ValueError(f"{csv}, line {line}: S3_Label is {label[row]!r}, not 0, 1 or 2 (see SCENES)")
     photos.table["scene"] = scene
     return photos
 

@@ -75,10 +75,8 @@ class FeatureInfo:
                 found[name] = kind(**values)
             return cls(**{field.name: found[field.name] for field in dataclasses.fields(cls)})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"{path} does not describe features ({error!r}): it is damaged or was made by another "
-                "version; embed into another folder"
-            ) from error
+            reason = f"it is damaged or was made by another version ({error!r})"
+            raise ValueError(f"{path} does not describe features: {reason}; embed elsewhere") from error
 
     def differences(self, other: "FeatureInfo") -> list[str]:
         """A phrase for each field that differs."""
@@ -136,10 +134,8 @@ class FeatureData(Dataset):
         wanted = {"tower": encoder.tower, "weights": encoder.weights}
         for name, value in (wanted | {"preprocessing": Preprocessing.of(encoder)}).items():
             if (found := getattr(self.info, name)) != value:
-                raise ValueError(
-                    f"{self.folder} holds features of {name} {found}, but the model has {value}: train with "
-                    f"the same {name}, or embed again"
-                )
+                other = f"{name} {found}, but the model has {value}"
+                raise ValueError(f"{self.folder} holds features of {other}: train with the same {name}")
 
     def __len__(self) -> int:
         return len(self.image)

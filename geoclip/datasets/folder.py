@@ -117,10 +117,8 @@ def read_rows(csv: Path | str) -> tuple[pd.DataFrame, pd.DataFrame, list[dict]]:
     if (latlon[lat].abs() > 90).mean() > 0.1:  # a single one is a bad row
         _check_order(csv, columns, latlon[lat], latlon[lon])
     bad = ~(latlon.abs() <= [90, 180])  # negated, so NaN is bad too
-    refused = [
-        {"file": str(csv), "line": row + 2, "column": column, "value": table.at[row, column]}
-        for row, column in bad[bad.any(axis=1)].idxmax(axis=1).items()
-    ]
+    at = bad[bad.any(axis=1)].idxmax(axis=1).items()
+    refused = [{"file": str(csv), "line": row + 2, "column": c, "value": table.at[row, c]} for row, c in at]
     return table, latlon.mask(bad.any(axis=1)), refused
 
 
@@ -187,11 +185,8 @@ def _checked_places(csv: Path, table: pd.DataFrame, columns: dict[str, str]) -> 
     for column, value, limit in ((columns["lat"], lat, 90), (columns["lon"], lon, 180)):
         bad = value.abs() > limit
         if bad.any():
-            row = bad.idxmax()
-            raise ValueError(
-                f"{csv}, line {places.at[row, 'line']}: {column} is {value[row]:g}, beyond ±{limit}; "
-                f"{bad.sum():,} of {len(places):,} rows are out of range"
-            )
+            row, others = bad.idxmax(), f"{bad.sum():,} of {len(places):,} rows are out of range"
+            raise ValueError(f"{csv}, line {row + 2}: {column} is {value[row]:g}, beyond ±{limit}; {others}")
     places.loc[places["lon"] == 180, "lon"] = -180.0
     return places
 
@@ -212,8 +207,7 @@ def numbers(csv: Path, table: pd.DataFrame, column: str, what: str) -> pd.Series
     bad = ~np.isfinite(value)
     if bad.any():
         first = bad.idxmax()
-        raise ValueError(
-            f"{csv}, line {first + 2}: {column} is {table.at[first, column]!r}, not {what}; "
-            f"{bad.sum():,} of {len(table):,} rows have no valid number"
-        )
+        others = f"{bad.sum():,} of {len(table):,} rows have no valid number"
+        found = f"{column} is {table.at[first, column]!r}, not {what}"
+        raise ValueError(f"{csv}, line {first + 2}: {found}; {others}")
     return value

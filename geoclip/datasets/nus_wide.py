@@ -59,11 +59,7 @@ def find() -> Path:
 
 
 def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
-    """Read the geo-tagged photos of NUS-WIDE in `root`; `geotags` defaults to root/geotags.csv.
-
-    Raises FileNotFoundError for a missing file, and ValueError, naming file, line and value, for contents that
-    do not fit together.
-    """
+    """Read the geo-tagged photos of NUS-WIDE in `root`; `geotags` defaults to root/geotags.csv."""
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such NUS-WIDE folder")

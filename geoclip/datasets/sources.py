@@ -6,7 +6,6 @@ number of processes. Each part is read in chunks of photos with their views.
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
@@ -266,19 +265,12 @@ def check_name(name: str) -> None:
 
 def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
     """Open a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side`."""
-    file = io.BytesIO(photo) if isinstance(photo, bytes) else photo
-    Image.init()
-    try:
-        image = Image.open(file, formats=[kind for kind in photos.FORMATS if kind in Image.OPEN])
+    lock = FileLock(Path(tempfile.gettempdir()) / f"geoclip-large-photo-{os.getuid()}.lock")
+    with photos.opened(photo if isinstance(photo, Path) else photos.Upload(name, photo)) as image:
         image.draft("RGB", (short_side, short_side))  # has no effect on other formats
-    except Exception as error:
-        if isinstance(photo, Path):
-            return photos.open_photo(photo)  # gives the reason
-        raise PhotoError(name, "not an image in a known format" if photo else "empty (0 bytes)") from error
-    large = image.width * image.height > LARGE_PIXELS  # takes gigabytes
-    lock = Path(tempfile.gettempdir()) / f"geoclip-large-photo-{os.getuid()}.lock"
-    with image, FileLock(lock) if large else contextlib.nullcontext():
-        return photos.open_photo(image)
+        large = image.width * image.height > LARGE_PIXELS  # takes gigabytes
+        with lock if large else contextlib.nullcontext():
+            return photos.open_photo(image)
 
 
 def photo_views(photo: Image.Image, views: Views, tower: Preprocessing, generator) -> Tensor:

@@ -205,13 +205,8 @@ def _row(row: pd.Series, keys: list[str]) -> str:
 
 
 def _by_key(table: pd.DataFrame, keys: list[str]) -> dict[tuple[str, ...], pd.Series]:
-    return {tuple(_key(row[key]) for key in keys): row for _, row in table.iterrows()}
-
-
-def _key(value: object) -> str:
-    # As text, because pandas reads a column of integers with a gap as floats.
-    whole = isinstance(value, float) and math.isfinite(value) and value == int(value)
-    return str(int(value)) if whole else str(value)
+    # Keys are text without ".0", because pandas reads a column of integers with a gap as floats.
+    return {tuple(str(row[key]).removesuffix(".0") for key in keys): row for _, row in table.iterrows()}
 
 
 def _only_in(one: dict, other: dict, optional) -> list[pd.Series]:

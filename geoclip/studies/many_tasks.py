@@ -73,10 +73,8 @@ def _one(group, truths, x, neighbours: int, split: str, seed: int, train, test) 
     near = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(x[train])
     scaler = StandardScaler().fit(x[train])
     ridge = RidgeCV(ALPHAS, alpha_per_target=True).fit(scaler.transform(x[train]), y[train])
-    answers = {
-        "neighbours": y[train][near.kneighbors(x[test], return_distance=False)].mean(1),
-        "ridge": ridge.predict(scaler.transform(x[test])).reshape(len(test), -1),
-    }
+    answers = {"neighbours": y[train][near.kneighbors(x[test], return_distance=False)].mean(1)}
+    answers["ridge"] = ridge.predict(scaler.transform(x[test])).reshape(len(test), -1)
     edges = np.cumsum([targets.shape[1] for targets, _ in truths])[:-1]
     rows = []
     for probe, answer in answers.items():

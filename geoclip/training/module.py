@@ -130,11 +130,9 @@ class GeoCLIPTraining(TrainingModule):
     def build(cls, config: TrainConfig, data: Dataset) -> "GeoCLIPTraining":
         on_features = isinstance(data, FeatureData)
         generator = seeded(config.seed, "weights")
-        geoclip = GeoCLIP(
-            ImageEncoder(config.image, generator, with_tower=not on_features),
-            LocationEncoder(config.location, generator),
-            gallery_of(config, data.latlon),
-        )
+        image = ImageEncoder(config.image, generator, with_tower=not on_features)
+        location = LocationEncoder(config.location, generator)
+        geoclip = GeoCLIP(image, location, gallery_of(config, data.latlon))
         module = cls(config, geoclip, initial_queue(config, data.latlon))
         if on_features:
             module.tower_hash = data.info.tower_hash
