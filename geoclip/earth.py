@@ -111,8 +111,6 @@ def draw_noise_km(
     shape: tuple[int, ...], sigma_m: float, generator: torch.Generator | None = None
 ) -> Float[Tensor, "*n 2"]:
     """Gaussian noise of `sigma_m` metres, (east, north) in km, drawn on the CPU (paper, section 3.3)."""
-    if sigma_m < 0:
-        raise ValueError(f"sigma_m must be ≥ 0 metres, got {sigma_m}")
     return torch.randn(*shape, 2, generator=generator, dtype=torch.float64) * sigma_m / 1000
 
 

@@ -16,8 +16,6 @@ class GPSQueue(nn.Module):
 
     def __init__(self, capacity: int, initial: Float[Tensor, "q 2"] | None = None):
         super().__init__()
-        if capacity < 0:
-            raise ValueError(f"the queue's capacity must be ≥ 0, got {capacity}")
         if capacity and (initial is None or initial.shape != (capacity, 2)):
             found = None if initial is None else tuple(initial.shape)
             raise ValueError(f"the queue needs ({capacity}, 2) places to start with, got {found}")

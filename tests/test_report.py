@@ -175,7 +175,7 @@ def test_only_rows_marked_optional_may_be_absent(table):
 def test_keys_must_tell_rows_apart(table):
     with pytest.raises(ValueError, match="split=random"):
         report.hold_to_expected(table, "03_training", keys=["split"])
-    with pytest.raises(ValueError, match="no key column 'seed'"):
+    with pytest.raises(KeyError, match="seed"):
         report.hold_to_expected(table, "03_training", keys=["seed"])
 
 

@@ -76,7 +76,7 @@ def test_mistakes_are_named():
         paired_differences(runs, "c", columns=COLUMNS)
     with pytest.raises(ValueError, match="more than once"):
         over_seeds(pd.concat([runs, runs.head(1)]), ["split", "setting"], COLUMNS)
-    with pytest.raises(ValueError, match="no column setting"):
+    with pytest.raises(KeyError, match="setting"):
         over_seeds(runs.drop(columns="setting"), ["split", "setting"], COLUMNS)
 
 

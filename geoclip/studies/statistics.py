@@ -79,9 +79,6 @@ def paired_differences(
 
 def _check(runs: pd.DataFrame, by: Sequence[str]) -> None:
     keys = [*by, "seed"]
-    missing = [name for name in keys if name not in runs]
-    if missing:
-        raise ValueError(f"the table of runs has no column {', '.join(missing)}; it has {', '.join(runs)}")
     twice = runs[runs.duplicated(keys)]
     if len(twice):
         raise ValueError(f"the table of runs has {twice.iloc[0][keys].to_dict()} more than once")
