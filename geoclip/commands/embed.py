@@ -57,8 +57,8 @@ def run(options) -> int:
     gpus = torch.cuda.device_count()
     if gpus and options.devices > gpus:
         raise ValueError(f"--devices {options.devices}: this machine has {gpus} GPUs")
-    read = (options.shard_size, options.strict, options.allow_pipe)
-    source = open_source(options.source, options.images, *read)
+    how = {"photos_a_part": options.shard_size, "strict": options.strict, "allow_pipe": options.allow_pipe}
+    source = open_source(options.source, options.images, **how)
     rank, world, local_rank = embedding.rank_and_world()
     if options.devices > 1 and world == 1:
         return _launch(options)
@@ -76,9 +76,9 @@ def run(options) -> int:
     if workers is None:
         workers = max(1, joblib.cpu_count() // max(1, gpus))
     views = Views(10 if options.ten_crop else options.views, seed=options.seed, ten_crop=options.ten_crop)
-    how = (options.batch_size, workers, options.precision, rank, world, options.compile)
-    look = {"progress": sys.stderr.isatty(), "full": options.verify == "full"}
-    report = embedding.embed(source, encoder, options.out, views, *how, **look)
+    how = {"batch_size": options.batch_size, "workers": workers, "arithmetic": options.precision}
+    how |= {"rank": rank, "world": world, "compiled": options.compile, "full": options.verify == "full"}
+    report = embedding.embed(source, encoder, options.out, views, **how, progress=sys.stderr.isatty())
     rate = report.embedded / report.seconds if report.embedded else 0
     print(
         f"{options.out}: {report.embedded:,} images embedded ({rate:,.1f} per second), {report.found:,} found, "
