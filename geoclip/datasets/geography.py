@@ -100,8 +100,6 @@ def mean_temperature() -> Task:
     if data is None:
         raise FileNotFoundError("set GEOCLIP_DATA to a folder that holds climate/station_temperature.csv")
     csv = data / "climate" / "station_temperature.csv"
-    if not csv.is_file():
-        raise FileNotFoundError(f"GEOCLIP_DATA holds no climate/station_temperature.csv (looked for {csv})")
     stations = folder.read(csv, columns={"file": "meanT", "lat": "Lat", "lon": "Lon"})
     target = pd.to_numeric(stations.table["file"], errors="coerce")
     if target.isna().any():
