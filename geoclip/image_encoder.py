@@ -4,7 +4,6 @@ Paper, section 3.1: CLIP ViT-L/14 and a trainable head. The embedded profile tra
 tower from scratch instead, since CLIP's weights are not available everywhere.
 """
 
-import contextlib
 import copy
 import functools
 import hashlib
@@ -328,8 +327,9 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
         state, tag = pretrained.read_clip(pretrained.clip_file()), None
     elif weights is not None and _is_file(weights):
         state, tag = pretrained.read_clip(weights), None
+    logging.disable(logging.WARNING)  # open_clip warns that weights are random, which is intended here
     try:
-        with quiet_root(), torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(0)  # random weights are the same in every process
             model = open_clip.create_model(tower, pretrained=tag, pretrained_image=False, weights_only=True)
     except (OSError, RuntimeError) as error:  # open_clip wraps a failed download in a RuntimeError
@@ -339,6 +339,8 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
             f"the {weights!r} weights of CLIP {tower} are not in the cache and could not be downloaded "
             f"({str(error).strip().splitlines()[0]}). Without a network, copy the file and pass its path as weights"
         ) from error
+    finally:
+        logging.disable(logging.NOTSET)
     if state is not None:
         shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
         unlike = [name for name in shapes if name not in state or state[name].shape != shapes[name]]
@@ -357,17 +359,6 @@ def warn_unless_released(weights: Path | str) -> None:
             f"{weights} (SHA-256 {found[:16]}…) is not the released CLIP ViT-L/14 ({pretrained.CLIP_SHA256[:16]}…): "
             "with other weights, the released model's answers mean nothing"
         )
-
-
-@contextlib.contextmanager
-def quiet_root():
-    """Without open_clip's warning that a model has random weights, which is intended here."""
-    root, level = logging.getLogger(), logging.getLogger().level
-    root.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        root.setLevel(level)
 
 
 @functools.cache

@@ -198,7 +198,7 @@ def test_bad_input_names_row_and_value(places, harmonics, quarters):
         probes.embed(lambda latlon: latlon[:, 0], places)
     with pytest.raises(ValueError, match="embedding, row 0, column 0: nan"):
         probes.embed(lambda latlon: latlon * np.nan, places)
-    with pytest.raises(ValueError, match="must be 'random' or 'blocked', got 'spatial'"):
+    with pytest.raises(KeyError, match="spatial"):
         probes.probe(harmonics, quarters, places, "accuracy", "spatial")
 
 

@@ -116,7 +116,7 @@ def hold_to_expected(
     """
     path = paths.EXPECTED / f"{_checked(name)}.csv"
     keys = list(keys)
-    found = _read_back(table)
+    found = pd.read_csv(io.StringIO(_as_csv(table)))  # both sides of a comparison are rounded alike
     if (twice := found.duplicated(keys)).any():
         raise ValueError(f"{name}: two rows have the keys {_row(found[twice].iloc[0], keys)}; add a key")
     if changed := changed_parameters(name, parameters):
@@ -190,11 +190,6 @@ def _git(*arguments: str) -> str | None:
 
 def _as_csv(table: pd.DataFrame) -> str:
     return table.to_csv(index=False, float_format=FLOAT_FORMAT)
-
-
-def _read_back(table: pd.DataFrame) -> pd.DataFrame:
-    """The table as a reader of its CSV sees it: both sides of a comparison are rounded alike."""
-    return pd.read_csv(io.StringIO(_as_csv(table))) if len(table.columns) else table
 
 
 def _row(row: pd.Series, keys: list[str]) -> str:

@@ -89,9 +89,7 @@ def blocks(latlon, degrees: float = 10.0, seed: int | None = None) -> np.ndarray
 
 def splits(latlon, split: str, config: ProbeConfig) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
     """Yield (seed, training rows, test rows) of each outer split: "random", or "blocked" by whole blocks."""
-    if split not in ("random", "blocked"):
-        raise ValueError(f"split must be 'random' or 'blocked', got {split!r}")
-    groups, splitter = None, ShuffleSplit if split == "random" else GroupShuffleSplit
+    groups, splitter = None, {"random": ShuffleSplit, "blocked": GroupShuffleSplit}[split]
     for seed in range(config.seeds):
         if split == "blocked":
             groups = blocks(latlon, config.block_deg, seed)
