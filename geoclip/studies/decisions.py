@@ -16,7 +16,7 @@ from geoclip.datasets import blue_marble
 from geoclip.datasets.features import FeatureData
 from geoclip.gallery import Gallery
 from geoclip.model import GeoCLIP
-from geoclip.neighbours import Neighbours, fused
+from geoclip.neighbours import Neighbours, fused  # noqa: F401, for the notebooks
 from geoclip.posterior import Places, Posterior
 from geoclip.studies.runner import Study
 from geoclip.training import runs
@@ -24,17 +24,6 @@ from geoclip.training.data import seeded
 from geoclip.training.module import GeoCLIPTraining
 
 BATCH = 50  # images whose scores of all places are held at once
-__all__ = [
-    "BATCH",
-    "Case",
-    "Neighbours",
-    "collect",
-    "fused",
-    "paired",
-    "photo_case",
-    "tile_case",
-    "tile_features",
-]
 
 
 @dataclass(frozen=True)
