@@ -113,10 +113,8 @@ class FeatureData(Dataset):
             raise ValueError(f"{self.folder} stores {self.views} views of each image, not {views_a_step}")
         shards = range(self.info.shards)
         if absent := missing_shards(self.folder, shards):
-            raise ValueError(
-                f"{self.folder} is incomplete: {len(absent)} of {self.info.shards} shards are missing, the "
-                f"first is {absent[0]}; rerun the embed command to complete it"
-            )
+            lost = f"{len(absent)} of {self.info.shards} shards are missing, the first is {absent[0]}"
+            raise ValueError(f"{self.folder} is incomplete: {lost}; rerun the embed command to complete it")
         self.starts = np.cumsum([0] + [check_shard(self.folder, part, self.info, full) for part in shards])
         places = np.concatenate([np.load(self._file(part, "latlon.npy")) for part in shards])
         if len(places) == 0:

@@ -112,10 +112,9 @@ def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
     rows = data.table["file"].map({name: row for row, name in enumerate(kept.ids())})
     absent = rows.isna().to_numpy()
     if absent.mean() > LOST:
-        raise ValueError(
-            f"{features}: no features of {data.table['file'][absent.argmax()]} and {absent.sum() - 1:,} more of "
-            f"{len(absent):,} photos; embed the CSV of geoclip.datasets.nus_wide.write_csv"
-        )
+        first, more = data.table["file"][absent.argmax()], absent.sum() - 1
+        lost = f"{first} and {more:,} more of {len(absent):,} photos"
+        raise ValueError(f"{features}: no features of {lost}; embed the CSV of nus_wide.write_csv")
     whole = kept.tensor()[:, 0].float().numpy()
     found = np.empty((len(rows), whole.shape[1]), np.float32)
     found[~absent] = whole[rows[~absent].astype(int)]

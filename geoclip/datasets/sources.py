@@ -220,10 +220,8 @@ def open_source(
     if name.endswith(".csv"):
         data = benchmarks.read_csv(name, images if images is not None else Path(name).parent)
         return PhotoTable(data, photos_a_part)
-    raise ValueError(
-        f"{name!r} is not a source: give a CSV, tar shards (a path or address that ends in .tar, with braces "
-        f"for many), one of {', '.join(benchmarks.CARDS)}, or blue_marble:SPLIT"
-    )
+    known = f"a CSV, tar shards (….tar), one of {', '.join(benchmarks.CARDS)}, or blue_marble:SPLIT"
+    raise ValueError(f"{name!r} is not a source: give {known}")
 
 
 def decoded(samples: Iterator, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:

@@ -103,10 +103,8 @@ class PhotoTraining(Dataset):
     ):
         """held_out: photos left for evaluation."""
         if missing := photos.missing():
-            raise FileNotFoundError(
-                f"{photos.name}: {len(missing):,} of {len(photos):,} photos are not in {photos.images}, the "
-                f"first is {missing[0]}: add them, or remove their rows"
-            )
+            lost = f"{len(missing):,} of {len(photos):,} photos are not in {photos.images}"
+            raise FileNotFoundError(f"{photos.name}: {lost}, the first is {missing[0]}")
         self.photos, self.held_out, self.preprocessing = photos, held_out, preprocessing
         self.latlon = earth.check_latlon(torch.from_numpy(photos.latlon), photos.name).float()
         self.views, self.seed = views, seed
@@ -173,10 +171,8 @@ def training_set(config: TrainConfig) -> Dataset:
         kept, held_out = hold_out(every, config.holdout)
         kept = kept.rows(part(len(kept), config.fraction, config.seed))
         return PhotoTraining(kept, Preprocessing.of(config.image), config.views, config.seed, held_out)
-    raise FileNotFoundError(
-        f'data {config.data!r} is neither "blue_marble" nor a folder of features (`python -m geoclip embed`) nor a '
-        f"CSV of photos (`python -m geoclip dataset`)"
-    )
+    known = '"blue_marble" nor a folder of features (`embed`) nor a CSV of photos (`dataset`)'
+    raise FileNotFoundError(f"data {config.data!r} is neither {known}")
 
 
 def on_features(config: RunConfig) -> bool:
