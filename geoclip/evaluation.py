@@ -22,8 +22,7 @@ FLOOR_DRAWS = 300_000  # pairs of image and place for the random floor's median,
 def summarize(error_km: Float[Tensor, " n"]) -> dict[str, float]:
     """Percent within each threshold (≤), median and mean km of the answered images, mean geoscore, and n.
 
-    A miss is beyond every threshold, has a geoscore of 0, and does not enter the median and mean. Raises
-    ValueError if there are no errors.
+    A miss is beyond every threshold, has a geoscore of 0, and does not enter the median and mean.
     """
     error_km = torch.as_tensor(error_km).double()
     if error_km.numel() == 0:

@@ -119,8 +119,7 @@ def scan(
 ) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"], Float[Tensor, " n"]]:
     """Like `search`, and also log Σ exp(scale × cosine) over all places, computed in blocks.
 
-    The probability of a place is exp(scale × cosine − that logarithm), so the scores of a large gallery are
-    never held in memory at once.
+    The probability of a place is exp(scale × cosine − that logarithm).
     """
     check_k(k, len(places))
     rows = max(1 << 14, SCORES_AT_ONCE.get(places.device.type, 1 << 25) // max(1, len(query)))

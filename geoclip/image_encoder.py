@@ -1,7 +1,6 @@
 """The image encoder: a frozen image tower, then a two-layer head into the space of the location embeddings.
 
-Paper, section 3.1: CLIP ViT-L/14 and a trainable head. The embedded profile trains a small convolutional
-tower from scratch instead, since CLIP's weights are not available everywhere.
+Paper, section 3.1: CLIP ViT-L/14 and a trainable head; for tiles, a small convolutional tower instead.
 """
 
 import copy

@@ -16,10 +16,7 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def initialise(module: nn.Module, generator: torch.Generator | None) -> None:
-    """Draw PyTorch's default initialisation of linear and convolution layers from `generator`.
-
-    Without a generator, the layers keep their initial weights.
-    """
+    """Draw PyTorch's default initialisation of linear and convolution layers from `generator`, if there is one."""
     layers = module.modules() if generator else ()
     for layer in layers:
         if isinstance(layer, nn.Linear | nn.Conv2d):

@@ -66,10 +66,7 @@ class LocationEncoder(nn.Module):
 
     @classmethod
     def pretrained(cls) -> "LocationEncoder":
-        """The authors' released location encoder, in evaluation mode; downloaded at first use.
-
-        Raises OSError, which says what is missing, if the weights cannot be downloaded.
-        """
+        """The authors' released location encoder, in evaluation mode; downloaded at first use."""
         encoder = cls(LocationEncoderConfig(sigmas=(1.0, 16.0, 256.0)))
         encoder.load_state_dict(pretrained.location_encoder_state())
         return encoder.eval()

@@ -1,7 +1,6 @@
 """Maps in one style: the world in Equal Earth, regions in an equal-area projection.
 
-Outlines come from data/natural_earth; nothing is downloaded, as cartopy's `coastlines()` would. Colours are
-safe for colour-blind readers and ordered by lightness, so maps can be read in grey.
+Outlines come from data/natural_earth. Colours are safe for colour-blind readers and ordered by lightness.
 """
 
 import dataclasses

@@ -78,8 +78,7 @@ def is_large(photo) -> bool:
 def centre_crop(image: Image.Image, side: int) -> Image.Image:
     """The central side × side pixels; if the margin is odd, half a pixel towards the upper left.
 
-    This is how the authors' processor crops. torchvision rounds to even, which shifts the crop of many photos
-    by one pixel.
+    This is how the authors' processor crops; torchvision rounds to even.
     """
     left, top = (image.width - side) // 2, (image.height - side) // 2
     return image.crop((left, top, left + side, top + side))

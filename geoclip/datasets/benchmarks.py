@@ -6,8 +6,7 @@ The environment variable GEOCLIP_DATA names the folder that holds the data you b
     GEOCLIP_DATA/images/im2gps3k/…          its images, named as in the CSV
     GEOCLIP_DATA/osv-mini/…                 OSV-5M, OSV-Mini and NUS-WIDE keep their own folder layout
 
-The cards are in benchmarks.toml. Files with another SHA-256 than a card's are accepted, and the difference is
-reported.
+The cards are in benchmarks.toml. Files with another SHA-256 than a card's are accepted and reported.
 """
 
 import hashlib

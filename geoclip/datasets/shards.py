@@ -188,9 +188,7 @@ def _download_shard(rows: pd.DataFrame, out: Path, part: int, limits: Limits) ->
         temporary.write_text(json.dumps(counts, ensure_ascii=False), encoding="utf-8")
 
 
-async def _fetch_all(
-    urls: Iterable[str], arrived: BinaryIO, limits: Limits
-) -> dict[int, tuple[int, int] | str]:
+async def _fetch_all(urls: Iterable[str], arrived: BinaryIO, limits: Limits) -> dict[int, tuple | str]:
     """Write photos to a file as they arrive; return where each lies, (start, size), or why there is none."""
     make_socket = None if limits.allow_private else _public_socket
     session = aiohttp.ClientSession(
@@ -201,7 +199,7 @@ async def _fetch_all(
         auto_decompress=False,
         trust_env=limits.allow_private,
     )
-    outcomes: dict[int, tuple[int, int] | str] = {}
+    outcomes: dict[int, tuple | str] = {}
     free = asyncio.Semaphore(limits.connections)
 
     async def one(index: int, url: str) -> None:

@@ -1,7 +1,7 @@
 """OpenVINO as the CPU engine of a frozen image tower.
 
-A tower is converted once and kept in the cache under a key of its weights. Later processes map the kept model
-into memory in about a second, without importing open_clip or reading the PyTorch weights.
+A tower is converted once and kept in the cache. Later processes map it into memory in about a second, without
+importing open_clip or reading the PyTorch weights.
 """
 
 import importlib.util

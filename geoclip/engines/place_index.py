@@ -1,7 +1,6 @@
 """Approximate search with faiss for galleries of millions of places.
 
-An exact search (gallery.scan) reads every place, which takes milliseconds for 100,000; above a few million
-places, an index reads a small part of them.
+An exact search (gallery.scan) reads every place; above a few million, an index reads a small part of them.
 """
 
 import contextlib

@@ -1,8 +1,4 @@
-"""Labels of photos predicted from where they were taken: the protocol of geo-tagged NUS-WIDE.
-
-One hidden layer of 512 units predicts all concepts at once, from the embedding of the place, visual features,
-or both.
-"""
+"""Labels of photos predicted from where they were taken: the protocol of geo-tagged NUS-WIDE."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
