@@ -128,7 +128,7 @@ def test_what_is_missing_is_left_out_with_the_reason(small):
 
 def test_mean_temperature_is_read_and_checked(tmp_path, monkeypatch):
     monkeypatch.setenv("GEOCLIP_DATA", str(tmp_path))
-    with pytest.raises(FileNotFoundError, match=r"no climate/station_temperature\.csv"):
+    with pytest.raises(FileNotFoundError, match=r"climate/station_temperature\.csv: no such file"):
         geography.mean_temperature()
     csv = tmp_path / "climate" / "station_temperature.csv"
     csv.parent.mkdir()
