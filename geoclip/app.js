@@ -1,6 +1,7 @@
 // The page of geoclip/app.py: a globe on a canvas, and beside it the image and its answer. Nothing is fetched.
 
 const RAD = Math.PI / 180, EARTH_KM = 6371.0088, PART = 4e6; // bytes of a file that are sent at once
+const BLANK = "data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA="; // without a source, a broken picture is shown
 const COLOUR = { half: "#F0E442", most: "#56B4E9", rest: "#ffffff", truth: "#D55E00", guess: "#CC79A7" };
 
 const HTML = `
@@ -29,7 +30,7 @@ const HTML = `
   </section>
   <section class="side" aria-label="Image and answer">
     <div class="top-row">
-      <figure><img class="seen" alt=""><figcaption>what the model sees</figcaption></figure>
+      <figure><img class="seen" alt="" src="${BLANK}"><figcaption>what the model sees</figcaption></figure>
       <div class="messages"><p class="said" role="status" aria-live="polite"></p>
         <progress class="progress" max="1" aria-label="Progress"></progress><p class="score" role="status"></p></div>
     </div>
@@ -178,7 +179,7 @@ class Globe {
     c.save();
     c.beginPath(); c.arc(half, half, r, 0, 2 * Math.PI); c.clip();
     c.beginPath();
-    for (const line of this.lines) path(line, true);
+    for (const line of this.zoom < 20 ? this.lines : []) path(line, true); // they are too coarse for a close look
     c.strokeStyle = "rgba(255,255,255,.45)"; c.lineWidth = 0.6; c.stroke();
     for (const region of this.marks?.regions ?? []) {
       const inner = region.probability < 0.9;
@@ -278,7 +279,7 @@ function render({ model, el }) {
   const ask = (content) => { say("Looking …"); model.send(content); };
   function forget() {
     answers = []; shown = -1; guessing = false; guess = null; globe.marks = null;
-    $(".photos").replaceChildren(); $(".seen").removeAttribute("src"); $(".seen").alt = "";
+    $(".photos").replaceChildren(); $(".seen").src = BLANK; $(".seen").alt = "";
     show();
   }
   function chosen(lat, lon) {
@@ -324,7 +325,7 @@ function render({ model, el }) {
     $(".regions").textContent = found ? found.regions.map((region) =>
       `${100 * region.probability} % within ${whole(region.area_km2)} km²`).join(", ") + ". "
       + found.countries.filter((c) => c.probability >= 0.01).map((c) => `${c.country} ${whole(100 * c.probability)} %`)
-        .join(", ") + "." : "";
+        .join(", ").replace(/.$/, "$&.") : "";
     $(".notes").textContent = found ? found.notes.join(" ") : "";
     for (const button of el.querySelectorAll(".downloads button, .near")) button.disabled = !found;
     if (!found) return globe.draw();
@@ -342,7 +343,7 @@ function render({ model, el }) {
   function pick(index) {
     shown = index;
     const { picture, file, name } = answers[index];
-    $(".seen").src = picture; $(".seen").alt = picture ? `Image ${file}` : "";
+    $(".seen").src = picture || BLANK; $(".seen").alt = picture ? `Image ${file}` : "";
     [...$(".photos").children].forEach((button, i) => button.setAttribute("aria-pressed", i === index));
     guess = null; guessing = $(".mode").value === "guess" && Boolean(answers[index].truth);
     show();

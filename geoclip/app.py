@@ -178,7 +178,9 @@ class Page(anywidget.AnyWidget):
 
     _esm = Path(__file__).with_name("app.js")
     _css = Path(__file__).with_name("app.css")
-    state = traitlets.Dict({"ready": False, "photos": False, "said": "Loading the model …", "progress": None})
+    state: traitlets.Dict = traitlets.Dict(
+        {"ready": False, "photos": False, "said": "Loading the model …", "progress": None}
+    )
     state.tag(sync=True)  # progress: 0 to 1, or None; once it is ready, also decision
     fixed = traitlets.Dict(
         {"mb": MOST_MB, "files": MOST_FILES, "places": MOST_PLACES, "decisions": DECISIONS}

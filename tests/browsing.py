@@ -32,6 +32,20 @@ JUPYTERLAB = """jupyterlab --allow-root --no-browser --IdentityProvider.token= -
 --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"""
 PARIS = (48.8566, 2.3522)
 BAY, FAR = (37.77, -122.42), (-48.88, -123.39)  # San Francisco, and a place with ocean all around
+MARKS = [
+    240,
+    228,
+    66,
+    86,
+    180,
+    233,
+    213,
+    94,
+    0,
+    204,
+    121,
+    167,
+]  # colours of the page: 50 %, 90 %, truth, guess
 WIDE, NARROW = (1200, 1000), (400, 800)
 
 
@@ -248,17 +262,20 @@ def states(page, folder):
 
 
 def screenshot(browser, path=None):
-    """The whole page as a picture, kept as a PNG of 256 colours if `path` is given."""
+    """The whole page as a picture, kept as a PNG of 256 colours, those of the marks among them, if `path` is given."""
     import base64
 
     [width, height] = browser.execute_script(
-        "return [document.documentElement.clientWidth, document.body.scrollHeight]"
+        "const page = document.querySelector('#rendered_cells').getBoundingClientRect();"
+        "return [document.documentElement.clientWidth, Math.ceil(page.bottom + window.scrollY)]"
     )
     clip = {"x": 0, "y": 0, "width": width, "height": height, "scale": 1}
     shot = browser.execute_cdp_cmd("Page.captureScreenshot", {"clip": clip, "captureBeyondViewport": True})
     image = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
     if path:
-        image.quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+        palette = Image.new("P", (1, 1))
+        palette.putpalette(MARKS + image.quantize(252).getpalette()[: 3 * 252])
+        image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
     return image
 
 

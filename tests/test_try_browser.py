@@ -95,8 +95,13 @@ def test_each_state_of_the_page(served, browser, tmp_path):
         "guess": lambda: page.one(".score").text.startswith("Points after 1: you") and "win" in page.said,
         "narrow": lambda: page.js("return document.documentElement.scrollWidth") <= 400,
     }
+    before = page.tops()
     for name in states(page, tmp_path):
         assert expected.pop(name)(), name
+        assert name == "narrow" or page.tops() == before, f"something has jumped: {name}"
+        assert not page.js(
+            "return [...document.querySelectorAll('.geoclip img')].some((i) => !i.naturalWidth)"
+        )
         if name == "answer":
             assert page.js("return window.shifted") == 0, "an answer moves nothing"
             assert_colours_differ_for_everyone(page)
@@ -215,7 +220,8 @@ def test_ten_sessions_at_once_do_not_meet(served, browser):
 def test_the_page_opens_in_jupyterlab(browser, checkpoint, tmp_path):
     with serve(tmp_path, checkpoint, JUPYTERLAB) as (address, _):
         browser.get(f"{address}lab/tree/try.ipynb")
-        wait(lambda: browser.execute_script("return document.querySelector('.jp-Notebook .jp-CodeCell')"))
+        idle = "return window.jupyterapp?.shell.currentWidget?.sessionContext?.session?.kernel?.status === 'idle'"
+        wait(lambda: browser.execute_script(idle))
         browser.execute_script("jupyterapp.commands.execute('notebook:run-all-cells')")
         page = Shown(browser)
         assert page.one(".globe").size["width"] > 300
