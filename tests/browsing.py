@@ -32,20 +32,7 @@ JUPYTERLAB = """jupyterlab --allow-root --no-browser --IdentityProvider.token= -
 --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"""
 PARIS = (48.8566, 2.3522)
 BAY, FAR = (37.77, -122.42), (-48.88, -123.39)  # San Francisco, and a place with ocean all around
-MARKS = [
-    240,
-    228,
-    66,
-    86,
-    180,
-    233,
-    213,
-    94,
-    0,
-    204,
-    121,
-    167,
-]  # colours of the page: 50 %, 90 %, truth, guess
+MARKS = [*bytes.fromhex("F0E44256B4E9D55E00CC79A7")]  # colours of the page: 50 %, 90 %, truth, guess
 WIDE, NARROW = (1200, 1000), (400, 800)
 
 
@@ -262,7 +249,7 @@ def states(page, folder):
 
 
 def screenshot(browser, path=None):
-    """The whole page as a picture, kept as a PNG of 256 colours, those of the marks among them, if `path` is given."""
+    """The whole page as a picture, kept as a PNG of 128 colours, those of the marks among them, if `path` is given."""
     import base64
 
     [width, height] = browser.execute_script(
@@ -274,7 +261,7 @@ def screenshot(browser, path=None):
     image = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
     if path:
         palette = Image.new("P", (1, 1))
-        palette.putpalette(MARKS + image.quantize(252).getpalette()[: 3 * 252])
+        palette.putpalette(MARKS + image.quantize(124).getpalette()[: 3 * 124])
         image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
     return image
 
