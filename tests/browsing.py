@@ -32,8 +32,8 @@ JUPYTERLAB = """jupyterlab --allow-root --no-browser --IdentityProvider.token= -
 --LabApp.news_url=None --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"""
 PARIS = (48.8566, 2.3522)
 BAY, FAR = (37.77, -122.42), (-48.88, -123.39)  # San Francisco, and a place with ocean all around
-MARKS = [*bytes.fromhex("F0E44256B4E9D55E00CC79A7")]  # colours of the page: 50 %, 90 %, truth, guess
-WIDE, NARROW = (1200, 1000), (400, 800)
+MARKS = [*bytes.fromhex("F0E44256B4E9D55E00CC79A7FFFFFF")]  # 50 %, 90 %, truth, guess, white
+WIDE, NARROW = (1200, 1000), (400, 1700)
 
 
 def made_checkpoint(path, tower):
@@ -261,7 +261,7 @@ def screenshot(browser, path=None):
     image = Image.open(io.BytesIO(base64.b64decode(shot["data"]))).convert("RGB")
     if path:
         palette = Image.new("P", (1, 1))
-        palette.putpalette(MARKS + image.quantize(124).getpalette()[: 3 * 124])
+        palette.putpalette(MARKS + image.quantize(123).getpalette()[: 3 * 123])
         image.quantize(palette=palette, dither=Image.Dither.NONE).save(path, optimize=True)
     return image
 

@@ -226,5 +226,5 @@ def test_the_page_opens_in_jupyterlab(browser, checkpoint, tmp_path):
         page = Shown(browser)
         assert page.one(".globe").size["width"] > 300
         page.choose(*PARIS)
-        assert page.pixels(*YELLOW) > 20
+        assert page.pixels(*ORANGE) > 20
         browser.get("about:blank")
