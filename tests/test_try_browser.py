@@ -194,6 +194,10 @@ def test_a_photo_is_dropped_and_its_download_is_what_predict_says(
 
 
 def test_ten_sessions_at_once_do_not_meet(served, browser):
+    import psutil
+
+    if psutil.virtual_memory().available < 12e9:
+        pytest.skip("ten sessions take about 9 GB, and less than 12 GB are free")
     address, process = served
     first, places = browser.current_window_handle, [(5.0 * i, 15.0 * i - 70) for i in range(10)]
     browser.get("about:blank")
