@@ -90,7 +90,7 @@ def test_models_trained_on_photos_answer_the_benchmarks_that_are_there(mp16, tmp
         runner.open_photos(reference, ["yfcc26k"])
     study = runner.open_photos(reference, ["im2gps3k", "gws15k"])
     assert "no photos of it: gws15k" in capsys.readouterr().out
-    assert study.label == "MP-16" and list(study.photos) == ["Im2GPS3k, 12 of 2,997"]
+    assert study.label == "MP-16, 96 of 4,723,695" and list(study.photos) == ["Im2GPS3k, 12 of 2,997"]
     cells = {"model": "geocells", "img_min": 1, "img_max": [50, 20, 10]}
     table, errors = runner.run(study, {"GeoCLIP": {}, "cells": cells}, [0], 1, return_errors=True)
     ways = [f"cells, {way}" for way in ("coarse", "middle", "fine", "hierarchical")]

@@ -26,7 +26,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from geoclip import baselines, earth, evaluation, gallery, paths, predictor
-from geoclip.datasets import benchmarks, blue_marble, embedding, features, sources
+from geoclip.datasets import benchmarks, blue_marble, embedding, features, folder, sources
 from geoclip.datasets.folder import Geotagged
 from geoclip.image_encoder import ImageEncoder
 from geoclip.training import runs
@@ -286,7 +286,10 @@ def open_photos(reference: RunConfig, names: Sequence[str]) -> Study:
         raise FileNotFoundError(f"GEOCLIP_DATA has the photos of none of {', '.join(names)}")
     csv = Path(reference.data)
     titles = {Path(card.csv).name: card.title for card in benchmarks.CARDS.values() if card.csv}
-    return Study(titles.get(csv.name, csv.stem), reference, photos={photos.name: photos for photos in there})
+    rehearsal = " rehearsal" if (benchmarks.data_folder() / benchmarks.REHEARSAL).is_file() else ""
+    used = range(round(reference.fraction * len(folder.read_places(csv))))
+    label = benchmarks.called(titles.get(csv.name, csv.stem) + rehearsal, used)
+    return Study(label, reference, photos={photos.name: photos for photos in there})
 
 
 def folder_tests(tests: Mapping[str, Path | str], config: TrainConfig) -> Tests:
