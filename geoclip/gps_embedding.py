@@ -2,20 +2,22 @@
 
     embedding = embed_places([[48.8566, 2.3522], [-33.8688, 151.2093]])       # (2, 512), NumPy
 
-Three ways to use the encoder without this package; all take (lat, lon) degrees of any number of places and
-compute the phase in float32::
+Three ways to use the encoder without this package; all take (lat, lon) degrees of any number of places::
 
     encoder, places = LocationEncoder.pretrained(), torch.zeros(2, 2)
+    encoder.double_phase = True
     n = {0: torch.export.Dim("n", min=1)}
     torch.jit.trace(encoder, places, check_trace=False).save("encoder.pt")
     torch.export.save(torch.export.export(encoder, (places,), dynamic_shapes=(n,)), "encoder.pt2")
     torch.onnx.export(encoder, (places,), "encoder.onnx", dynamic_shapes=(n,), external_data=False)
 
-ONNX Runtime agrees with PyTorch to 1e-5 in 99 % of the values and to 4e-5 in all of them (the largest is 0.09),
-because at σ 2⁸ the phase is thousands of radians, which float32 rounds. Exporting to ONNX needs
-`pip install onnx onnxscript`. None of the three checks the coordinates.
+With the phase in float64, ONNX Runtime and PyTorch agree to 1e-5 in every value (the largest is 0.09). In float32, as
+the authors compute it, a phase of thousands of radians at σ 2⁸ is rounded: one value in a hundred then differs by up
+to 4e-5 between libraries or processors. Exporting to ONNX needs `pip install onnx onnxscript`. None of the three
+checks the coordinates or wraps 180°.
 """
 
+import copy
 import functools
 from pathlib import Path
 
@@ -37,7 +39,7 @@ PROGRESS_ABOVE = 100_000  # places
 
 def embed_places(
     latlon,
-    batch_size: int = 4096,
+    batch_size: int | None = None,
     device: str | torch.device = "auto",
     dtype: torch.dtype | str = torch.float32,
     levels: str = "sum",
@@ -52,7 +54,7 @@ def embed_places(
     Args:
         latlon: (n, 2) array, tensor or list of (lat, lon) in degrees, or a DataFrame with columns `lat` and
             `lon`. Longitudes above 180 and up to 360, as climate data have them, are wrapped.
-        batch_size: Places computed at once.
+        batch_size: Places computed at once; by default 512 on a CPU, whose cache holds them, else 8,192.
         device: Where to compute; "auto" is the device of a given encoder, else a GPU if there is one.
         dtype: Precision of the MLPs and of the result: float32, bfloat16 or float16. The phase of the Fourier
             features stays in float32. NumPy has no bfloat16, so its arrays are float32 then.
@@ -64,7 +66,7 @@ def embed_places(
     """
     if levels not in LEVELS:
         raise ValueError(f"levels is {levels!r}; choose from {', '.join(LEVELS)}")
-    if batch_size < 1:
+    if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     name = str(dtype).removeprefix("torch.")
     if name not in DTYPES:
@@ -74,6 +76,7 @@ def embed_places(
     encoder = load_encoder(encoder, device)
     at, each = next(encoder.parameters()).device, (len(encoder.levels), encoder.config.dim)
     shape = {"sum": each[1:], "each": each, "concat": (each[0] * each[1],)}[levels]
+    batch_size = batch_size or (512 if at.type == "cpu" else 8192)
     found = torch.empty(len(places), *shape, dtype=dtype, device=places.device)
     with (
         torch.inference_mode(),
@@ -121,8 +124,7 @@ def load_encoder(
         here = next(encoder.parameters()).device
         if device == "auto" or here == torch.device(device):
             return encoder
-        loaded = LocationEncoder(encoder.config)
-        loaded.load_state_dict(encoder.state_dict())
+        loaded = copy.deepcopy(encoder)
     else:
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -176,7 +178,7 @@ class GPSEmbedding(TransformerMixin, BaseEstimator):
         encoder: LocationEncoder | Path | str = "released",
         lat: str = "lat",
         lon: str = "lon",
-        batch_size: int = 4096,
+        batch_size: int | None = None,
         device: str = "auto",
         dtype: str = "float32",
     ):
