@@ -1,6 +1,7 @@
 """python -m geoclip gps-embed: rows in order, all columns kept, refused rows listed."""
 
 import builtins
+import weakref
 
 import numpy as np
 import pandas as pd
@@ -8,6 +9,7 @@ import pytest
 
 from geoclip import __main__ as command_line
 from geoclip.commands import gps_embed
+from geoclip.datasets import folder
 from geoclip.gps_embedding import embed_places
 
 TEXT = """id,Latitude,note,lng
@@ -88,3 +90,37 @@ def test_parquet_without_pyarrow_says_what_to_install(places, capsys, monkeypatc
     monkeypatch.setattr(builtins, "__import__", missing)
     status, _ = embed(places, "out.parquet")
     assert status == 2 and "pip install pyarrow); .csv and .npy do not" in capsys.readouterr().err
+
+
+def test_memory_does_not_grow_with_the_rows(places, monkeypatch, capsys):
+    """A part has at most ROWS rows, and earlier parts are gone: two are alive while the next one is read."""
+    original, held, alive, lengths = folder.read_parts, [], [], []
+
+    def watched(*arguments, **options):
+        for table in original(*arguments, **options):
+            held.append(weakref.ref(table))
+            alive.append(sum(part() is not None for part in held))
+            lengths.append(len(table))
+            yield table
+            del table
+
+    monkeypatch.setattr(folder, "read_parts", watched)
+    monkeypatch.setattr(gps_embed, "ROWS", 100)
+    places.write_text("lat,lon,id\n" + "1,2,a\n" * 999 + "95,1,last\n")
+    status, out = embed(places, "out.csv")
+    found = pd.read_csv(out)
+    assert status == 1 and len(found) == 1000 and found["gps_511"].isna().tolist() == [False] * 999 + [True]
+    assert "line 1001: lat is '95'" in capsys.readouterr().out
+    assert max(lengths) == 100 and len(lengths) > 20 and max(alive) <= 2
+
+
+def test_a_row_may_be_wrong_in_any_part_but_columns_are_swapped_in_all(places, capsys, monkeypatch):
+    monkeypatch.setattr(gps_embed, "ROWS", 2)
+    places.write_text("lat,lon\n" + "1,2\n" * 20 + "95,2\n99,3\n")  # the last part has no valid row
+    status, out = embed(places, "out.npy")
+    assert status == 1 and np.isnan(np.load(out)).any(axis=1).sum() == 2
+    places.write_text("lat,lon\n" + "2,48\n" * 20 + "151,-33\n" * 4)
+    status, out = embed(places, "swapped.npy")
+    assert status == 2 and "lat and lon are swapped: line 22 has lat 151" in capsys.readouterr().err
+    places.write_text("lat,lon\n" + "1,2\n" * 5 + "1,2,3\n")
+    assert embed(places, "long.npy")[0] == 2 and "not a CSV" in capsys.readouterr().err

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from jsonargparse import ArgumentParser
 
-ROWS = 1 << 16  # embedded and written at once
+ROWS = 1 << 16  # read, embedded and written at once
 EPILOG = """
 PLACES needs columns of latitude and longitude in degrees. OUT has one row for each row of PLACES, in the same order:
 .npy holds the embeddings alone; .csv and .parquet keep all columns of PLACES and add gps_0, gps_1, … (with --levels
-concat: gps_sigma1_0, …). Rows without valid coordinates have NaN for an embedding; they are listed in *_refused.csv
-beside OUT, and the exit status is then 1. An interrupted run leaves no file.
+concat: gps_sigma1_0, …). Rows without valid coordinates have NaN for an embedding; they are
+listed in *_refused.csv beside OUT, and the exit status is then 1. PLACES is read twice and in parts, so that memory
+does not grow with its length. An interrupted run leaves no file.
 """
 
 
@@ -45,40 +46,39 @@ def run(options) -> int:
         raise ValueError(f"--out {out}: the name must end in {', '.join(WRITERS)}")
     if out.suffix == ".parquet":
         _pyarrow(out)
-    rows, latlon, refused = folder.read_rows(options.places)
-    if len(refused) == len(rows):
+    n, refused = folder.count_rows(options.places, ROWS)
+    if refused == n:
         raise ValueError(f"{options.places}: no row has valid coordinates; {out} was not written")
     encoder = gps_embedding.load_encoder(options.encoder)
     names = gps_embedding.column_names(encoder, options.levels)
-    if twice := [name for name in rows.columns if name in names]:
+    if twice := [name for name in folder.header(options.places) if name in names]:
         raise ValueError(f"{options.places}: the column {twice[0]} would be written twice; rename it")
-    valid = latlon.notna().all(axis=1).to_numpy()
+    listed, start = out.with_name(f"{out.stem}_refused.csv"), 0
     with (
+        paths.atomic(listed) as temporary_list,
         paths.atomic(out) as temporary,
-        tqdm(total=len(rows), unit="place", disable=None) as bar,
-        WRITERS[out.suffix](temporary, len(rows), names) as write,
+        tqdm(total=n, unit="place", disable=None) as bar,
+        WRITERS[out.suffix](temporary, n, names) as write,
     ):
-        for start in range(0, len(rows), ROWS):
-            part = slice(start, start + ROWS)
-            embedding = np.full((len(rows[part]), len(names)), np.nan, np.float32)
-            places = latlon[part].to_numpy()[valid[part]]
-            embedding[valid[part]] = gps_embedding.embed_places(
-                places, levels=options.levels, encoder=encoder
+        for rows, latlon, bad in folder.read_rows(options.places, ROWS):
+            valid = latlon.notna().all(axis=1).to_numpy()
+            embedding = np.full((len(rows), len(names)), np.nan, np.float32)
+            embedding[valid] = gps_embedding.embed_places(
+                latlon.to_numpy()[valid], levels=options.levels, encoder=encoder
             )
-            write(start, rows[part], latlon[part], embedding)
-            bar.update(len(embedding))
-    listed = out.with_name(f"{out.stem}_refused.csv")
-    listed.unlink(missing_ok=True)  # of an earlier run
-    print(f"{out}: {len(rows):,} rows, {len(names):,} columns of embeddings")
-    if len(refused):
-        with paths.atomic(listed) as temporary:
-            pd.DataFrame(refused).to_csv(temporary, index=False)
-        for row in refused[:10]:
-            print(f"refused: {options.places}, line {row['line']}: {row['column']} is {row['value']!r}")
-        print(
-            f"{len(refused):,} rows have no valid coordinates and NaN for an embedding; all are in {listed}"
-        )
-    return 1 if len(refused) else 0
+            write(start, rows, latlon, embedding)
+            table = pd.DataFrame(bad, columns=["file", "line", "column", "value"])
+            table.to_csv(temporary_list, mode="a", index=False, header=start == 0)
+            start += len(rows)
+            bar.update(len(rows))
+    print(f"{out}: {n:,} rows, {len(names):,} columns of embeddings")
+    if not refused:
+        listed.unlink()
+        return 0
+    for row in pd.read_csv(listed, nrows=10, dtype=str, keep_default_na=False).to_dict("records"):
+        print(f"refused: {options.places}, line {row['line']}: {row['column']} is {row['value']!r}")
+    print(f"{refused:,} rows have no valid coordinates and NaN for an embedding; all are in {listed}")
+    return 1
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from csv import Error as CSVError
 from csv import reader
 from dataclasses import dataclass, replace
@@ -103,28 +103,51 @@ def read_places(csv: Path | str) -> np.ndarray:
     return places[["lat", "lon"]].to_numpy(np.float64, copy=True)
 
 
-def read_rows(csv: Path | str) -> tuple[pd.DataFrame, pd.DataFrame, list[dict]]:
+def read_rows(
+    csv: Path | str, rows: int | None = None
+) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, list[dict]]]:
     """All rows of a CSV with latitude and longitude columns (ALIASES), also those with invalid coordinates.
 
-    Returns the rows as text; their latitude and longitude in degrees, NaN for both in a refused row; and the
-    file, line, column and value of each refused row.
+    Yields, for each part of `rows` lines (None: for all), the rows as text; their latitude and longitude in
+    degrees, NaN for both in a refused row; and the file, line, column and value of each refused row.
     """
     csv = Path(csv)
-    table = read_text(csv)
-    columns = recognise(csv, table.columns, ("lat", "lon"))
-    lat, lon = columns["lat"], columns["lon"]
-    latlon = table[[lat, lon]].apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    if (latlon[lat].abs() > 90).mean() > 0.1:  # a single one is a bad row
-        _check_order(csv, columns, latlon[lat], latlon[lon])
-    bad = ~(latlon.abs() <= [90, 180])  # negated, so NaN is bad too
-    at = bad[bad.any(axis=1)].idxmax(axis=1).items()
-    refused = [{"file": str(csv), "line": row + 2, "column": c, "value": table.at[row, c]} for row, c in at]
-    return table, latlon.mask(bad.any(axis=1)), refused
+    for table in read_parts(csv, rows=rows):
+        columns = recognise(csv, table.columns, ("lat", "lon"))
+        latlon, bad = _rough_places(table, columns)
+        at = bad[bad.any(axis=1)].idxmax(axis=1).items()
+        refused = [{"file": str(csv), "line": r + 2, "column": c, "value": table.at[r, c]} for r, c in at]
+        yield table, latlon.mask(bad.any(axis=1)), refused
+
+
+def count_rows(csv: Path | str, rows: int) -> tuple[int, int]:
+    """Number of rows, and of those that read_rows refuses, from reading `rows` lines at a time.
+
+    Raises as read_rows does, and ValueError if latitude and longitude are swapped.
+    """
+    csv, n, refused, steep, extremes = Path(csv), 0, 0, 0, []
+    for table in read_parts(csv, rows=rows):
+        columns = recognise(csv, table.columns, ("lat", "lon"))
+        latlon, bad = _rough_places(table, columns)
+        size = latlon.abs().fillna(0)
+        lat = size[columns["lat"]]
+        n, refused, steep = n + len(table), refused + bad.any(axis=1).sum(), steep + (lat > 90).sum()
+        extremes.append(latlon.loc[[(lat > 90).idxmax(), *size.idxmax()]])
+    if steep > 0.1 * n:  # a single one is a bad row
+        found = pd.concat(extremes).groupby(level=0).first()
+        _check_order(csv, columns, found[columns["lat"]], found[columns["lon"]])
+    return n, int(refused)
+
+
+def _rough_places(table: pd.DataFrame, columns: Mapping[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Latitude and longitude of text rows, NaN if not a number, and which of the two are no coordinates."""
+    latlon = table[[columns["lat"], columns["lon"]]].apply(pd.to_numeric, errors="coerce").astype(np.float64)
+    return latlon, ~(latlon.abs() <= [90, 180])  # negated, so NaN is bad too
 
 
 def header(csv: Path | str) -> list[str]:
     """The names of a CSV's columns."""
-    return list(read_text(Path(csv)).columns)
+    return list(next(read_parts(Path(csv), rows=1)).columns)
 
 
 def recognise(
@@ -144,25 +167,39 @@ def recognise(
 
 def read_text(path: Path, skip: int = 0) -> pd.DataFrame:
     """A CSV as text without blank lines, indexed by line number - 2. skip: lines before the header."""
+    return next(read_parts(path, skip))
+
+
+def read_parts(path: Path, skip: int = 0, rows: int | None = None) -> Iterator[pd.DataFrame]:
+    """The table of `read_text` in parts of at most `rows` lines (None: in one)."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    kept = dict(keep_default_na=False, skip_blank_lines=False, index_col=False, dtype=str)
+    empty, checked = True, False
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pd.errors.ParserWarning)  # pandas only warns about long rows
-            plain = {"dtype": str, "keep_default_na": False, "skip_blank_lines": False, "index_col": False}
-            table = pd.read_csv(path, skiprows=skip, **plain)
-        table = table.rename(columns=str.strip).fillna("")
-        table = table[(table != "").any(axis=1)]
-        if table.empty:
+        with pd.read_csv(path, skiprows=skip, iterator=True, **kept) as parts:
+            while True:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are too long
+                    try:
+                        table = parts.get_chunk(rows)
+                    except StopIteration:
+                        break
+                table = table.rename(columns=str.strip).fillna("")
+                table = table[(table != "").any(axis=1)]
+                table.index += skip
+                if not checked and (table.iloc[:, -1] == "").any():
+                    _refuse_short_rows(path, skip, table.shape[1])
+                    checked = True
+                if len(table):
+                    empty = False
+                    yield table
+        if empty:
             raise ValueError(f"{path}: there are no rows below the header")
-        table.index += skip
-        if (table.iloc[:, -1] == "").any():
-            _refuse_short_rows(path, skip, table.shape[1])
     except pd.errors.EmptyDataError:
         raise ValueError(f"{path}: the file is empty") from None
     except (CSVError, pd.errors.ParserError, pd.errors.ParserWarning, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a CSV file in UTF-8 ({str(error).strip()})") from None
-    return table
 
 
 def _refuse_short_rows(path: Path, skip: int, columns: int) -> None:
