@@ -1,6 +1,6 @@
 """Which encoding of position serves many tasks: k nearest neighbours and ridge regression, and mean ranks.
 
-In the manner of CoordBench, whose own tables and constants are not used here. Tasks that share their places
+In the manner of CoordBench, whose constants are not used here. Tasks that share their places
 share the neighbours and one decomposition for ridge.
 """
 
