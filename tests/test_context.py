@@ -1,6 +1,7 @@
 """Regression through context: distances on the sphere, unknown labels, switches, captions."""
 
 import dataclasses
+import io
 
 import numpy as np
 import pandas as pd
@@ -10,11 +11,12 @@ from PIL import Image
 from torch.nn import functional
 
 from geoclip import earth
+from geoclip.__main__ import main
 from geoclip.baselines import labels, samples
-from geoclip.baselines.context import ContextConfig, ContextTraining, distance
+from geoclip.baselines.context import ContextConfig, ContextTraining, distance, score_context
 from geoclip.datasets import blue_marble
-from geoclip.datasets.blue_marble import SplitConfig
-from geoclip.image_encoder import ImageEncoderConfig
+from geoclip.datasets.blue_marble import SplitConfig, TileConfig
+from geoclip.image_encoder import ImageEncoderConfig, Preprocessing, load_clip
 from geoclip.training import runs
 from geoclip.training.data import seeded
 
@@ -102,6 +104,96 @@ def test_probabilities_of_the_heads_reach_the_coordinates():
     output, _ = module.model(batch["image"][:, 0])
     distance(output, batch["latlon"], "chord").backward()
     assert module.model.heads["climate"].weight.grad.abs().max() > 0
+
+
+def test_heads_pass_on_probabilities_or_logits():
+    module, batch = batch_of(SMALL)
+    other, _ = batch_of(changed(context_input="logits"))
+    images, seen = batch["image"][:, 0], []
+    for model in (module.model, other.model):
+        model.coordinates.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    (_, logits), (_, same) = module.model(images), other.model(images)
+    feature = module.model.tower(images)
+    assert torch.equal(seen[0], torch.cat([feature, *(v.softmax(-1) for v in logits.values())], 1))
+    assert torch.equal(seen[1], torch.cat([feature, *same.values()], 1))
+
+
+def test_captions_of_a_clip_tower_start_in_its_own_space(tiny_clip):
+    image = ImageEncoderConfig(tiny_clip, None, frozen=False)
+    config = changed(image=image, caption_epochs=1, tiles=TileConfig(pixels=Preprocessing.of(image).pixels))
+    module, batch = batch_of(config, 4)
+    clip = load_clip(tiny_clip, None)
+    images, tokens = batch["image"][:, 0], batch["caption"]
+    with torch.no_grad():
+        seen, read = (
+            functional.normalize(f, dim=-1) for f in (clip.encode_image(images), clip.encode_text(tokens))
+        )
+        logits = clip.logit_scale.exp() * seen @ read.T
+        same = (tokens[:, None] == tokens[None]).all(-1).float()
+        target = same / same.sum(1, keepdim=True)
+        by_hand = sum(functional.cross_entropy(each, target) for each in (logits, logits.T)) / 2
+        assert torch.allclose(module.model.caption_loss(images, tokens), by_hand, atol=1e-5)
+
+
+def test_context_is_answered_and_scored(tmp_path, capsys):
+    module, _ = batch_of(SMALL)
+    module.eval()
+    images, latlon = module.test_tiles("random")
+    (tmp_path / "photo.png").write_bytes(blue_marble_png(images[0]))
+    views = module.views(tmp_path / "photo.png")
+    module.locate(views[None])
+    first, logits = module.described.pop()["context"], module.model(views)[1]
+    module.locate(images[:, None])
+    best = logits["state"][0].softmax(-1).topk(5)
+    assert list(first) == list(SMALL.heads) and all(len(likely) == 5 for likely in first.values())
+    assert list(first["state"]) == [module.encoding.classes["state"][i] for i in best.indices]
+    assert list(first["state"].values()) == pytest.approx(best.values.tolist(), abs=1e-5)
+    kept = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(kept)
+    torch.save(kept, tmp_path / "context.ckpt")
+    checkpoint = ["--checkpoint", str(tmp_path / "context.ckpt")]
+    assert main(["predict", str(tmp_path / "photo.png"), *checkpoint]) == 0
+    assert f"\n  state: {next(iter(first['state']))} " in capsys.readouterr().out
+    assert main(["predict", str(tmp_path / "photo.png"), *checkpoint, "--format", "csv"]) == 0
+    row = pd.read_csv(io.StringIO(capsys.readouterr().out)).iloc[0]
+    assert row["climate"] == next(iter(first["climate"])) and row["state"] == next(iter(first["state"]))
+    assert (
+        main(
+            [
+                "evaluate",
+                *checkpoint,
+                "--split",
+                "random",
+                "--gallery-size",
+                "50",
+                "--out",
+                str(tmp_path / "t.csv"),
+            ]
+        )
+        == 0
+    )
+    scored = pd.read_csv(tmp_path / "t_context.csv").set_index("head")
+    truth = labels.named(samples.tile_context(latlon, SMALL.heads))["country"]
+    first = [next(iter(photo["context"]["country"])) for photo in module.described]
+    right = [found == name for found, name in zip(first, truth, strict=True) if not pd.isna(name)]
+    assert scored.loc["country", "n"] == len(right) > 50
+    assert scored.loc["country", "top1"] == pytest.approx(100 * np.mean(right), abs=1e-4)
+    assert (scored["top1"] <= scored["top5"]).all() and list(scored.index) == list(SMALL.heads)
+
+
+def blue_marble_png(tile) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(((tile + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_unread_photos_are_misses_of_the_heads_and_unknown_classes_do_not_count():
+    truth = pd.DataFrame({"month": [0, 0, np.nan, 1], "city": ["Nice", None, None, "Rome"]})
+    likely = {"month": {"March": 0.5, "January": 0.3}}
+    scored = score_context([{"context": likely}, {}, {"context": likely}, {"context": likely}], truth)
+    assert scored.to_dict("records") == [
+        {"head": "month", "n": 3, "top1": 0.0, "top5": pytest.approx(100 / 3)}
+    ]
 
 
 def test_use_context_off_is_the_feature_alone():
@@ -274,6 +366,10 @@ def test_osv_mini_in_its_own_columns(tmp_path):
         "Bavaria",
         "Tyrol",
     )
+    unknown = samples.context_of(pd.DataFrame({
+        "captured_at": [pd.NaT], "climate": [-1], "region": [""], "sub-region": [""], "city": ["x"],
+    }))  # fmt: skip
+    assert labels.captions(unknown.astype(object), "in {city}, {climate} climate") == ["in x"]
     assert data.labels["city"].tolist() == [0] * 4 + [labels.UNKNOWN] * 4
     assert {"bavaria", "town", "january", "desert"} <= set(data.encode.words)
     batch = data.__getitems__([(0, 3), (0, 0)])

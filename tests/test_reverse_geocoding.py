@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from geoclip import earth
+from geoclip import earth, paths
 from geoclip.datasets import reverse_geocoding
 from geoclip.datasets.reverse_geocoding import _towns, describe, nearest_town
 
@@ -15,6 +15,14 @@ def test_known_places():
     assert list(found["country"]) == ["France", "United States", "Australia", "Japan"]
     assert found["town"].iloc[0].startswith("Paris")  # GeoNames lists its arrondissements too
     assert (found["town_km"] < 5).all()
+
+
+def test_the_published_demonstrations_lie_where_data_paper_says():
+    published = pd.read_csv(paths.PAPER / "demonstrations.csv")
+    found = nearest_town(published[["lat", "lon"]].to_numpy(), states=True)["state"]
+    assert published["lies_in"].tolist() == found.tolist()
+    assert published.groupby("photo")["rank"].apply(list).tolist() == [[1, 2, 3]] * 4
+    assert (published.groupby("photo")["probability"].diff().dropna() <= 0).all()
 
 
 def test_the_town_is_the_nearest_of_all_by_brute_force():

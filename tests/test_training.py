@@ -458,14 +458,23 @@ def last_batch(data):
     return data.latlon[[index for _, index in sampler][-20:]]
 
 
-def test_a_photo_that_is_missing_or_unreadable_is_named(photo_csv, tmp_path):
+def test_photos_that_are_missing_or_unreadable_are_left_out(photo_csv, monkeypatch):
     config = dataclasses.replace(TINY, data=str(photo_csv), batch_size=20, epochs=1)
     (photo_csv.parent / "7.png").write_bytes(b"no image")
-    with pytest.raises(ValueError, match=r"7\.png"):
-        runs.train(config, tmp_path / "unreadable")
-    (photo_csv.parent / "7.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"mine: 1 of 40 photos.*7\.png"):
-        runs.train(config, tmp_path / "missing")
+    (photo_csv.parent / "6.png").unlink()
+    data = training_set(config)
+    assert len(data) == 39 and data.left_out == {"6.png": "no such file"}
+    batch = data.__getitems__([(0, 5), (0, 6)])  # row 6 is photo 7
+    assert batch["left_out"] == [("7.png", "not an image in a known format")]
+    assert batch["index"].tolist() == [5, 7] and torch.equal(batch["latlon"], data.latlon[[5, 7]])
+    assert "left_out" not in data.__getitems__([(0, 5)])
+    monkeypatch.setattr("geoclip.training.data.TRIES", 1)
+    with pytest.raises(ValueError, match=r"mine: 1 photos in a row cannot be read, the last is 7\.png"):
+        data.__getitems__([(0, 6)])
+    for path in photo_csv.parent.glob("*.png"):
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"mine: none of its 40 photos is in .*, not even 0\.png"):
+        training_set(config)
 
 
 def test_a_hold_out_is_nested_and_whole_by_photographer_or_place():

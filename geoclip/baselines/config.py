@@ -17,6 +17,7 @@ class GeocellsConfig(RunConfig):
 
     Args:
         model: The model to train: geocells.
+        validation: Photos that are located after each epoch: a CSV, tar shards, or a benchmark such as yfcc26k.
         cells: Partition files in the published columns: coarse, middle, fine. Without files, the training
             places are divided by img_min and img_max.
         img_min: Cells with fewer training images are dropped.
@@ -33,6 +34,7 @@ class GeocellsConfig(RunConfig):
     """
 
     model: Literal["geocells"] = "geocells"
+    validation: str | None = None
     image: ImageEncoderConfig = field(
         default_factory=lambda: ImageEncoderConfig(
             "timm/vit_large_patch16_224.augreg_in21k", "pretrained", False
@@ -69,6 +71,7 @@ class ContextConfig(RunConfig):
 
     Args:
         model: The model to train: context.
+        validation: Photos that are located after each epoch: a CSV, tar shards, or a benchmark such as osv-mini.
         heads: Labels to classify. The defaults are OSV-Mini's; the embedded tiles have climate, continent,
             country, state and scene.
         use_context: Use the heads; without them, the coordinates come from the feature alone.
@@ -76,19 +79,24 @@ class ContextConfig(RunConfig):
         distance: Loss of the coordinates: the chord or the great_circle between the places, in Earth radii;
             or, for comparison, degrees: the mean of `|Δlat| / 90` and `|Δlon| / 180`, which is discontinuous
             at ±180°.
-        hidden: Width of the layer from feature and probabilities to coordinates.
+        context_input: What the heads pass on to the coordinates: probabilities, or logits as the published
+            description says (its code passes probabilities). On 5,000 tiles, 117 steps and three seeds, logits
+            place 10.2 % within 200 km, probabilities 14.3 % (difference of the pairs −4.1 ± 2.6).
+        hidden: Width of the layer from feature and context to coordinates.
         caption_epochs: How many of `epochs`, at the start, train the tower on image-caption pairs; the decay
             of the learning rate starts again after them.
         caption: Template of the captions, with {names of labels}; unknown parts are left out.
-        caption_dim: Dimension of the embeddings of images and captions.
+        caption_dim: Dimension of the embeddings of images and captions; CLIP keeps its own.
     """
 
     model: Literal["context"] = "context"
+    validation: str | None = None
     image: ImageEncoderConfig = field(default_factory=lambda: ImageEncoderConfig(frozen=False))
     heads: tuple[str, ...] = ("climate", "month", "state", "county", "city")
     use_context: bool = True
     context_weight: float = 1.0
     distance: Literal["chord", "great_circle", "degrees"] = "chord"
+    context_input: Literal["probabilities", "logits"] = "probabilities"
     hidden: int = 512
     caption_epochs: int = 0
     caption: str = "a photo in {city}, {county}, {state}, {climate} climate, in {month}"

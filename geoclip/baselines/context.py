@@ -1,14 +1,16 @@
 """Geolocalization by regression, through what an image shows of its context: climate, month, region.
 
-Heads classify the context from the image feature; their probabilities and the feature together give the
+Heads classify the context from the image feature; their probabilities or logits and the feature together give the
 coordinates, trained by a distance on the sphere. Before that, the tower can be trained on captions made of
 the context.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -23,9 +25,10 @@ from geoclip.baselines.towers import Tower
 from geoclip.image_encoder import CONV_TOWER, TIMM, load_clip
 from geoclip.location_encoder import initialise
 from geoclip.training.data import seeded
-from geoclip.training.module import TrainingModule
+from geoclip.training.module import TrainingModule, accuracies
 
 DEGREES = torch.tensor([90.0, 180.0])
+LISTED = 5  # classes of a head that are listed with an answer
 
 
 @dataclass(frozen=True)
@@ -87,21 +90,22 @@ class WordBag(nn.Module):
 
 
 class ClipText(nn.Module):
-    """CLIP's text encoder and a projection; tokens (n, 77) → (n, d)."""
+    """CLIP's text encoder with its own projection; tokens (n, 77) → (n, d)."""
 
-    def __init__(self, config: ContextConfig, generator: torch.Generator):
+    def __init__(self, config: ContextConfig):
         super().__init__()
         self.clip = load_clip(config.image.tower, config.image.weights)
         del self.clip.visual
-        self.project = nn.Linear(self.clip.text_projection.shape[1], config.caption_dim)
-        initialise(self.project, generator)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.project(self.clip.encode_text(tokens))
+        return self.clip.encode_text(tokens)
 
 
 class ContextModel(nn.Module):
-    """Images → places, through the probabilities of the context heads if they are used."""
+    """Images → places, through the context heads if they are used.
+
+    Captions are compared in CLIP's own space, from its own temperature, where the tower is CLIP's.
+    """
 
     def __init__(self, config: ContextConfig, encoding: Encoding):
         super().__init__()
@@ -119,22 +123,21 @@ class ContextModel(nn.Module):
         )
         initialise(self.coordinates, seeded(config.seed, "coordinates"))
         if config.caption_epochs:
-            generator = seeded(config.seed, "captions")
-            self.image_projection = nn.Linear(self.tower.dim, config.caption_dim)
+            clip, generator = has_clip(config), seeded(config.seed, "captions")
+            self.image_projection = nn.Identity() if clip else nn.Linear(self.tower.dim, config.caption_dim)
             initialise(self.image_projection, generator)
-            self.text: nn.Module = (
-                ClipText(config, generator)
-                if has_clip(config)
-                else WordBag(len(encoding.words), config.caption_dim, generator)
-            )
-            self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+            words = len(encoding.words)
+            self.text: nn.Module = ClipText(config) if clip else WordBag(words, config.caption_dim, generator)
+            scale = self.text.clip.logit_scale.detach() if clip else torch.tensor(1 / 0.07).log()
+            self.logit_scale = nn.Parameter(scale.clone())
 
     def forward(self, images: Float[Tensor, "n 3 h w"]) -> tuple[Float[Tensor, "n d"], dict[str, Tensor]]:
         """Return a vector (n, 3) towards the place, or (n, 2) scaled degrees, and the logits of the heads."""
         feature = self.tower(images)
         logits = {name: head(feature) for name, head in self.heads.items()}
-        probabilities = [values.softmax(-1) for values in logits.values()]
-        return self.coordinates(torch.cat([feature, *probabilities], 1)), logits
+        as_logits = self.config.context_input == "logits"
+        passed = [values if as_logits else values.softmax(-1) for values in logits.values()]
+        return self.coordinates(torch.cat([feature, *passed], 1)), logits
 
     def places(self, output: Float[Tensor, "n d"]) -> Float[Tensor, "n 2"]:
         """Return (lat, lon) degrees of the output of `forward`."""
@@ -175,6 +178,7 @@ class ContextTraining(TrainingModule):
     def __init__(self, config: ContextConfig, encoding: Encoding):
         super().__init__(config)
         self.encoding = encoding
+        self.described: list[dict] = []
         self.model = ContextModel(config, encoding)
 
     @classmethod
@@ -203,6 +207,9 @@ class ContextTraining(TrainingModule):
         values = {"distance": far}
         for head, value in logits.items():
             values[head] = labels.known_cross_entropy(value, batch[head].repeat_interleave(views))
+        if not self.training:
+            found = self.model.places(output)
+            values |= accuracies(found, batch["latlon"].repeat_interleave(views, 0))
         loss = far
         if logits:
             loss = far + self.config.context_weight * torch.stack([values[head] for head in logits]).mean()
@@ -211,6 +218,22 @@ class ContextTraining(TrainingModule):
     @torch.inference_mode()
     def place(self, images: Float[Tensor, "n 3 h w"]) -> Float[Tensor, "n 2"]:
         return self.model.places(self.model(images)[0]).cpu()
+
+    @torch.inference_mode()
+    def locate(
+        self, query: Float[Tensor, "n 1 c h w"], k: int = 1
+    ) -> tuple[Float[Tensor, "n 1 2"], Float[Tensor, "n 1"]]:
+        """As TrainingModule.locate; each photo adds {"context": {head: {class: probability}}} to `described`."""
+        output, logits = self.model(query[:, 0].to(self.device))
+        found: list[dict] = [{} for _ in range(len(output))]
+        for head, value in logits.items():
+            share, index = value.softmax(-1).topk(min(LISTED, value.shape[1]))
+            names = self.encoding.classes[head]
+            for about, numbers, shares in zip(found, index.tolist(), share.tolist(), strict=True):
+                about[head] = {names[number]: p for number, p in zip(numbers, shares, strict=True)}
+        self.described += [{"context": about} for about in found]
+        latlon = self.model.places(output).cpu()
+        return latlon[:, None], torch.full((len(latlon), 1), torch.nan)
 
     def configure_optimizers(self):
         """As all models; the decay of the learning rate starts again after the caption epochs."""
@@ -227,3 +250,23 @@ class ContextTraining(TrainingModule):
         super().on_save_checkpoint(checkpoint)
         checkpoint["classes"] = {head: list(names) for head, names in self.encoding.classes.items()}
         checkpoint["words"] = list(self.encoding.words)
+
+
+def score_context(described: Sequence[dict], truth: pd.DataFrame) -> pd.DataFrame:
+    """Return how often, in percent, the true class is each head's first (top1), or among its first five (top5).
+
+    described: as ContextTraining.locate makes it, {} for a photo that could not be read, which is a miss. truth:
+    context in the same order; images whose class is unknown are left out of `n`.
+    """
+    named, rows = labels.named(truth), []
+    answered = {head for photo in described for head in photo.get("context", ())}
+    for head in filter(answered.__contains__, named):
+        found = [list(photo.get("context", {}).get(head, ())) for photo in described]
+        pairs = [pair for pair in zip(named[head], found, strict=True) if not pd.isna(pair[0])]
+        row = {"head": head, "n": len(pairs)}
+        for k in (1, LISTED):
+            row[f"top{k}"] = 100 * float(
+                np.mean([name in classes[:k] for name, classes in pairs] or [np.nan])
+            )
+        rows.append(row)
+    return pd.DataFrame(rows)

@@ -5,6 +5,7 @@ tower on a segmentation map). The answer is the mean place of a cell's training 
 in those projects.
 """
 
+import dataclasses
 import functools
 import itertools
 from pathlib import Path
@@ -20,9 +21,10 @@ from geoclip.baselines.config import ALL_SCENES, LEVELS, GeocellsConfig
 from geoclip.baselines.partition import Partition, PartitionConfig, leaf_ids, partition
 from geoclip.baselines.towers import Tower
 from geoclip.datasets import blue_marble
+from geoclip.image_encoder import Preprocessing
 from geoclip.location_encoder import initialise
 from geoclip.training.data import seeded
-from geoclip.training.module import TrainingModule
+from geoclip.training.module import TrainingModule, accuracies
 
 
 class Geocells(nn.Module):
@@ -112,9 +114,7 @@ class GeocellsTraining(TrainingModule):
             found = found.rows((found.context["scene"] == config.scene_of_interest).to_numpy())
             if len(found.latlon) == 0:
                 raise ValueError(f"no training image has scene {config.scene_of_interest}: 3 trains on all")
-        maps = None
-        if config.seg_channels:
-            maps = samples.Maps(config.seg_channels, Path(config.seg_images) if config.seg_images else None)
+        maps = maps_of(config) if config.seg_channels else None
         encode = functools.partial(labels.encode, classes=labels.classes_of(found.context, columns))
         return found.dataset(config, encode, maps)
 
@@ -140,6 +140,9 @@ class GeocellsTraining(TrainingModule):
             values[level] = labels.known_cross_entropy(logits[level], label)
             losses.append(weight * values[level])
         values["top1"] = (logits["fine"].argmax(-1) == label).float().mean()
+        if not self.training:
+            found = self.model.place(logits, self.config.s2_cells, self.config.hierarchical)
+            values |= accuracies(found, batch["latlon"].repeat_interleave(views, 0))
         if self.config.scene:
             values["scene"] = labels.known_cross_entropy(
                 logits["scene"], batch["scene"].repeat_interleave(views)
@@ -159,11 +162,13 @@ class GeocellsTraining(TrainingModule):
         return {name: self.model.place(logits, *way).cpu() for name, way in ways.items()}
 
     def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "1 c h w"]:
-        if self.config.seg_channels:
-            raise ValueError(
-                "this classifier needs a segmentation map with each photo; evaluate it on tiles instead"
-            )
-        return super().views(photo, ten_crop)
+        """As TrainingModule.views, with the photo's segmentation map if the model has a second tower."""
+        image = super().views(photo, ten_crop)
+        if not self.config.seg_channels:
+            return image
+        maps, preprocess = maps_of(self.config), Preprocessing.of(self.config.image)
+        drawn = dataclasses.replace(preprocess, resample="nearest").crop(maps.open(str(photo)))
+        return torch.cat([image, maps.planes(drawn)[None]], 1)
 
     def test_tiles(self, split: str) -> tuple[Tensor, Tensor]:
         """As TrainingModule.test_tiles, with the land mask if the model has a second tower."""
@@ -183,6 +188,11 @@ class GeocellsTraining(TrainingModule):
             }
             for level, cells in self.partitions.items()
         }
+
+
+def maps_of(config: GeocellsConfig) -> samples.Maps:
+    """Return the segmentation maps that a configuration names."""
+    return samples.Maps(config.seg_channels, Path(config.seg_images) if config.seg_images else None)
 
 
 def partitions(config: GeocellsConfig, latlon: Float[Tensor, "n 2"]) -> dict[str, Partition]:

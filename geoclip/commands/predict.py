@@ -1,4 +1,4 @@
-"""Say where photos were taken: best places, probability, nearest town, a link to a map."""
+"""Say where photos were taken, or which places fit a text: best places, probability, nearest town, a link to a map."""
 
 import csv
 import functools
@@ -38,10 +38,13 @@ geojson carry the outlines of these areas, and the map of a single photo draws t
 def parser() -> ArgumentParser:
     """The options."""
     parser = ArgumentParser(prog="python -m geoclip predict", description=__doc__, epilog=EPILOG)
-    parser.add_argument("photos", nargs="+", type=str, help="photos, or folders to search for photos")
+    parser.add_argument("photos", nargs="*", type=str, help="photos, or folders to search for photos")
+    parser.add_argument("--text", type=str, nargs="+", default=[], help="texts to locate instead of photos")
     parser.add_argument("--top-k", type=PositiveInt, default=5, help="number of places for each photo")
     parser.add_argument("--format", choices=FORMATS, default="table", help="format of the output")
-    parser.add_argument("--map", help="also draw a map: OUT.png, .pdf or .svg")
+    parser.add_argument(
+        "--map", nargs="?", const="map.png", help="also draw a map: OUT.png, .pdf or .svg (default: map.png)"
+    )
     add_model_options(parser, precision="auto")
     parser.add_argument(
         "--gallery",
@@ -56,8 +59,13 @@ def parser() -> ArgumentParser:
 
 def run(options) -> int:
     """Print the answers and draw the map; 1 if some photos could not be used."""
-    from geoclip import photos, predictor
+    import torch
 
+    from geoclip import photos, predictor
+    from geoclip.model import GeoCLIP
+
+    if bool(options.photos) == bool(options.text) or (options.text and options.neighbours):
+        raise ValueError("give photos, or --text; --neighbours compares photos")
     if options.map and Path(options.map).suffix not in MAP_SUFFIXES:
         raise ValueError(f"--map {options.map}: the name must end in {', '.join(MAP_SUFFIXES)}")
     if options.index and options.decision not in (None, "argmax"):
@@ -68,10 +76,12 @@ def run(options) -> int:
             found += photos.find_photos([source])
         except FileNotFoundError as error:
             failed[source] = str(error).removeprefix(f"{source}: ")
-    if not any(path.exists() for path in found):  # said before the model is loaded, or even downloaded
+    if not options.text and not any(
+        path.exists() for path in found
+    ):  # said before the model is loaded, or even downloaded
         failed |= {str(path): "no such file" for path in found}
         raise FileNotFoundError(f"no photos: {'; '.join(f'{name}: {why}' for name, why in failed.items())}")
-    found = list(dict.fromkeys(found))
+    found = [photos.Upload(text, b"") for text in options.text] or list(dict.fromkeys(found))
     model = load_model(options)
     prepare_gallery(model, options)
     outlined = options.format in ("json", "geojson") or (bool(options.map) and len(found) == 1)
@@ -79,11 +89,18 @@ def run(options) -> int:
     asked = model if options.index else decide(model, options, describe)
     top_k = 1 if model.gallery is None else options.top_k
     progress = len(found) >= PROGRESS_FROM
-    answers = predictor.answer(asked, found, top_k, options.ten_crop, batch_size=16, progress=progress)
+    if options.text:
+        if not isinstance(model, GeoCLIP):
+            raise ValueError("--text: a baseline reads no text")
+        with torch.inference_mode():
+            places, shares = asked.locate(model.encode_text(options.text), top_k)
+        answers = predictor.Answers(places.cpu(), shares.cpu(), {})
+    else:
+        answers = predictor.answer(asked, found, top_k, options.ten_crop, batch_size=16, progress=progress)
     failed |= {str(found[index]): reason for index, reason in answers.unreadable.items()}
     answered = describe_all(found, answers)
-    if asked is not model:
-        answered = [photo | more for photo, more in zip(answered, asked.described, strict=True)]
+    if described := getattr(asked, "described", []):
+        answered = [photo | more for photo, more in zip(answered, described, strict=True)]
     for stream in (sys.stdout, sys.stderr):  # a terminal may be unable to show names of towns and files
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -140,7 +157,7 @@ def prepare_gallery(model, options) -> None:
 def describe_all(found: list, answers) -> list[dict]:
     """For each answered photo: `file`, `truth` (lat, lon) or None, and `places`, dicts in order of rank.
 
-    found: paths or photos.Uploads.
+    found: paths or photos.Uploads; a text is an Upload without data.
     """
     import torch
 
@@ -172,6 +189,8 @@ def truth_of(path) -> tuple[float, float] | None:
     """The EXIF position of a photo; an unusable one is reported on stderr."""
     from geoclip import photos
 
+    if isinstance(path, photos.Upload) and not path.data:
+        return None
     try:
         return photos.exif_latlon(path)
     except photos.PhotoError as error:
@@ -214,10 +233,12 @@ def familiarity(neighbours) -> str:
 def print_answers(answered: list[dict], failed: dict[str, str], style: str) -> None:
     """Write the answers to stdout."""
     if style == "csv":
-        table = csv.DictWriter(sys.stdout, COLUMNS, lineterminator="\n")
+        heads = list(dict.fromkeys(head for photo in answered for head in photo.get("context", ())))
+        table = csv.DictWriter(sys.stdout, [*COLUMNS, *heads], lineterminator="\n")
         table.writeheader()
         for photo in answered:
             truth = dict(zip(("truth_lat", "truth_lon"), photo["truth"] or (), strict=False))
+            truth |= {head: next(iter(likely)) for head, likely in photo.get("context", {}).items()}
             for place in photo["places"]:
                 row = {"file": photo["file"], **place, **truth}
                 table.writerow({k: f"{v:.9g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -266,6 +287,8 @@ def as_text(photo: dict) -> str:
     text = tabulate(rows, headers="keys", disable_numparse=True)
     for region in photo.get("regions", ()):
         text += f"\n{region['probability']:.0%} within a region of {region['area_km2']:,.0f} km²"
+    for head, likely in photo.get("context", {}).items():
+        text += f"\n{head}: " + ", ".join(f"{name} {share:.0%}" for name, share in likely.items())
     if photo.get("unfamiliar"):
         text += "\nfar from anything it was trained on"
     if photo.get("countries"):
@@ -290,16 +313,22 @@ def draw(model, answered: list[dict], options) -> None:
         [photo] = answered
         axes = maps.earth_axes(figure, title=maps.plain(Path(photo["file"]).name), filled=False)
         pixels = maps.grid(axes, 300)
-        latlon, views = torch.as_tensor(pixels.latlon), model.views(photo["file"], options.ten_crop)[None]
+        latlon, encoder = torch.as_tensor(pixels.latlon), getattr(model, "model", model)
+        with torch.inference_mode():
+            if options.text:
+                query = encoder.encode_text(options.text)
+            else:
+                query = encoder.views(photo["file"], options.ten_crop)[None]
         shown = {"top_k": [(place["lat"], place["lon"]) for place in photo["places"]]}
         if "regions" in photo:
-            density = regions.widened(model.posterior(views), pixels.width_km).log_density(latlon[None])[0]
+            density = regions.widened(model.posterior(query), pixels.width_km).log_density(latlon[None])[0]
             outlines = {f"{r['probability']:.0%}": shape(r["geometry"]) for r in photo["regions"]}
             values, top = density / math.log(10), density.max().item() / math.log(10)
             shown |= {"regions": outlines, "label": DENSITY, "limits": (top - 6, top)}
         else:
-            query = model.encode_views(views)[0].detach()
-            values = (gallery.embed(model.location_encoder, latlon.float()) @ query).cpu()
+            with torch.inference_mode():
+                query = query if options.text else encoder.encode_views(query)
+            values = (gallery.embed(model.location_encoder, latlon.float()) @ query[0]).cpu()
         maps.similarity(axes, pixels, values, truth=photo["truth"], **shown)
     else:
         axes = maps.earth_axes(figure, title=f"Best place of each photo ({len(best)})")

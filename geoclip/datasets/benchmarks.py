@@ -129,7 +129,9 @@ def called(title: str, photos: Sized) -> str:
 
 
 def read_csv(csv: Path | str, images: Path | str | None = None, name: str | None = None) -> folder.Geotagged:
-    """Read any CSV of photos and places; files named `*_places365.csv` as benchmark metadata."""
+    """Read any CSV of photos and places: `*_places365.csv` as benchmark metadata, `*_mini.csv` as OSV-Mini's."""
+    if str(csv).endswith("_mini.csv"):
+        return read_osv_mini(Path(csv))
     return (read_places365 if str(csv).endswith("_places365.csv") else folder.read)(csv, images, name)
 
 

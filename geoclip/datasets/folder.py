@@ -11,6 +11,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from geoclip.datasets import tars
+from geoclip.photos import Upload
+
 # Recognised column names, in lower case. The released training CSV has IMG_FILE,LAT,LON.
 ALIASES = {
     "file": ("img_file", "img_id", "path", "file", "filename", "name", "image"),
@@ -21,11 +24,12 @@ ALIASES = {
 
 
 @dataclass(frozen=True, eq=False)
-class Geotagged:
-    """Photos and the places where they were taken.
+class Geotagged(Sequence):
+    """Photos, as a sequence, and the places where they were taken.
 
     table: columns file, lat, lon (degrees), author (None if unknown) and line (in the CSV), plus those that the
-    format adds; images: the folder that `file` is relative to, or None if there are only coordinates.
+    format adds, and tar, offset and size for photos in tar shards; images: the folder that `file` is relative to,
+    or None if there are only coordinates.
     """
 
     name: str
@@ -54,12 +58,23 @@ class Geotagged:
         path, flat = self.images / name, self.images / name.replace("/", "_")
         return flat if flat != path and not path.exists() and flat.exists() else path
 
+    def __getitem__(self, index: int) -> Path | Upload:
+        """Photo `index`: its path, or its name and bytes if it lies in a tar."""
+        if "tar" not in self.table or pd.isna(self.table["tar"].iloc[index]):
+            return self.path(index)
+        name, tar, offset, size = self.table[["file", "tar", "offset", "size"]].iloc[index]
+        with open(tar, "rb") as file:
+            file.seek(int(offset))
+            return Upload(name, file.read(int(size)))
+
     def rows(self, kept: np.ndarray | pd.Series) -> "Geotagged":
         """Some of the photos, by number or mask, numbered from 0."""
         return replace(self, table=self.table.loc[kept].reset_index(drop=True))
 
     def missing(self) -> list[str]:
-        """The files that are listed in the CSV but absent from the folder, in the order of the CSV."""
+        """The files that are listed in the CSV but absent from folder or tars, in the order of the CSV."""
+        if "tar" in self.table:
+            return self.table["file"][self.table["tar"].isna()].tolist()
         return [self.table["file"].iloc[i] for i in range(len(self)) if not self.path(i).exists()]
 
 
@@ -72,12 +87,17 @@ def read(
 ) -> Geotagged:
     """Read a CSV of photos and places. By default, columns are recognised by name in any case (ALIASES).
 
-    columns: the format's own names for file, lat, lon and author; keep: further columns to copy unchanged.
+    images: their folder, or tar shards that hold photos of these names; shards in place of the CSV bring the
+    places. columns: the format's own names for file, lat, lon and author; keep: further columns to copy unchanged.
     Raises ValueError, naming file, line and value, if the set is empty, a column is missing, a coordinate is
     not a number or out of range, or the columns are swapped.
     """
     csv = Path(csv)
-    if images is not None and not Path(images).is_dir():
+    if csv.suffix == ".tar":
+        table = tars.index(str(csv)).dropna(subset="lat", ignore_index=True)
+        return Geotagged(name or csv.name, table.assign(author=None, line=table.index + 1), csv)
+    in_tars = images is not None and Path(images).suffix == ".tar"
+    if images is not None and not in_tars and not Path(images).is_dir():
         raise FileNotFoundError(f"{images}: no such image folder")
     table = read_text(csv)
     columns = columns or recognise(csv, table.columns, ("file", "lat", "lon"))
@@ -92,6 +112,8 @@ def read(
     if unnamed.any():
         raise ValueError(f"{csv}, line {places['line'][unnamed].iloc[0]}: {columns['file']} is empty")
     places = places.reset_index(drop=True)
+    if in_tars:
+        places = places.merge(tars.index(str(images)).drop(columns=["lat", "lon"]), how="left", on="file")
     return Geotagged(name or csv.stem, places, None if images is None else Path(images))
 
 

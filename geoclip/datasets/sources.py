@@ -23,15 +23,12 @@ from PIL import Image
 from torch import Tensor
 
 from geoclip import photos
-from geoclip.datasets import benchmarks, blue_marble, folder
+from geoclip.datasets import benchmarks, blue_marble, folder, tars
 from geoclip.image_encoder import Preprocessing
-from geoclip.photos import PhotoError
+from geoclip.photos import PhotoError, Upload
 
 PHOTOS_A_PART = 4096
 TILES_A_CHUNK = 256
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "gif")
-# Where tar shards keep coordinates: keys of the json beside each photo.
-LATLON_KEYS = (("LAT", "LON"), ("lat", "lon"), ("latitude", "longitude"))
 # JPEGs are decoded at 1/2, 1/4 or 1/8 while their short side stays at least this many times the tower's.
 DRAFT_MARGIN = 2
 # Photos with more pixels than this, once reduced, are decoded by one process of the machine at a time.
@@ -89,15 +86,17 @@ class PhotoTable:
         """Part `part`, `size` photos at a time."""
         return decoded(self.samples(part), part, views, tower, size)
 
-    def samples(self, part: int) -> Iterator[tuple[str, tuple[float, float] | PhotoError, Path, int]]:
-        """(id, (lat, lon) or the reason why it cannot be used, path, row) of each photo."""
+    def samples(
+        self, part: int
+    ) -> Iterator[tuple[str, tuple[float, float] | PhotoError, Path | Upload, int]]:
+        """(id, (lat, lon) or the reason why it cannot be used, the photo, row) of each photo."""
         for row in range(part * self.photos_a_part, min((part + 1) * self.photos_a_part, len(self.data))):
-            place, path = tuple(self.latlon[row]), Path()
+            place, photo = tuple(self.latlon[row]), Path()
             try:
-                path = self.data.path(row)
+                photo = self.data[row]
             except OSError as error:  # such as a name that is too long
                 place = PhotoError(self.files[row], error.strerror or str(error))
-            yield self.files[row], place, path, row
+            yield self.files[row], place, photo, row
 
 
 class TarShards:
@@ -141,16 +140,15 @@ class TarShards:
             with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
                 for number, sample in enumerate(group_by_keys(_members(tar, url), handler=note)):
                     name = sample["__key__"]
-                    photo = next((sample[kind] for kind in IMAGE_SUFFIXES if kind in sample), None)
-                    about = {}
-                    with contextlib.suppress(ValueError, RecursionError):
-                        about = json.loads(sample.get("json", b"{}"))
-                    about = about if isinstance(about, dict) else {}
-                    name = str(next((about[key] for key in ("IMG_ID", "id") if key in about), name))
+                    photo = next((sample[kind] for kind in tars.IMAGE_SUFFIXES if kind in sample), None)
+                    about = tars.read_json(sample.get("json"))
+                    name = tars.name_of(name, about)
                     try:
                         if photo is None:
-                            raise PhotoError(name, f"no photo in the shard ({', '.join(IMAGE_SUFFIXES)})")
-                        place = _place(name, about)
+                            raise PhotoError(
+                                name, f"no photo in the shard ({', '.join(tars.IMAGE_SUFFIXES)})"
+                            )
+                        place = tars.place_of(name, about)
                     except PhotoError as error:
                         place, photo = error, b""
                     yield name, place, photo, number
@@ -261,10 +259,10 @@ def check_name(name: str) -> None:
         raise PhotoError(printable(name), f"its name {what}; rename it")
 
 
-def decode(photo: Path | bytes, name: str, short_side: int) -> Image.Image:
+def decode(photo: Path | Upload | bytes, name: str, short_side: int) -> Image.Image:
     """Open a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side`."""
     lock = FileLock(Path(tempfile.gettempdir()) / f"geoclip-large-photo-{os.getuid()}.lock")
-    with photos.opened(photo if isinstance(photo, Path) else photos.Upload(name, photo)) as image:
+    with photos.opened(Upload(name, photo) if isinstance(photo, bytes) else photo) as image:
         image.draft("RGB", (short_side, short_side))  # has no effect on other formats
         large = image.width * image.height > LARGE_PIXELS  # takes gigabytes
         with lock if large else contextlib.nullcontext():
@@ -287,6 +285,12 @@ def crop(image: Image.Image, box: tuple[float, ...], side: int, how, mirror: boo
     """Return `box` (left, top, right, bottom) of an image, resized to side × side by the filter `how`."""
     square = image.resize((side, side), how, box=box)
     return square.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirror else square
+
+
+def centre_box(size: tuple[int, int]) -> tuple[float, ...]:
+    """(left, top, right, bottom) of the central square of a photo of `size` (width, height)."""
+    left, top = ((side - min(size)) / 2 for side in size)
+    return left, top, left + min(size), top + min(size)
 
 
 def random_box(size: tuple[int, int], views: Views, generator: np.random.Generator) -> tuple[float, ...]:
@@ -315,19 +319,6 @@ def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict]:
         if rest.strip(b"\0"):
             raise OSError("the tar is damaged: a file in it has no valid header")
         rest = tar.fileobj.read(1 << 20)
-
-
-def _place(name: str, about: dict) -> tuple[float, float]:
-    for keys in LATLON_KEYS:
-        if all(key in about for key in keys):
-            try:
-                lat, lon = (float(about[key]) for key in keys)
-            except (TypeError, ValueError, OverflowError):
-                break
-            if abs(lat) <= 90 and abs(lon) <= 180:
-                return lat, -180.0 if lon == 180 else lon
-            raise PhotoError(name, f"({lat:g}, {lon:g}) is not (lat, lon) in degrees")
-    raise PhotoError(name, "no coordinates in the shard's json (LAT and LON)")
 
 
 def _first_line(error: Exception) -> str:

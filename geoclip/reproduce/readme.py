@@ -21,7 +21,7 @@ ROWS = {
     (blue_marble.LABEL, "blocked"): "Blue Marble tiles ¹, blocked split",
 }
 NEEDS_PHOTOS, NEEDS_COORDINATES = "needs photos ²", "needs coordinates ²"
-NOT_PUBLISHED = "not in the paper"
+NOT_PUBLISHED, OTHERS = "not in the paper", "re-implementation in Lightning"  # a protocol of data/paper
 # Columns: the model and the measure in notebook 07, and what a cell without a result says.
 COLUMNS = {
     PAPER: (PAPER, "accuracy", NOT_PUBLISHED),
@@ -35,12 +35,15 @@ NOTES = (
     "a random place of the gallery; both follow from coordinates.\n\n"
     "¹ Overhead imagery, a stand-in for photos, on which the whole system trains in a few minutes; the paper has no "
     "such numbers. ² Unavailable without a benchmark's files, and CLIP's weights; notebook 07 fills them in from the "
-    "folder that `GEOCLIP_DATA` names, the column *ours* with a model trained on MP-16."
+    "folder that `GEOCLIP_DATA` names, the column *ours* with a model trained on MP-16. ³ Not the paper's: the README "
+    "of the Lightning re-implementation `aninda-ghosh/geo-clip-paper-implementation`, trained on data of its own choice."
 )
 
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
     """The tidy table of notebook 07 in the ROWS and COLUMNS of the README: five accuracies, or why there are none."""
+    published = pd.read_csv(paths.PAPER / "benchmarks.csv").query("protocol == @OTHERS")
+    published = published.set_index("benchmark")
     cells = table.set_index(["data", "split", "model", "measure"])[ACCURACY_COLUMNS]
     if not cells.index.is_unique:
         raise ValueError("two rows of the table have one data, split, model and measure")
@@ -52,6 +55,9 @@ def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
             if (data, split, model, measure) in cells.index:
                 values = cells.loc[data, split, model, measure]
                 row[column] = " / ".join(f"{value:.1f}" for value in values)
+        if row[PAPER] == NOT_PUBLISHED and data in published.index:
+            others = published.loc[data, ACCURACY_COLUMNS]
+            row[PAPER] += f"; {' / '.join(f'{value:.2f}' for value in others)} ³"
         rows.append(row)
     return pd.DataFrame(rows)
 

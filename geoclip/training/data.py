@@ -1,24 +1,30 @@
 """Training data: rendered tiles, photos or features, in an order that depends on seed and epoch alone."""
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import lightning
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from geoclip import earth
+from geoclip import earth, paths
 from geoclip.datasets import blue_marble, features, folder, sources
 from geoclip.datasets.blue_marble import TileConfig
 from geoclip.datasets.features import FeatureData
 from geoclip.datasets.folder import Geotagged
 from geoclip.image_encoder import Preprocessing
+from geoclip.photos import PhotoError
 from geoclip.training.config import RunConfig, TrainConfig
+
+TRIES = 1000  # photos in a row that cannot be read, before training stops
 
 
 def seeded(*keys: int | str) -> torch.Generator:
@@ -90,7 +96,9 @@ class PhotoTraining(Dataset):
     """Geotagged photos: batches of `image` (b, v, 3, p, p), `latlon` (b, 2) and `index`.
 
     A view is a random crop of 0.6 to 1 of the area, resized to p × p, mirrored in half of the cases and
-    normalised as the tower requires. It depends on seed, epoch, view and photo alone.
+    normalised as the tower requires; before epoch 0, in validation, it is the centre. It depends on seed, epoch,
+    view and photo alone. Where a photo cannot be read, the next one takes its place in the batch, which then has
+    `left_out`, a list of (file, reason).
     """
 
     def __init__(
@@ -100,12 +108,11 @@ class PhotoTraining(Dataset):
         views: int = 1,
         seed: int = 0,
         held_out: Geotagged | None = None,
+        left_out: dict[str, str] | None = None,
     ):
-        """held_out: photos left for evaluation."""
-        if missing := photos.missing():
-            lost = f"{len(missing):,} of {len(photos):,} photos are not in {photos.images}"
-            raise FileNotFoundError(f"{photos.name}: {lost}, the first is {missing[0]}")
+        """held_out: photos left for evaluation. left_out: files of photos that are missing, with the reason."""
         self.photos, self.held_out, self.preprocessing = photos, held_out, preprocessing
+        self.left_out = left_out or {}
         self.latlon = earth.check_latlon(torch.from_numpy(photos.latlon), photos.name).float()
         self.views, self.seed = views, seed
 
@@ -116,9 +123,11 @@ class PhotoTraining(Dataset):
         """Return one view of a photo; raises PhotoError for a photo that cannot be read."""
         # differs 2: the released loader crops to 8 % and more, and normalises by ImageNet's statistics though
         # CLIP was trained with its own; the ranges of sources.Views are those of the same lab's later code
+        found = self.photos[row]
+        photo = sources.decode(found, str(found), sources.DRAFT_MARGIN * self.preprocessing.pixels)
+        if epoch < 0:
+            return self.crop(row, photo, sources.centre_box(photo.size), False)
         generator = np.random.default_rng([self.seed, epoch, number, row])
-        path = self.photos.path(row)
-        photo = sources.decode(path, str(path), sources.DRAFT_MARGIN * self.preprocessing.pixels)
         box = sources.random_box(photo.size, sources.Views(), generator)
         return self.crop(row, photo, box, generator.random() < 0.5)
 
@@ -127,11 +136,37 @@ class PhotoTraining(Dataset):
         image = sources.crop(photo, box, self.preprocessing.pixels, self.preprocessing.filter, mirror)
         return self.preprocessing.normalise(torch.from_numpy(np.array(image)).permute(2, 0, 1))
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
-        index = torch.tensor([row for _, row in keys])
-        images = [self.view(epoch, row, number) for epoch, row in keys for number in range(self.views)]
-        images = torch.stack(images).unflatten(0, (len(keys), self.views))
-        return {"image": images, "latlon": self.latlon[index], "index": index}
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Any]:
+        left_out: list[tuple[str, str]] = []
+        rows, images = zip(*[self.readable(epoch, row, left_out) for epoch, row in keys], strict=True)
+        index = torch.tensor(rows)
+        batch = {"image": torch.stack(images), "latlon": self.latlon[index], "index": index}
+        return batch | ({"left_out": left_out} if left_out else {})
+
+    def readable(self, epoch: int, row: int, left_out: list) -> tuple[int, Float[Tensor, "v c p p"]]:
+        """Return the first photo from `row` on that can be read, as row and views; ValueError if TRIES cannot."""
+        for tried in range(row, row + TRIES):
+            row = tried % len(self.photos)
+            try:
+                return row, torch.stack([self.view(epoch, row, number) for number in range(self.views)])
+            except PhotoError as error:
+                left_out.append((self.photos.table["file"].iloc[row], error.reason))
+        raise ValueError(
+            f"{self.photos.name}: {TRIES} photos in a row cannot be read, the last is {left_out[-1][0]} "
+            f"({left_out[-1][1]})"
+        )
+
+
+def present(photos: Geotagged) -> tuple[np.ndarray, dict[str, str]]:
+    """Return which photos are there (n,), and the files of the others with the reason; FileNotFoundError if none is."""
+    missing = dict.fromkeys(photos.missing(), "no such file")
+    there = ~photos.table["file"].isin(missing).to_numpy()
+    if not there.any():
+        first = next(iter(missing))
+        raise FileNotFoundError(
+            f"{photos.name}: none of its {len(photos):,} photos is in {photos.images}, not even {first}"
+        )
+    return there, missing
 
 
 def part(n: int, fraction: float, seed: int) -> np.ndarray:
@@ -160,18 +195,21 @@ def hold_out(photos: Geotagged, share: float) -> tuple[Geotagged, Geotagged]:
 
 def training_set(config: TrainConfig) -> Dataset:
     """Return the training samples of a configuration: `latlon` (n, 2), and batches through __getitems__."""
-    if config.holdout and not Path(config.data).is_file():
+    of_photos = config.data.endswith(".tar") or Path(config.data).is_file()
+    if config.holdout and not of_photos:
         raise ValueError("holdout needs a CSV of photos as data; split the CSV before features are embedded")
     if config.data == "blue_marble":
         return TileTraining(training_places(config), config.tiles, config.views, config.seed)
     if on_features(config):
         return FeatureData(config.data, config.image, config.views, config.fraction, config.seed)
-    if Path(config.data).is_file():
+    if of_photos:
         every = folder.read(config.data, config.images or Path(config.data).parent)
         kept, held_out = hold_out(every, config.holdout)
         kept = kept.rows(part(len(kept), config.fraction, config.seed))
-        return PhotoTraining(kept, Preprocessing.of(config.image), config.views, config.seed, held_out)
-    known = '"blue_marble" nor a folder of features (`embed`) nor a CSV of photos (`dataset`)'
+        there, left_out = present(kept)
+        preprocessing = Preprocessing.of(config.image)
+        return PhotoTraining(kept.rows(there), preprocessing, config.views, config.seed, held_out, left_out)
+    known = '"blue_marble" nor a folder of features (`embed`) nor a CSV of photos (`dataset`) nor tar shards'
     raise FileNotFoundError(f"data {config.data!r} is neither {known}")
 
 
@@ -190,12 +228,14 @@ def fingerprint(config: RunConfig) -> str:
     """Return a hash of the training data."""
     if config.data == "blue_marble":
         return blue_marble.data_hash()
+    if config.data.endswith(".tar"):
+        return sources.TarShards(config.data).hash
     described = Path(config.data) / features.INFO if on_features(config) else Path(config.data)
     return hashlib.sha256(described.read_bytes()).hexdigest()[:16]
 
 
 class Loaders(lightning.LightningDataModule):
-    """Training batches of a rank, and validation batches where the data are the embedded tiles."""
+    """Training batches of a rank, and validation batches of the embedded tiles or of the data's `validation`."""
 
     def __init__(self, config: RunConfig, data: Dataset):
         super().__init__()
@@ -209,11 +249,12 @@ class Loaders(lightning.LightningDataModule):
         return self.loader(self.data, sampler, self.config.batch_size // ranks)
 
     def val_dataloader(self) -> DataLoader | list:
-        if self.config.data != "blue_marble":
+        if self.config.data == "blue_marble":
+            data = self.data.at(blue_marble.splits(self.config.splits)["val"])
+        elif (data := getattr(self.data, "validation", None)) is None:
             return []
-        places = blue_marble.splits(self.config.splits)["val"]
-        keys = [(-1, index) for index in range(len(places))]  # epoch -1: one augmentation for all epochs
-        return self.loader(self.data.at(places), keys, self.config.batch_size)
+        keys = [(-1, index) for index in range(len(data))]  # epoch -1: one augmentation for all epochs
+        return self.loader(data, keys, self.config.batch_size)
 
     def loader(self, data: Dataset, keys, batch_size: int) -> DataLoader:
         on_gpu = isinstance(data, FeatureData) and data.on_gpu  # needs neither workers nor pinned memory
@@ -225,3 +266,31 @@ class Loaders(lightning.LightningDataModule):
 
 def _whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch  # __getitems__ returns whole batches
+
+
+class LeftOut(lightning.Callback):
+    """Lists the photos that training leaves out, with the reason, in left_out.csv beside the checkpoint.
+
+    known: those that are missing; those that turn out to be unreadable are added. Each new count is said on stderr.
+    """
+
+    def __init__(self, directory: Path, known: dict[str, str]):
+        self.directory, self.known, self.said = directory, dict(known), 0
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, *_) -> None:
+        self.known |= dict(batch.get("left_out", ()))
+
+    on_validation_batch_end = on_train_batch_end
+
+    def on_train_epoch_start(self, trainer, module) -> None:
+        if len(self.known) == self.said:
+            return
+        self.said, (name, reason) = len(self.known), next(iter(self.known.items()))
+        listed = self.directory / (
+            f"left_out-{trainer.global_rank}.csv" if trainer.global_rank else "left_out.csv"
+        )
+        print(f"geoclip: {self.said:,} photos are left out ({name}: {reason}, …): {listed}", file=sys.stderr)
+        with paths.atomic(listed) as temporary:
+            pd.DataFrame(self.known.items(), columns=["file", "reason"]).to_csv(temporary, index=False)
+
+    on_train_end = on_train_epoch_start

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.data import Dataset
 
-from geoclip import earth
+from geoclip import earth, evaluation
 from geoclip.datasets import blue_marble
 from geoclip.datasets.features import FeatureData
 from geoclip.gallery import Gallery
@@ -190,6 +190,12 @@ class GeoCLIPTraining(TrainingModule):
     @torch.inference_mode()
     def place(self, images: Float[Tensor, "n c h w"]) -> Float[Tensor, "n 2"]:
         return self.model.locate(self.model.encode_images(images))[0][:, 0]
+
+
+def accuracies(found: Float[Tensor, "n 2"], truth: Float[Tensor, "n 2"]) -> dict[str, Tensor]:
+    """Return the percent of answers within each threshold, to be logged in validation."""
+    error_km = earth.haversine_km(found, truth)
+    return {name: 100 * (error_km <= km).float().mean() for name, km in evaluation.named_thresholds()}
 
 
 def gather(latlon: Tensor, module: lightning.LightningModule) -> Tensor:

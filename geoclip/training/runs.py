@@ -30,7 +30,7 @@ from torch.utils.data import Dataset
 from geoclip import earth, paths
 from geoclip.training.checkpoints import read_checkpoint
 from geoclip.training.config import RunConfig, plain, read_yaml
-from geoclip.training.data import Loaders, fingerprint, on_features
+from geoclip.training.data import LeftOut, Loaders, fingerprint, on_features
 from geoclip.training.module import GeoCLIPTraining, TrainingModule
 
 # Raise it when a change of the code changes what is trained, so that kept runs are trained again.
@@ -134,7 +134,8 @@ def train(
     """
     options = check_devices(config, devices, accelerator, nodes)
     run = Run(Path(directory or run_folder(config)), config, kind)
-    if config.data != "blue_marble" and not run.result_file.is_file():
+    named = config.data == "blue_marble" or config.data.endswith(".tar")
+    if not named and not run.result_file.is_file():
         os.stat(config.data)  # raises FileNotFoundError before a folder is made
     paths.make_folder(run.directory)
     if rank_zero_only.rank > 0:  # the first rank holds the lock, and prepares and ends the run for all
@@ -216,6 +217,7 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, devices: dic
             callbacks=[
                 ModelCheckpoint(run.directory, "last", enable_version_counter=False, every_n_epochs=1),
                 watch,
+                LeftOut(run.directory, getattr(data, "left_out", {})),
                 *([TQDMProgressBar()] if bar else []),
             ],
             plugins=[Checkpoints()],
@@ -297,7 +299,8 @@ class Watch(lightning.Callback):
         self.seconds.append(round(time.monotonic() - self.began, 2))
         if self.lines and trainer.is_global_zero:
             metrics = trainer.callback_metrics
-            losses = [f"{name} {metrics[name]:.4f}" for name in ("train/loss", "val/loss") if name in metrics]
+            shown = ("train/loss", "val/loss", "val/acc_25km", "val/acc_200km")
+            losses = [f"{name} {metrics[name]:.4f}" for name in shown if name in metrics]
             about = ", ".join([*losses, f"{self.seconds[-1]} s"])
             print(f"epoch {trainer.current_epoch + 1} of {trainer.max_epochs}: {about}", flush=True)
 
