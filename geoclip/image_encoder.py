@@ -138,7 +138,7 @@ class ImageEncoder(nn.Module):
         self.engine: Callable[[Tensor], Tensor] | None = None  # replaces the tower in inference
         self.precision: str = "fp32"
         conv = config.tower == CONV_TOWER
-        self.feature_dim = ConvTower.feature_dim if conv else clip_feature_dim(config.tower)
+        self.feature_dim = ConvTower.feature_dim if conv else feature_dim(config.tower)
         if with_tower:
             self.load_tower()
         self.head = mlp(self.feature_dim, config.hidden, config.dim)
@@ -150,7 +150,9 @@ class ImageEncoder(nn.Module):
         """Return the PyTorch tower, building it with the configured weights at the first call."""
         if self.tower is None:
             config = self.config
-            if config.tower != CONV_TOWER:
+            if config.tower.startswith(TIMM):
+                self.tower = load_timm(config).eval()
+            elif config.tower != CONV_TOWER:
                 self.tower = load_clip(config.tower, config.weights)
             elif config.weights is not None:
                 self.tower = load_conv(config.weights)
@@ -186,7 +188,7 @@ class ImageEncoder(nn.Module):
         if device.type == "cuda" and chosen != "fp32":
             if chosen == "int8" or not gpu_has_bf16:
                 raise ValueError(f"precision {chosen} is not available on this GPU; use fp32 or auto")
-            visual = copy.deepcopy(self.load_tower().visual).bfloat16()
+            visual = copy.deepcopy(visual_part(self.load_tower())).bfloat16()
             self.engine = lambda images: visual(images.bfloat16()).to(images.dtype)
         elif has_engine and (automatic or chosen != "fp32"):
             self.engine = self._openvino(chosen)
@@ -204,9 +206,9 @@ class ImageEncoder(nn.Module):
         """Open the kept OpenVINO model of this tower, converting it first if needed; None if it cannot be converted."""
         # a file's hash is known without loading it; a loaded tower may come from a checkpoint
         digest = clip_digest(self.config) if self.tower is None else None
-        key = f"{self.config.tower}-{(digest or tower_hash(self.load_tower()))[:16]}"
+        key = f"{self.config.tower.replace('/', '-')}-{(digest or tower_hash(self.load_tower()))[:16]}"
         if openvino_tower.kept(key, arithmetic) is None:
-            visual, pixels = self.load_tower().visual, self.preprocess.pixels
+            visual, pixels = visual_part(self.load_tower()), self.preprocess.pixels
             calibration = self._calibration() if arithmetic == "int8" else []
             try:
                 openvino_tower.convert(visual, key, arithmetic, calibration, pixels)
@@ -253,6 +255,16 @@ class ImageEncoder(nn.Module):
         return self.head(self.features(images))
 
 
+def feature_dim(tower: str) -> int:
+    """Width c of the feature of a timm or open_clip tower, without loading it. Raises ValueError for an unknown one."""
+    if not tower.startswith(TIMM):
+        return clip_feature_dim(tower)
+    import timm
+
+    with torch.device("meta"):
+        return timm.create_model(timm_name(tower), num_classes=0).num_features
+
+
 def clip_feature_dim(tower: str) -> int:
     """Width c of an open_clip tower's projected feature."""
     if tower == pretrained.CLIP_TOWER:
@@ -277,10 +289,34 @@ def timm_name(tower: str) -> str:
     return name
 
 
+def load_timm(config: ImageEncoderConfig) -> nn.Module:
+    """A timm model without its classifier; random weights are the same in every process.
+
+    Raises ValueError for an unknown model, and OSError for weights that cannot be downloaded.
+    """
+    import timm
+
+    name = timm_name(config.tower)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(0)
+            return timm.create_model(name, pretrained=config.weights is not None, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        raise OSError(
+            f"the weights of {config.tower} are not cached and could not be downloaded: connect to the "
+            f"network once, or set image.weights to null for random weights"
+        ) from error
+
+
+def visual_part(tower: nn.Module) -> nn.Module:
+    """The half of a CLIP model that sees images; another tower whole."""
+    return getattr(tower, "visual", tower)
+
+
 def tower_hash(tower: nn.Module) -> str:
     """Hash of the weights that make image features; a CLIP model's text half does not count."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(getattr(tower, "visual", tower).state_dict().items()):
+    for name, tensor in sorted(visual_part(tower).state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().float().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

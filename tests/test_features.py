@@ -254,11 +254,6 @@ def test_options_below_their_least_value_are_refused_by_name(tmp_path, capsys):
         assert f"error: --{option}: must be " in capsys.readouterr().err
 
 
-def test_timm_towers_are_said_to_serve_the_baselines(tmp_path, capsys):
-    assert main(["embed", "none.csv", "--out", str(tmp_path), "--tower", "timm/resnet18"]) == 2
-    assert "train --model geocells --image.tower timm/resnet18" in capsys.readouterr().err
-
-
 def test_random_weights_are_the_same_each_time():
     torch.manual_seed(1)
     towers = [load_clip("ViT-S-32-alt", None) for _ in range(2)]

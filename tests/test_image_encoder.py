@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision import transforms
 
 from geoclip import photos
-from geoclip.image_encoder import ImageEncoderConfig, Preprocessing, load_clip, tower_hash
+from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, load_clip, tower_hash
 
 SIZES = [(64, 48), (333, 517), (224, 224), (225, 1000), (1000, 223)]
 
@@ -46,6 +46,19 @@ def test_statistics_follow_the_tower_and_not_clip():
     assert Preprocessing.of(ImageEncoderConfig("timm/vit_tiny_patch16_224", None)).pixels == 224
     with pytest.raises(ValueError, match="no tower 'timm/vit_of_nobody'"):
         Preprocessing.of(ImageEncoderConfig("timm/vit_of_nobody"))
+
+
+def test_a_timm_tower_embeds_and_is_the_same_each_time():
+    config = ImageEncoderConfig("timm/test_vit", None, hidden=8, dim=8)
+    encoder = ImageEncoder(config).eval().use_precision("fp32")
+    images = torch.rand(2, 3, encoder.preprocess.pixels, encoder.preprocess.pixels)
+    assert encoder.features(images).shape == (2, encoder.feature_dim)
+    torch.manual_seed(5)
+    assert tower_hash(ImageEncoder(config).load_tower()) == tower_hash(encoder.tower)
+    with pytest.raises(ValueError, match="cannot read text"):
+        encoder.text_features("a beach")
+    with pytest.raises(ValueError, match="no tower 'timm/vit_of_nobody'"):
+        ImageEncoder(ImageEncoderConfig("timm/vit_of_nobody", None))
 
 
 def test_random_weights_are_the_same_whatever_was_drawn_before(tiny_clip):

@@ -11,7 +11,7 @@ from geoclip.image_encoder import (
     ImageEncoderConfig,
     clip_feature_dim,
     load_clip,
-    timm_name,
+    load_timm,
 )
 from geoclip.location_encoder import initialise
 
@@ -34,7 +34,7 @@ class Tower(nn.Module):
             self.dim = ConvTower.feature_dim
             initialise(self.body, generator)
         elif config.tower.startswith(TIMM):
-            self.body = timm_body(config)
+            self.body = load_timm(config)
             self.dim = self.body.num_features
         else:
             clip = load_clip(config.tower, config.weights)
@@ -51,17 +51,3 @@ class Tower(nn.Module):
 
     def forward(self, images: Float[Tensor, "n s h w"]) -> Float[Tensor, "n c"]:
         return self.body(self.mix(images))
-
-
-def timm_body(config: ImageEncoderConfig) -> nn.Module:
-    """Return a timm model without its classifier; raises as Tower does."""
-    import timm
-
-    name = timm_name(config.tower)
-    try:
-        return timm.create_model(name, pretrained=config.weights is not None, num_classes=0)
-    except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"the weights of {config.tower} are not cached and could not be downloaded: connect to the "
-            f"network once, or set image.weights to null for random weights"
-        ) from error

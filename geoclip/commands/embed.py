@@ -22,8 +22,13 @@ def parser() -> ArgumentParser:
     add("--images", help="image folder of a CSV (default: that of the CSV)")
     add("--views", type=PositiveInt, default=8, help="views per photo: the centre crop, then random crops")
     add("--ten-crop", action="store_true", help="the ten crops of the paper's evaluation instead")
-    add("--tower", default="ViT-L-14-quickgelu", help="an open_clip model, or conv")
-    add("--weights", type=str | None, default="openai", help="open_clip tag or file; null for random weights")
+    add("--tower", default="ViT-L-14-quickgelu", help="an open_clip model, timm/NAME, or conv")
+    add(
+        "--weights",
+        type=str | None,
+        default="openai",
+        help="open_clip tag or file; for timm, pretrained; null: random",
+    )
     add("--checkpoint", help="use the tower of a trained model")
     add("--batch-size", type=PositiveInt, default=256, help="views that the tower computes at once")
     add("--shard-size", type=PositiveInt, default=4096, help="photos per shard (a tar is always one shard)")
@@ -41,11 +46,6 @@ def parser() -> ArgumentParser:
 
 def run(options) -> int:
     """Embed, or start one process per device, and report what was embedded, found, unreadable and failed."""
-    if options.tower.startswith("timm/"):
-        raise ValueError(
-            f"--tower {options.tower}: timm's towers serve the baselines, which train on images; embed takes conv "
-            f"or a model of open_clip (python -m geoclip train --model geocells --image.tower {options.tower})"
-        )
     import joblib
     import torch
 

@@ -65,7 +65,7 @@ def run(options) -> int:
     if not options.run:
         print(f"GEOCLIP_DATA={world} makes every command read it")
         return 0
-    table = stages.run(world, stages.NOTEBOOKS if options.only is None else options.only)
+    table = stages.run(world, options.only)
     print(f"\nRehearsal: no number of it is a result\n{table.to_string(index=False)}\n{stages.LEFT_OUT}")
     print(f"{table['seconds'].sum() / 60:.1f} min; the table is {world / stages.LOG}")
     return 0

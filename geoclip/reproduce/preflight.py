@@ -121,9 +121,11 @@ def uses(data: Path) -> Iterator[str]:
 
 
 def cost() -> pd.DataFrame:
-    """For each folder of features of the paper's profile: samples, views, GB on disk, hours at PER_SECOND views."""
+    """For each folder of CLIP's features in the paper's profile: samples, views, GB, hours at PER_SECOND views."""
     rows = []
     for name, about in Profile.load("paper").data.items():
+        if "without" in about:  # another tower, of another speed
+            continue
         words = shlex.split(about["make"])
         views = int(words[words.index("--views") + 1]) if "--views" in words else 10  # ten crops
         size, hours = (

@@ -19,7 +19,8 @@ class Profile:
     parameters: given to every notebook that has them. notebooks: stem → its own `parameters`, and a `grid` of
     values. data: name of what the notebooks read → `parameter` that names its folder (and `key`, such as
     `outer/inner`, if that is a mapping), number of `samples`, their `source`, and `make`, the command that
-    makes the folder. An entry without `parameter` is always there.
+    makes the folder. An entry without `parameter` is always there, and one that says what happens `without`
+    it is not missed.
     """
 
     name: str
@@ -42,7 +43,7 @@ class Profile:
         _check(content, kinds, f"{path}: a profile has")
         for stem, own in content.get("notebooks", {}).items():
             _check(own, {"parameters": dict, "grid": dict}, f"{path}, {stem}: a notebook has")
-        kinds = {"samples": int, "source": str, "parameter": str, "key": object, "make": str}
+        kinds = {"samples": int, "source": str, "parameter": str, "key": object, "make": str, "without": str}
         for name, about in content.get("data", {}).items():
             _check(about, kinds, f"{path}, {name}: data have", needed=("samples", "source"))
         return cls(path.stem, **content)
@@ -82,12 +83,15 @@ class Profile:
             gone = "" if parameter is None or (place and Path(str(place)).exists()) else f"MISSING: {place}"
             if gone and "make" in about:
                 gone += f"; make it with: {about['make']}"
+            if gone and "without" in about:
+                gone += f"; without it, {about['without']}"
             found[name] = f"{count} samples ({about['source']})", gone
         return found
 
     def missing(self, given: Mapping[str, Any]) -> list[str]:
         """What of the data is missing, and how to make it."""
-        return [f"{name} {gone}" for name, (_, gone) in self.samples(given).items() if gone]
+        found = self.samples(given).items()
+        return [f"{name} {gone}" for name, (_, gone) in found if gone and "without" not in self.data[name]]
 
 
 def _check(content: Any, kinds: Mapping[str, type], what: str, needed: Sequence[str] = ()) -> None:

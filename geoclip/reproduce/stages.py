@@ -1,86 +1,75 @@
 """The paper's path over a rehearsal's world, from the first address to the last table: each step, and what it drops."""
 
+import itertools
+import multiprocessing
 import os
 import re
+import runpy
 import shlex
-import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from string import Template
+from typing import Any
 
 import pandas as pd
 import yaml
 
 from geoclip import paths
-from geoclip.datasets import benchmarks, features, shards
-from geoclip.pretrained import TINY_CLIP
-from geoclip.reproduce import rehearsal
+from geoclip.datasets import benchmarks, features, folder, shards
+from geoclip.reproduce import notebooks, rehearsal
+from geoclip.studies.runner import merged
 
-TOWER = ("--tower", TINY_CLIP, "--weights", "null")  # in place of ViT-L/14
-LOG, PROFILE, TRAIN = "rehearsal_log.csv", "rehearsal.yaml", "train_rehearsal.yaml"
-SHARDS, RUN, FEATURES = "rehearsal_shards", "runs/rehearsal", "mp16/features"
+PLAN = Path(__file__).with_name("rehearsal.yaml")
+LOG, PROFILE = "rehearsal_log.csv", "rehearsal.yaml"
 SHARD_SIZE = 100  # addresses
-NOTEBOOKS = ("04", "05", "06", "09", "07", "16")  # those that read features, photos or NUS-WIDE
-LEFT_OUT = (
-    "not rehearsed: notebooks 00 to 03, 10 to 15 and 17, which read no photos of a benchmark, and 08, whose words "
-    "and photos need CLIP ViT-L/14 itself"
-)
-# What is smaller than in the paper: fields of TrainConfig.
-SMALL = {
-    "image": {"tower": TINY_CLIP, "weights": None, "frozen": True, "hidden": 64, "dim": 64},
-    "location": {"frequencies": 16, "width": 32, "hidden_layers": 1, "dim": 64},
-    "queue": 64,
-    "batch_size": 2,
-    "epochs": 1,
-    "learning_rate": 1e-3,
-}
-FEWER_PROBES = {"SEEDS": 1, "EPOCHS": 1, "PHOTOS": 400, "CHOICES": {}, "EMBEDDINGS": []}
+# Imported once, by the process that all steps are forked from.
+IMPORTS = ["geoclip.studies.runner", "geoclip.datasets.shards", "open_clip", "papermill"]
+LEFT_OUT = "not rehearsed: notebooks 00 to 03, 11 to 15 and 17, which read no photos of a benchmark"
 
 
 @dataclass(frozen=True)
 class Step:
     """A command of `python -m geoclip`.
 
-    reads: what it reads, a list or a folder of features, to count the images. drops: the list of unusable
-    ones, with the column `reason`. partial: whether exit status 1, some items failed, is expected.
+    reads: a list, or a folder of features, to count the images. drops: the list of unusable ones, with the
+    column `reason`, which makes exit status 1, some items failed, the expected one.
     """
 
     name: str
     command: Sequence[str]
     reads: Path
     drops: Path | None = None
-    partial: bool = False
 
 
-def run(world: Path, only: Sequence[str] = NOTEBOOKS) -> pd.DataFrame:
+def run(world: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
     """Run every step, and keep what it printed in logs/ and the table of all steps in LOG, which is returned.
 
-    only: numbers of the notebooks to run. A rerun resumes, because every command does. Raises RuntimeError,
-    with the last lines that were printed, when a step fails.
+    only: numbers of the notebooks to run; None runs all of the plan. A rerun resumes, because every command
+    does. Raises RuntimeError, with the last lines that were printed, when a step fails.
     """
     write_profile(world)
     results = str(world / "results")
-    environment = os.environ | {
-        "GEOCLIP_DATA": str(world),
-        "GEOCLIP_RESULTS": results,
-        "GEOCLIP_FIGURES": results,
-    }
+    places = {"GEOCLIP_DATA": str(world), "GEOCLIP_RESULTS": results, "GEOCLIP_FIGURES": results}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTS)
     rows: list[dict] = []
-    with rehearsal.addresses(world):
+    with rehearsal.addresses(world), notebooks.variables(places):
         for number, step in enumerate(steps(world, only), start=1):
             log = paths.make_folder(world / "logs") / f"{number:02d}.txt"
             began = time.monotonic()
-            with log.open("w") as file:
-                command = [sys.executable, "-m", "geoclip", *step.command]
-                status = subprocess.run(
-                    command, stdout=file, stderr=subprocess.STDOUT, env=environment
-                ).returncode
+            process = context.Process(target=_run_step, args=(list(step.command), log))
+            process.start()
+            process.join()
             seconds = time.monotonic() - began
-            if status > step.partial:
+            if process.exitcode not in (0, int(step.drops is not None)):
                 last = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-                raise RuntimeError(f"{step.name} failed with exit status {status}; {log} ends with\n{last}")
+                raise RuntimeError(
+                    f"{step.name} failed with exit status {process.exitcode}; {log} ends with\n{last}"
+                )
             dropped = reasons(step.drops)
             said = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
             row = {"step": step.name, "images": count(step.reads), "seconds": round(seconds, 1)}
@@ -91,61 +80,91 @@ def run(world: Path, only: Sequence[str] = NOTEBOOKS) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def steps(world: Path, only: Sequence[str] = NOTEBOOKS) -> list[Step]:
-    """Shards, the features that the profile names, training, the benchmarks, and the notebooks `only`."""
-    urls, places, trained_on = (
-        world / rehearsal.ADDRESSES,
-        world / benchmarks.card("mp16").csv,
-        world / FEATURES,
-    )
-    photos = -(-len(shards.read_urls(urls)) // SHARD_SIZE)
-    tars = f"{world / SHARDS}/{{00000..{photos - 1:05d}}}.tar"
-    download = ["shards", str(urls), "--places", str(places), "--out", str(world / SHARDS), "--allow-private"]
-    download += ["--shard-size", str(SHARD_SIZE), "--timeout", "5", "--retries", "0", "--threads", "16"]
-    found = [Step("shards", download, urls, world / SHARDS / shards.UNAVAILABLE, True)]
+def _run_step(command: list[str], log: Path) -> None:
+    """Run a command in this process, which ends with its exit status, or with the rehearsal if that is killed."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with log.open("w") as file:
+        for descriptor in (1, 2):
+            os.dup2(file.fileno(), descriptor)
+    multiprocessing.set_start_method(None, force=True)  # else the command's own processes would be served too
+    sys.argv = ["geoclip", *command]
+    try:
+        runpy.run_module("geoclip", run_name="__main__", alter_sys=True)
+    finally:
+        print("CPU", os.times(), file=sys.stderr)
 
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def plan(world: Path) -> dict[str, Any]:
+    """The content of PLAN for a rehearsal in the folder `world`."""
+    tars = -(-len(shards.read_urls(world / rehearsal.ADDRESSES)) // SHARD_SIZE)
+    names = {"WORLD": str(world), "TARS": f"{world}/rehearsal_shards/{{00000..{tars - 1:05d}}}.tar"}
+    return yaml.safe_load(Template(PLAN.read_text(encoding="utf-8")).substitute(names))
+
+
+def steps(world: Path, only: Sequence[str] | None = None) -> list[Step]:
+    """Shards, the features that the profile names, the other steps of the plan, and the notebooks `only`."""
+    planned = plan(world)
+    towers = {folder: shlex.split(words) for folder, words in planned["towers"].items()}
     profile = yaml.safe_load((world / PROFILE).read_text(encoding="utf-8"))
-    makes = [
-        shlex.split(about["make"].replace("$GEOCLIP_DATA", str(world)))[3:]
-        for about in profile["data"].values()
-    ]
-    nus = ["embed", str(world / rehearsal.NUS_WIDE_CSV), "--images", str(world / "images/nus-wide")]
-    for words in [*makes, [*nus, "--views", "1", "--out", str(world / "nus-wide/features")]]:
+    commands = {name: shlex.split(words) for name, words in planned["first"].items()}
+    for about in profile["data"].values():
+        words = shlex.split(about["make"].replace("$GEOCLIP_DATA", str(world)))[3:]
         out = Path(words[words.index("--out") + 1])
-        source = [tars if word == "mp16" else word for word in words]
-        name = f"embed {out.relative_to(world)}"
-        found.append(Step(name, [*source, *TOWER], out, out / features.UNREADABLE, True))
-
-    checkpoint, scores = str(world / RUN / "last.ckpt"), world / "results/evaluate"
-    train = ["train", "--config", str(world / TRAIN), "--data", str(trained_on), "--out", str(world / RUN)]
-    found.append(Step("train", train, trained_on))
-    for name in rehearsal.BENCHMARKS:
-        command = ["evaluate", "--benchmark", name, "--checkpoint", checkpoint, "--gallery", "official"]
-        out, csv = scores / f"rehearsal_{name}.csv", world / benchmarks.card(name).csv
-        drops = scores / f"rehearsal_{name}_unreadable.csv"
-        found.append(Step(f"evaluate {name}", [*command, "--out", str(out)], csv, drops, True))
-    reads = {"07": world / benchmarks.card("im2gps3k").csv, "16": world / rehearsal.NUS_WIDE_CSV}
-    for number in only:
-        command = ["reproduce", "--only", number, "--profile", str(world / PROFILE)]
-        found.append(Step(f"notebook {number}", command, reads.get(number, trained_on)))
+        commands[f"embed {out.relative_to(world)}"] = [
+            planned["tars"] if word == "mp16" else word for word in words
+        ]
+    commands |= {name: shlex.split(words) for name, words in planned["steps"].items()}
+    found = []
+    for name, words in commands.items():
+        if words[0] == "embed":  # the last of two options counts
+            words += towers.get(name.removeprefix("embed ").partition("/")[0], towers["others"])
+        found.append(_step(name, words, world))
+    for number, reads in planned["notebooks"].items():
+        if only is None or number in only:
+            command = ["reproduce", "--only", number, "--profile", str(world / PROFILE)]
+            found.append(Step(f"notebook {number}", command, world / reads))
     return found
 
 
+def _step(name: str, words: list[str], world: Path) -> Step:
+    """The step of a command, with what it reads and what it lists as unusable."""
+    given = dict(itertools.pairwise(words))
+    out = Path(given["--out"])
+    if words[0] == "shards":
+        return Step(name, words, Path(words[1]), out / shards.UNAVAILABLE)
+    if words[0] == "embed":
+        return Step(name, words, out, out / features.UNREADABLE)
+    if words[0] == "evaluate":
+        csv = benchmarks.find_csv(benchmarks.card(given["--benchmark"]), world)
+        return Step(name, words, csv, out.with_name(f"{out.stem}_unreadable.csv"))
+    if words[0] == "cells":
+        return Step(name, words, Path(words[1]))
+    data = given.get("--data") or yaml.safe_load(Path(given["--config"]).read_text(encoding="utf-8"))["data"]
+    return Step(name, words, Path(data))
+
+
 def write_profile(world: Path) -> None:
-    """Write the paper's profile and training configuration to the world, small and under a rehearsal's names."""
+    """Write the paper's profile and training configurations to the world, changed as the plan says."""
+    planned = plan(world)
     text = paths.profile("paper").read_text(encoding="utf-8")
     profile = yaml.safe_load(re.sub(r"\b(Im2GPS3k|YFCC26k)\b", r"\1 rehearsal", text))
-    profile["seeds"] = 1
-    profile["parameters"]["REFERENCE"] = str(world / TRAIN)
-    for changes in profile["notebooks"]["06_limited_data"]["grid"]["SETTINGS"].values():
-        if "epochs" in changes:  # ten epochs of the paper are one here
-            changes["epochs"] //= 10
-    own = {"CHECKPOINT": str(world / RUN / "last.ckpt"), "AUTHORS": False}
-    profile["notebooks"]["07_benchmarks"] = {"parameters": own}
-    profile["notebooks"]["16_nus_wide"] = {"parameters": FEWER_PROBES}
-    config = yaml.safe_load(paths.profile("train_paper").read_text(encoding="utf-8"))
-    config = config | SMALL | {"location": config["location"] | SMALL["location"]}
-    for name, content in ((PROFILE, profile), (TRAIN, config)):
+    contents = {PROFILE: merged(profile, planned["profile"])}
+    for tower in planned["not rehearsed"]:
+        del contents[PROFILE]["notebooks"]["18_towers"]["parameters"]["TOWERS"][tower]
+    contents[PROFILE]["data"] = {
+        name: about
+        for name, about in profile["data"].items()
+        if name.partition(",")[0] not in planned["not rehearsed"]
+    }
+    for name, changes in planned["configurations"].items():
+        config = yaml.safe_load(paths.profile(name).read_text(encoding="utf-8"))
+        contents[f"{name}.yaml"] = merged(config, changes)
+    for name, content in contents.items():
         with paths.atomic(world / name) as temporary:
             temporary.write_text(
                 yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding="utf-8"
@@ -156,9 +175,9 @@ def count(source: Path) -> int:
     """Images in a folder of features, or rows of a list of addresses or photos."""
     if source.is_dir():
         return len(features.FeatureData(source))
-    return len(
-        shards.read_urls(source) if source.name == rehearsal.ADDRESSES else benchmarks.read_csv(source).table
-    )
+    if source.name == rehearsal.ADDRESSES:
+        return len(shards.read_urls(source))
+    return len(folder.read_places(source))
 
 
 def reasons(listed: Path | None) -> dict[str, int]:

@@ -128,15 +128,16 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     config_class = baselines.config_class(changes.get("model", config.model))
     shared = {field.name for field in dataclasses.fields(config_class)} - {"model"}
     values = {name: value for name, value in plain(config).items() if name in shared}
-    return baselines.as_config(_merged({"model": config.model} | values, changes))
+    return baselines.as_config(merged({"model": config.model} | values, changes))
 
 
-def _merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(values)
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `values` with some of them changed or added, nested ones by nested mappings."""
+    found = dict(values)
     for name, change in changes.items():
         nested = isinstance(change, Mapping) and isinstance(values.get(name), Mapping)
-        merged[name] = _merged(values[name], change) if nested else change
-    return merged
+        found[name] = merged(values[name], change) if nested else change
+    return found
 
 
 def _in_processes(study: Study, missing: Mapping[Path, RunConfig], workers: int) -> None:
