@@ -1,13 +1,19 @@
 """The rehearsal: its world is the same each time, has the layouts of the real sets, and holds their faults."""
 
+import io
 import json
+import os
 import re
 import shutil
 import socket
+import subprocess
+import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -125,11 +131,16 @@ def damaged(world, tmp_path):
     data = shutil.copytree(world, tmp_path / "data")
     (data / "yfcc4k_places365.csv").unlink()
     csv = data / benchmarks.card("yfcc26k").csv
-    csv.write_bytes(csv.read_bytes().replace(b"@N00", "@Nør".encode("latin-1"), 1))
+    csv.write_bytes(csv.read_bytes().replace(b"@N00", "@Nør".encode("cp1252"), 1))
     (data / "shards").mkdir()
+    found = benchmarks.load("gws15k", data)
+    place = json.dumps({"id": "1", "LAT": 1.5, "LON": 2.5}).encode()
     for name in ("00000.tar", "00001.tar"):
         with tarfile.open(data / "shards" / name, "w") as tar:
-            tar.add(csv, "0.jpg")
+            tar.add(found.path(0), "0.jpg")
+            about = tarfile.TarInfo("0.json")
+            about.size = len(place)
+            tar.addfile(about, io.BytesIO(place))
     cut = data / "shards/00001.tar"
     cut.write_bytes(cut.read_bytes()[:3000])
     return data
@@ -147,6 +158,30 @@ def test_check_names_what_is_damaged_and_goes_on(damaged, capsys):
     assert re.search(r"GWS15k rehearsal +40 of 14,955 +38 of the first 40 opened, embedded at", said)
     assert "04_ablation_location_encoder: MP-16 features (missing), Im2GPS3k" in said
     assert "yfcc4k (nothing)" in said and "MP-16 features: MISSING" in said
+
+
+def test_the_steps_name_what_is_damaged_and_the_rest_goes_on(damaged, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("GEOCLIP_DATA", str(damaged))
+
+    def score(name):
+        out = str(tmp_path / f"{name}.csv")
+        return main(
+            ["evaluate", "--benchmark", name, "--coordinates-only", "--out", out]
+        ), capsys.readouterr()
+
+    assert [score(name)[0] for name in ("im2gps3k", "gws15k")] == [0, 0]
+    status, said = score("yfcc4k")
+    assert status == 2 and "YFCC4k: yfcc4k_places365.csv was not found" in said.err
+    status, said = score("yfcc26k")
+    assert status == 2 and "yfcc25600_places365.csv: not a CSV file in UTF-8" in said.err
+    tars, out = str(damaged / "shards/{00000..00001}.tar"), str(tmp_path / "features")
+    tower = ["--tower", "tiny-clip", "--weights", "null", "--precision", "fp32", "--workers", "0"]
+    assert main(["embed", tars, "--out", out, "--views", "1", *tower]) == 1
+    said = capsys.readouterr()
+    assert "00001.tar" in said.out + said.err and "1 images embedded" in said.out
+    states = {name: benchmarks.on_disk(name) for name in rehearsal.BENCHMARKS}
+    assert states.pop("yfcc26k").startswith("damaged: ")
+    assert states == {"im2gps3k": "photos", "yfcc4k": "nothing", "gws15k": "photos"}
 
 
 def test_check_is_quiet_about_a_part_unless_it_is_strict(world, tmp_path, capsys):
@@ -190,23 +225,66 @@ def test_the_profile_is_the_papers_under_other_names(moved, monkeypatch):
     assert all((moved / f"{name}.yaml").is_file() for name in stages.plan(moved)["configurations"])
 
 
-def test_a_step_that_fails_ends_the_rehearsal_with_what_it_printed(moved, monkeypatch):
-    steps = [stages.Step("lost", ["no-such"], moved)]
-    monkeypatch.setattr(stages, "steps", lambda *_: steps)
+# Goes through the steps named in the second argument, separated by |, of the rehearsal in the first.
+DRIVER = """
+import sys
+from pathlib import Path
+from geoclip.reproduce import rehearsal, stages
+planned, names, rehearsal.SLOW_S = stages.steps, sys.argv[2].split("|"), 4
+lost = stages.Step("lost", ["no-such"], Path("none"))
+stages.steps = lambda *_: [step for step in [*planned(Path(sys.argv[1]), ()), lost] if step.name in names]
+stages.run(Path(sys.argv[1]))
+"""
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_a_step_that_fails_is_listed_and_the_others_go_on(moved):
     about = json.loads((moved / benchmarks.REHEARSAL).read_text()) | {"port": 0}
     (moved / benchmarks.REHEARSAL).write_text(json.dumps(about))
-    with pytest.raises(
-        RuntimeError, match=r"lost failed with exit status 2; .*01\.txt ends with\n.*no command 'no-such'"
-    ):
-        stages.run(moved)
+    subprocess.run([sys.executable, "-c", DRIVER, str(moved), "lost|cells fine"], check=True)
+    fine, lost = pd.read_csv(moved / stages.LOG).fillna("").itertuples()
+    assert lost.why.startswith("FAILED with exit status 2: ") and "no command 'no-such'" in lost.why
+    assert (fine.step, fine.images, fine.why) == ("cells fine", 68, "") and (
+        moved / "cells/fine.csv"
+    ).is_file()
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_goes_on_to_the_same_tables(tmp_path):
+    names = "shards|embed mp16/features|embed im2gps3k/features|train|evaluate im2gps3k"
+    worlds = [rehearsal.make(tmp_path / name / "world", N, port=free_port()) for name in ("whole", "killed")]
+    began = time.monotonic()
+    subprocess.run([sys.executable, "-c", DRIVER, str(worlds[0]), names], check=True)
+    lasts, kills = time.monotonic() - began, 0
+    moments = np.random.default_rng(int(os.environ.get("SEED", 0))).uniform(0.1, 0.9, 3) * lasts
+    for seconds in moments:
+        process = subprocess.Popen([sys.executable, "-c", DRIVER, str(worlds[1]), names])
+        try:
+            process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()  # this process alone: its own follow it
+            process.wait()
+            kills += 1
+    subprocess.run([sys.executable, "-c", DRIVER, str(worlds[1]), names], check=True)
+    assert kills
+    logs = [pd.read_csv(world / stages.LOG).drop(columns="seconds") for world in worlds]
+    pd.testing.assert_frame_equal(*logs)
+    tables = {path.relative_to(worlds[0]) for path in (worlds[0] / "results").rglob("*.csv")}
+    kept = [*tables, *(path.relative_to(worlds[0]) for path in worlds[0].rglob("features.npy"))]
+    assert tables and len(kept) > len(tables)
+    for path in kept:
+        assert (worlds[1] / path).read_bytes() == (worlds[0] / path).read_bytes(), path
 
 
 @pytest.mark.slow
 def test_from_addresses_to_accuracy(tmp_path, monkeypatch, capsys):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = rehearsal.make(tmp_path / "world", N, port=port)
+    world = rehearsal.make(tmp_path / "world", N, port=free_port())
     stages.write_profile(world)
     monkeypatch.setenv("GEOCLIP_DATA", str(world))
     steps = {step.name: step for step in stages.steps(world, ())}

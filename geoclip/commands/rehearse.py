@@ -68,7 +68,7 @@ def run(options) -> int:
     table = stages.run(world, options.only)
     print(f"\nRehearsal: no number of it is a result\n{table.to_string(index=False)}\n{stages.LEFT_OUT}")
     print(f"{table['seconds'].sum() / 60:.1f} min; the table is {world / stages.LOG}")
-    return 0
+    return int(table["why"].str.startswith(stages.FAILED).any())
 
 
 def check(options) -> int:

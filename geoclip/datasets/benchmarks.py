@@ -79,16 +79,15 @@ def find_csv(wanted: Card, data: Path | None = None) -> Path:
 
 
 def on_disk(name: str) -> str:
-    """What GEOCLIP_DATA holds of a benchmark: "photos", "coordinates" (without photos) or "nothing"."""
-    data, wanted = paths.geoclip_data(), card(name)
-    try:
-        found = data is not None and find_csv(wanted, data)
-    except (FileNotFoundError, ValueError):
-        found = False
-    if not found:
+    """What GEOCLIP_DATA holds of a benchmark: "photos", "coordinates" (without photos), "nothing", or "damaged: …"."""
+    if paths.geoclip_data() is None:
         return "nothing"
-    photos = wanted.name in OSV_READERS or (data / "images" / wanted.name).is_dir()
-    return "photos" if photos else "coordinates"
+    try:
+        return "coordinates" if load(name).images is None else "photos"
+    except FileNotFoundError:
+        return "nothing"
+    except ValueError as error:
+        return f"damaged: {error}"
 
 
 def load(

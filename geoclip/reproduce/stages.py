@@ -1,5 +1,6 @@
 """The paper's path over a rehearsal's world, from the first address to the last table: each step, and what it drops."""
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -26,6 +27,10 @@ from geoclip.studies.runner import merged
 PLAN = Path(__file__).with_name("rehearsal.yaml")
 LOG, PROFILE = "rehearsal_log.csv", "rehearsal.yaml"
 SHARD_SIZE = 100  # addresses
+FAILED, FEW_LINES = (
+    "FAILED",
+    4,
+)  # what the reason of a failed step starts with, and how much of its output it quotes
 # Imported once, by the process that all steps are forked from.
 IMPORTS = ["geoclip.studies.runner", "geoclip.datasets.shards", "open_clip", "papermill"]
 LEFT_OUT = "not rehearsed: notebooks 00 to 03, 11 to 15 and 17, which read no photos of a benchmark"
@@ -49,7 +54,7 @@ def run(world: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
     """Run every step, and keep what it printed in logs/ and the table of all steps in LOG, which is returned.
 
     only: numbers of the notebooks to run; None runs all of the plan. A rerun resumes, because every command
-    does. Raises RuntimeError, with the last lines that were printed, when a step fails.
+    does. A step that fails is listed with why it did, and the others go on.
     """
     write_profile(world)
     results = str(world / "results")
@@ -63,18 +68,24 @@ def run(world: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
             began = time.monotonic()
             process = context.Process(target=_run_step, args=(list(step.command), log))
             process.start()
-            process.join()
-            seconds = time.monotonic() - began
-            if process.exitcode not in (0, int(step.drops is not None)):
-                last = "\n".join(log.read_text(errors="replace").splitlines()[-12:])
-                raise RuntimeError(
-                    f"{step.name} failed with exit status {process.exitcode}; {log} ends with\n{last}"
-                )
+            try:
+                process.join()
+            except BaseException:
+                process.terminate()
+                raise
+            row = {"step": step.name, "images": 0, "seconds": round(time.monotonic() - began, 1)}
+            with contextlib.suppress(OSError, ValueError):  # what a failed step did not find or make
+                row["images"] = count(step.reads)
             dropped = reasons(step.drops)
             said = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
-            row = {"step": step.name, "images": count(step.reads), "seconds": round(seconds, 1)}
+            if process.exitcode not in (0, int(step.drops is not None)):
+                last = " ".join(log.read_text(errors="replace").splitlines()[-FEW_LINES:])
+                said = f"{FAILED} with exit status {process.exitcode}: {last} (whole: {log})"
             rows.append(row | {"dropped": sum(dropped.values()), "why": said})
-            print(f"rehearsal: {step.name}: {row['images']:,} images, {seconds:.0f} s", flush=True)
+            print(
+                f"rehearsal: {step.name}: {row['images']:,} images, {row['seconds']:.0f} s. {said}",
+                flush=True,
+            )
             with paths.atomic(world / LOG) as temporary:
                 pd.DataFrame(rows).to_csv(temporary, index=False)
     return pd.DataFrame(rows)
@@ -88,10 +99,7 @@ def _run_step(command: list[str], log: Path) -> None:
             os.dup2(file.fileno(), descriptor)
     multiprocessing.set_start_method(None, force=True)  # else the command's own processes would be served too
     sys.argv = ["geoclip", *command]
-    try:
-        runpy.run_module("geoclip", run_name="__main__", alter_sys=True)
-    finally:
-        print("CPU", os.times(), file=sys.stderr)
+    runpy.run_module("geoclip", run_name="__main__", alter_sys=True)
 
 
 def _end_with_parent() -> None:
