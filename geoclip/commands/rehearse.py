@@ -7,11 +7,12 @@ from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
 EPILOG = """
---out FOLDER writes a world of Blue Marble "photos" in the layouts of MP-16, Im2GPS3k, YFCC26k, YFCC4k, GWS15k and
-NUS-WIDE, with the faults of real sets; --run then goes from its addresses to the tables of the notebooks, with a
-tiny random tower in place of CLIP. FOLDER/rehearsal_log.csv lists each step, its images and seconds, and what was
-dropped and why. Rerun the command to resume. None of its numbers is a result. --check FOLDER reads a folder such as
-GEOCLIP_DATA instead and changes nothing; the exit status is 1 if something in it is damaged.
+--out FOLDER writes a world of Blue Marble "photos" in the layouts of MP-16, Im2GPS3k, YFCC26k, YFCC4k, GWS15k,
+OSV-Mini and NUS-WIDE, with the faults of real sets; --run then goes from its addresses to the tables of the
+notebooks, with tiny random towers in place of CLIP's. FOLDER/rehearsal_log.csv lists each step, its images and
+seconds, and what was dropped or failed and why; the exit status is 1 if a step failed. Rerun the command to resume.
+None of its numbers is a result. --check FOLDER reads a folder such as GEOCLIP_DATA instead and changes nothing; the
+exit status is 1 if something in it is damaged.
 """
 
 
