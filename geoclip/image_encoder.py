@@ -62,7 +62,7 @@ class Preprocessing:
             return cls(224, "bicubic", OPENAI_MEAN, OPENAI_STD)
         import open_clip
 
-        clip_feature_dim(config.tower)
+        feature_dim(config.tower)
         released = open_clip.get_pretrained_cfg(config.tower, config.weights or "") or {}
         pixels = open_clip.get_model_config(config.tower)["vision_cfg"].get("image_size", 224)
         mean = released.get("mean", open_clip.OPENAI_DATASET_MEAN)
@@ -150,10 +150,9 @@ class ImageEncoder(nn.Module):
         """Return the PyTorch tower, building it with the configured weights at the first call."""
         if self.tower is None:
             config = self.config
-            if config.tower.startswith(TIMM):
-                self.tower = load_timm(config).eval()
-            elif config.tower != CONV_TOWER:
-                self.tower = load_clip(config.tower, config.weights)
+            if config.tower != CONV_TOWER:
+                of_timm = config.tower.startswith(TIMM)
+                self.tower = load_timm(config).eval() if of_timm else load_clip(config.tower, config.weights)
             elif config.weights is not None:
                 self.tower = load_conv(config.weights)
             elif config.frozen:
@@ -256,17 +255,12 @@ class ImageEncoder(nn.Module):
 
 
 def feature_dim(tower: str) -> int:
-    """Width c of the feature of a timm or open_clip tower, without loading it. Raises ValueError for an unknown one."""
-    if not tower.startswith(TIMM):
-        return clip_feature_dim(tower)
-    import timm
+    """Width c of the feature of an open_clip or timm tower. Raises ValueError for a name that neither knows."""
+    if tower.startswith(TIMM):
+        import timm
 
-    with torch.device("meta"):
-        return timm.create_model(timm_name(tower), num_classes=0).num_features
-
-
-def clip_feature_dim(tower: str) -> int:
-    """Width c of an open_clip tower's projected feature."""
+        with torch.device("meta"):
+            return timm.create_model(timm_name(tower), num_classes=0).num_features
     if tower == pretrained.CLIP_TOWER:
         return 768  # without importing open_clip, which takes seconds
     import open_clip
@@ -290,22 +284,16 @@ def timm_name(tower: str) -> str:
 
 
 def load_timm(config: ImageEncoderConfig) -> nn.Module:
-    """A timm model without its classifier; random weights are the same in every process.
-
-    Raises ValueError for an unknown model, and OSError for weights that cannot be downloaded.
-    """
+    """A timm model without its classifier; random weights are the same each time. OSError if there are none."""
     import timm
 
-    name = timm_name(config.tower)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(0)
-            return timm.create_model(name, pretrained=config.weights is not None, num_classes=0)
-    except (OSError, RuntimeError) as error:
-        raise OSError(
-            f"the weights of {config.tower} are not cached and could not be downloaded: connect to the "
-            f"network once, or set image.weights to null for random weights"
-        ) from error
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        try:
+            return timm.create_model(timm_name(config.tower), config.weights is not None, num_classes=0)
+        except (OSError, RuntimeError) as error:
+            reason = f"the weights of {config.tower} are not cached and could not be downloaded: connect to the network once"
+            raise OSError(f"{reason}, or set image.weights to null for random weights") from error
 
 
 def visual_part(tower: nn.Module) -> nn.Module:
@@ -356,7 +344,7 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
     """
     import open_clip
 
-    clip_feature_dim(tower)
+    feature_dim(tower)
     state, tag = None, weights
     if weights == "openai" and tower == pretrained.CLIP_TOWER:
         state, tag = pretrained.read_clip(pretrained.clip_file()), None

@@ -9,7 +9,7 @@ from geoclip.image_encoder import (
     TIMM,
     ConvTower,
     ImageEncoderConfig,
-    clip_feature_dim,
+    feature_dim,
     load_clip,
     load_timm,
 )
@@ -38,7 +38,7 @@ class Tower(nn.Module):
             self.dim = self.body.num_features
         else:
             clip = load_clip(config.tower, config.weights)
-            self.body, self.dim = clip.visual, clip_feature_dim(config.tower)
+            self.body, self.dim = clip.visual, feature_dim(config.tower)
         initialise(self.mix, generator)
         self.body.requires_grad_(not config.frozen)
 
