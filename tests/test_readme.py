@@ -52,6 +52,16 @@ def test_side_by_side_fills_what_is_there_and_says_what_is_not():
     assert (tiles["ours"], tiles["paper"]) == ("20.0 / 50.1 / 92.0 / 97.0 / 98.0", "–")
     assert wide.loc["YFCC4k", "paper"] == "not in the paper; 1.21 / 9.08 / 21.94 / 44.44 / 67.77 ³"
     assert wide.loc["GWS15k", "paper"] == readme.NOT_PUBLISHED
+    part = results([("Im2GPS3k, 2,990 of 2,997", "test", "ours", "accuracy", 1, 2, 3, 4, 5)])
+    wide = readme.side_by_side(pd.concat([table, part]))
+    assert wide.iloc[-1].tolist() == [
+        "Im2GPS3k, 2,990 of 2,997",
+        "–",
+        "–",
+        "1.0 / 2.0 / 3.0 / 4.0 / 5.0",
+        "–",
+        "–",
+    ]
     with pytest.raises(ValueError, match="two rows"):
         readme.side_by_side(pd.concat([table, table]))
 

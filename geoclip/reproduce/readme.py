@@ -41,23 +41,27 @@ NOTES = (
 
 
 def side_by_side(table: pd.DataFrame) -> pd.DataFrame:
-    """The tidy table of notebook 07 in the ROWS and COLUMNS of the README: five accuracies, or why there are none."""
+    """The tidy table of notebook 07 in the ROWS and COLUMNS of the README: five accuracies, or why there are none.
+
+    Other data in the table, such as a part of a benchmark or a rehearsal, follow under their own names.
+    """
     published = pd.read_csv(paths.PAPER / "benchmarks.csv").query("protocol == @OTHERS")
     published = published.set_index("benchmark")
     cells = table.set_index(["data", "split", "model", "measure"])[ACCURACY_COLUMNS]
     if not cells.index.is_unique:
         raise ValueError("two rows of the table have one data, split, model and measure")
     rows = []
-    for (data, split), title in ROWS.items():
+    others = {key: key[0] for key in zip(table["data"], table["split"], strict=True) if key not in ROWS}
+    for (data, split), title in (ROWS | others).items():
         row = {"percent within 1 / 25 / 200 / 750 / 2500 km": title}
         for column, (model, measure, missing) in COLUMNS.items():
-            row[column] = "–" if data == blue_marble.LABEL else missing
+            row[column] = "–" if data == blue_marble.LABEL or (data, split) in others else missing
             if (data, split, model, measure) in cells.index:
                 values = cells.loc[data, split, model, measure]
                 row[column] = " / ".join(f"{value:.1f}" for value in values)
         if row[PAPER] == NOT_PUBLISHED and data in published.index:
-            others = published.loc[data, ACCURACY_COLUMNS]
-            row[PAPER] += f"; {' / '.join(f'{value:.2f}' for value in others)} ³"
+            theirs = published.loc[data, ACCURACY_COLUMNS]
+            row[PAPER] += f"; {' / '.join(f'{value:.2f}' for value in theirs)} ³"
         rows.append(row)
     return pd.DataFrame(rows)
 
