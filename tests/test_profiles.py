@@ -47,7 +47,9 @@ def test_reproduce_runs_what_has_its_data_and_lists_the_rest(name, capsys, monke
 
     monkeypatch.setattr(batch, "run_jobs", lambda jobs: started.extend(jobs) or [])
     options = reproduce_command.parser().parse_args(["--profile", name])
-    read_features = {path.stem for path in notebooks.numbered() if "DATA" in notebooks.declared(path)}
+    read_features = {
+        path.stem for path in notebooks.numbered() if {"DATA", "TOWERS"} & notebooks.declared(path).keys()
+    }
     at_paper_size = read_features if name == "paper" else set()
     assert reproduce_command.run(options) == (1 if at_paper_size else 0)
     assert {path.stem for path in notebooks.numbered()} == {job.label for job in started} | at_paper_size
@@ -57,6 +59,18 @@ def test_reproduce_runs_what_has_its_data_and_lists_the_rest(name, capsys, monke
         assert f"FAILED {stem}.ipynb: {first} MISSING" in printed
     for job in started:
         assert job.parameters.keys() <= notebooks.declared(job.notebook).keys()
+
+
+def test_towers_without_features_are_named_and_not_missed(tmp_path, monkeypatch):
+    for folder in ("mp16", "im2gps3k", "yfcc26k"):
+        (tmp_path / "data" / folder / "features").mkdir(parents=True)
+    monkeypatch.setenv("GEOCLIP_DATA", "data")
+    profile, path = Profile.load("paper"), notebooks.find("18")
+    given = profile.whole(path, notebooks.declared(path))
+    gone = {name for name, (_, gone) in profile.samples(given).items() if gone}
+    assert len(given["TOWERS"]) == 6 and len(gone) == 15 and not profile.missing(given)
+    (tmp_path / "data/mp16/features").rmdir()
+    assert profile.missing(given)[0].startswith("ViT-L-14, mp16 MISSING")
 
 
 def test_with_its_data_the_paper_s_profile_reaches_the_ablations_whole(tmp_path, monkeypatch):
@@ -70,9 +84,6 @@ def test_with_its_data_the_paper_s_profile_reaches_the_ablations_whole(tmp_path,
         known = notebooks.declared(path)
         given = profile.whole(path, known)
         assert profile.missing(known | given) == []
-        if stem == "18_towers":  # the other towers are left out
-            assert sum(bool(gone) for _, gone in profile.samples(known | given).values()) == 15
-            continue
         assert given["DATA"] == str(tmp_path / "data" / "mp16" / "features")
         assert paths.profile(given.get("REFERENCE") or given["CONFIG"]).is_file()
         assert given.get("SEEDS") == ([0, 1, 2, 3, 4] if isinstance(known["SEEDS"], list) else None)
