@@ -4,6 +4,7 @@ Coordinates are (lat, lon) in degrees on WGS84, on the last axis, with longitude
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -54,8 +55,8 @@ def equal_earth(latlon: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n 2"]:
     the dtype. The released weights were trained in float32, and the highest frequencies resolve its rounding,
     so the order of operations is part of the model.
     """
-    numbers = (math.pi / 180, math.sqrt(3) / 2, 2 * math.sqrt(3), EQUAL_EARTH_SCALE)
-    numbers += (A1, A2, A3, A4, 3 * A2, 7 * A3, 9 * A4)
+    numbers: Sequence[float | Tensor] = [math.pi / 180, math.sqrt(3) / 2, 2 * math.sqrt(3), EQUAL_EARTH_SCALE]
+    numbers = [*numbers, A1, A2, A3, A4, 3 * A2, 7 * A3, 9 * A4]
     if latlon.dtype == torch.float64:  # torch.onnx would round them to float32, unless they are tensors
         numbers = latlon.new_tensor(numbers).unbind()
     radian, half_root, two_roots, scale, a1, a2, a3, a4, b2, b3, b4 = numbers
