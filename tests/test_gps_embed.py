@@ -105,13 +105,13 @@ def test_memory_does_not_grow_with_the_rows(places, monkeypatch, capsys):
             del table
 
     monkeypatch.setattr(folder, "read_parts", watched)
-    monkeypatch.setattr(gps_embed, "ROWS", 100)
-    places.write_text("lat,lon,id\n" + "1,2,a\n" * 999 + "95,1,last\n")
+    monkeypatch.setattr(gps_embed, "ROWS", 20)
+    places.write_text("lat,lon,id\n" + "1,2,a\n" * 199 + "95,1,last\n")
     status, out = embed(places, "out.csv")
     found = pd.read_csv(out)
-    assert status == 1 and len(found) == 1000 and found["gps_511"].isna().tolist() == [False] * 999 + [True]
-    assert "line 1001: lat is '95'" in capsys.readouterr().out
-    assert max(lengths) == 100 and len(lengths) > 20 and max(alive) <= 2
+    assert status == 1 and len(found) == 200 and found["gps_511"].isna().tolist() == [False] * 199 + [True]
+    assert "line 201: lat is '95'" in capsys.readouterr().out
+    assert max(lengths) == 20 and len(lengths) > 20 and max(alive) <= 2
 
 
 def test_a_row_may_be_wrong_in_any_part_but_columns_are_swapped_in_all(places, capsys, monkeypatch):
