@@ -65,6 +65,7 @@ def run(world: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
     with rehearsal.addresses(world), notebooks.variables(places):
         for number, step in enumerate(steps(world, only), start=1):
             log = paths.make_folder(world / "logs") / f"{number:02d}.txt"
+            log.write_text("")  # in case the step ends before it can write
             began = time.monotonic()
             process = context.Process(target=_run_step, args=(list(step.command), log))
             process.start()
