@@ -290,7 +290,9 @@ def load_timm(config: ImageEncoderConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         try:
-            return timm.create_model(timm_name(config.tower), config.weights is not None, num_classes=0)
+            return timm.create_model(
+                timm_name(config.tower), pretrained=config.weights is not None, num_classes=0
+            )
         except (OSError, RuntimeError) as error:
             reason = f"the weights of {config.tower} are not cached and could not be downloaded: connect to the network once"
             raise OSError(f"{reason}, or set image.weights to null for random weights") from error

@@ -31,6 +31,7 @@ CHANGES = {
     "15": {"PLACES": 1_000},
     "16": {"PHOTOS": 1_500, "CHOICES": {"3 epochs": {"epochs": 3}}, "EMBEDDINGS": ["length 1"]},
     "17": {"PLACES": 600, "SEEDS": 2},
+    "18": {"TOWERS": {"small CNN, trained on tiles": {}}} | ONE,
 }
 
 

@@ -20,7 +20,7 @@ import pytest
 from geoclip import photos
 from geoclip.__main__ import main
 from geoclip.baselines import samples
-from geoclip.baselines.config import ContextConfig, GeocellsConfig
+from geoclip.baselines.config import GeocellsConfig
 from geoclip.datasets import benchmarks, geography, nus_wide, shards
 from geoclip.reproduce import notebooks, rehearsal, stages
 from geoclip.reproduce.profiles import Profile
@@ -102,15 +102,15 @@ def test_mp16_as_images_has_its_scenes_and_maps(world):
     found = samples.Samples.of(config, ["scene"])
     assert len(found.latlon) == 2 * N - 10 - 2 and not found.photos.missing()  # five faults of 40, one twice
     maps = samples.Maps(3, world / "segmentation/mp16")
-    maps.check(found.photos)
-    assert maps.open(found.photos, 0).size == rehearsal.PIXELS
+    assert maps.present(found.photos)[0].all()
+    assert maps.open(found.photos.table.file.iloc[0]).size == rehearsal.PIXELS
     maps = samples.Maps(3, world / "segmentation/im2gps3k")
-    maps.check(benchmarks.load("im2gps3k", world))
+    assert maps.present(benchmarks.load("im2gps3k", world))[0].all()
 
 
 def test_osv_mini_has_its_labels_and_stations_their_temperatures(world, monkeypatch):
     monkeypatch.setenv("GEOCLIP_DATA", str(world))
-    train, context = samples.read_photos(ContextConfig(data=str(world / "osv-mini/train_mini.csv")))
+    train, context = samples.read_photos(str(world / "osv-mini/train_mini.csv"))
     assert len(train) == N and not train.missing() and len(benchmarks.load("osv-mini").missing()) == 1
     assert set(context) == {"state", "county", "city", "climate", "month"}
     assert context["climate"].nunique() > 3 and 0 < context["month"].isna().sum() < N

@@ -14,7 +14,7 @@ MISTAKES = {
     "predict photo.jpg --decision disc": "--decision: choose from argmax, mode, median, geoscore and disc:KM",
     "predict photo.jpg --map map.xyz": "--map map.xyz: the name must end in .png",
     "predict photo.jpg --fromat json": "unrecognized arguments: --fromat",
-    "predict": "required: photos",
+    "predict": "give photos, or --text",
     "predct photo.jpg": "no command 'predct'; choose from",
     "dataset nosuch --out h.csv": "nosuch: no such folder",
     "dataset photos": "required: --out",
