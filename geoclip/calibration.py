@@ -61,7 +61,7 @@ class Calibration:
         images: Number of those images.
         nats: Mean log density of their true places, in nats per km².
         within: What the posterior says of being within 25 km of its mode, in increasing order, and
-        found: how often that was so (isotonic regression).
+        found: how often that was so, see `with_hit_rate`.
         prior: As in Places.posterior.
         neighbours: With training images as a second gallery, what `fused` adds to the logits.
     """
@@ -185,12 +185,22 @@ def _most_likely(
 
 
 def with_hit_rate(fitted: Calibration, mass: Float[Tensor, " n"], hit: Bool[Tensor, " n"]) -> Calibration:
-    """The calibration with the hit rate fitted, by isotonic regression, to the probabilities of n answers."""
-    from sklearn.isotonic import IsotonicRegression
+    """The calibration with the hit rate fitted to the probabilities m of n answers.
 
-    regression = IsotonicRegression(y_min=0, y_max=1).fit(mass.double(), hit.double())
-    within, found = (tuple(knots.tolist()) for knots in (regression.X_thresholds_, regression.y_thresholds_))
-    return dataclasses.replace(fitted, within=within, found=found)
+    The log odds of a hit are c − b log(1 − m), beta calibration (Kull, Silva Filho and Flach 2017) without its term in
+    log m. Each answer counts a little as the opposite too, as in Platt scaling, so that one kind alone can be fitted.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    def term(m):
+        return -np.log1p(-np.clip(m, 0, 1 - 1e-6))[:, None]
+
+    within, x, hits = -np.expm1(-np.geomspace(1e-4, 14, 120)), term(mass.double().numpy()), int(hit.sum())
+    share = np.where(hit, (hits + 1) / (hits + 2), 1 / (len(hit) - hits + 2))
+    model = LogisticRegression(C=1e3, max_iter=1000)
+    model.fit(np.tile(x, (2, 1)), np.repeat([1, 0], len(x)), np.concatenate([share, 1 - share]))
+    found = model.predict_proba(term(within))[:, 1]
+    return dataclasses.replace(fitted, within=tuple(within.tolist()), found=tuple(found.tolist()))
 
 
 @torch.inference_mode()

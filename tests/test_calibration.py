@@ -109,3 +109,18 @@ def test_a_decider_answers_with_distinct_places_and_their_probability():
     assert mass[:, :3].sum(1).tolist() == pytest.approx([1, 1], abs=0.15)
     assert len(decider.described) == 2 and all(math.isfinite(d["entropy"]) for d in decider.described)
     assert json.dumps(decider.described)
+
+
+def test_the_hit_rate_is_that_of_answers_with_such_a_mass():
+    generator = torch.Generator().manual_seed(0)
+    mass = torch.rand(4000, generator=generator, dtype=torch.double)
+    rate = torch.sigmoid(-2 * torch.log1p(-mass) - 1)
+    hit = torch.rand(4000, generator=generator, dtype=torch.double) < rate
+    fitted = calibration.with_hit_rate(Calibration(), mass[:2000], hit[:2000])
+    asked = fitted.hit_rate(mass[2000:])
+    assert (asked - rate[2000:]).abs().max() < 0.05
+    assert calibration.calibration_error(asked, hit[2000:]) < 0.05  # 2,000 answers are off by 0.03 by chance
+    assert calibration.calibration_error(mass[2000:], hit[2000:]) > 0.1
+    assert (torch.tensor(fitted.found).diff() >= 0).all()
+    always = calibration.with_hit_rate(Calibration(), mass[:50], torch.ones(50, dtype=torch.bool))
+    assert 0.95 < always.hit_rate(mass).min() and always.hit_rate(mass).max() < 1
