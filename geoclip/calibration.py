@@ -39,6 +39,7 @@ class NeighbourFit:
         temperature, kernel_km: Of the neighbours' own density, as in Calibration.
         least: 100 × the cosine with the nearest training image, below which an image is unlike all of them.
         false_alarms: Share of the images that it was fitted on that are below `least`.
+        share: Factor of the neighbours' log density.
     """
 
     features: str
@@ -47,6 +48,7 @@ class NeighbourFit:
     kernel_km: float
     least: float
     false_alarms: float = FALSE_ALARMS
+    share: float = 1.0
 
 
 @dataclass(frozen=True)

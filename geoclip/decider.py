@@ -68,7 +68,7 @@ class Decider:
         scores, near = self.model.scores(encoded.mean(1)).cpu(), features.mean(1).cpu().float()
         found = neighbours.find(near, authors=authors)
         alone, gallery = Calibration(fit.temperature, fit.kernel_km), Calibration(fit.gallery_temperature)
-        return next(fused([scores], self.places, gallery, found, alone)), found[0][:, 0]
+        return next(fused([scores], self.places, gallery, found, alone, fit.share)), found[0][:, 0]
 
     @torch.inference_mode()
     def by_others(self, authors: Sequence) -> Float[Tensor, "n 2"]:

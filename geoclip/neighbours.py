@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from geoclip import earth
-from geoclip.calibration import Calibration
+from geoclip.calibration import Calibration, fit
 from geoclip.kernels import log_kernel
 from geoclip.posterior import Places
 
 BATCH = 50  # queries whose cosines with all training images are held at once
+SHARES = (0.25, 0.5, 1.0)  # of the neighbours' log density, see fit_fused
 FLOOR = 1e-3  # part of the neighbours' density that is uniform, so that they rule nothing out
 
 
@@ -63,8 +64,9 @@ def fused(
     by_gallery: Calibration,
     neighbours: tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]],
     by_neighbours: Calibration,
+    share: float = 1.0,
 ) -> Iterator[Float[Tensor, "_ m"]]:
-    """The product of both: logits of all gallery places plus the neighbours' log density there.
+    """The product of both: logits of all gallery places plus `share` × the neighbours' log density there.
 
     Both say the same in part, so the sum needs a calibration of its own.
     """
@@ -76,5 +78,21 @@ def fused(
             weight = (cosine / by_neighbours.temperature).softmax(0).nan_to_num()  # 0 if all are −inf
             density = log_kernel(h, by_neighbours.kernel_km).exp() @ weight
             uniform = FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
-            rows.append(scores / by_gallery.temperature + (density + uniform).log())
+            rows.append(scores / by_gallery.temperature + share * (density + uniform).log())
         yield torch.stack(rows)
+
+
+def fit_fused(
+    logits: Sequence[Float[Tensor, "_ m"]],
+    places: Places,
+    by_gallery: Calibration,
+    neighbours: tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]],
+    by_neighbours: Calibration,
+    truth: Float[Tensor, "n 2"],
+    fitted_on: str,
+    prior: str = "gallery",
+) -> tuple[float, Calibration]:
+    """The share of the neighbours, one of SHARES, and the calibration of the product that make `truth` most likely."""
+    known = places, by_gallery, neighbours, by_neighbours
+    fits = {share: fit(fused(logits, *known, share), truth, places, fitted_on, prior) for share in SHARES}
+    return max(fits.items(), key=lambda found: found[1].nats)

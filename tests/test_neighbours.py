@@ -5,7 +5,7 @@ import torch
 
 from geoclip import earth
 from geoclip.calibration import Calibration
-from geoclip.neighbours import FLOOR, Neighbours, fused
+from geoclip.neighbours import FLOOR, SHARES, Neighbours, fit_fused, fused
 from geoclip.posterior import Places
 
 
@@ -45,6 +45,9 @@ def test_the_querys_own_photographer_is_left_out(neighbours):
 def test_neighbours_add_the_log_of_their_density():
     places = Places(torch.tensor([[0.0, 0.0], [0.0, 1.0], [50.0, 50.0]]))
     near = torch.tensor([[2.0, 1.0]]), torch.tensor([[[0.0, 0.0], [0.0, 1.0]]]).double()
+    [half] = fused([torch.zeros(1, 3)], places, Calibration(), near, Calibration(0.5, 40.0), 0.5)
+    [whole] = fused([torch.zeros(1, 3)], places, Calibration(), near, Calibration(0.5, 40.0))
+    torch.testing.assert_close(half, whole / 2)
     [found] = fused([torch.tensor([[3.0, 2.0, 1.0]])], places, Calibration(2.0), near, Calibration(0.5, 40.0))
     weight = torch.tensor([4.0, 2.0]).softmax(0).double()
     for i, logit in enumerate((1.5, 1.0, 0.5)):
@@ -52,3 +55,20 @@ def test_neighbours_add_the_log_of_their_density():
         kernel = torch.exp(-((km / 40) ** 2) / 2) / (2 * math.pi * 40**2)  # 1 − cos d is d² / 2 nearby
         density = (weight @ kernel).item() + FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
         assert found[0, i].item() == pytest.approx(logit + math.log(density), abs=2e-3)
+
+
+def test_neighbours_count_less_the_less_they_tell():
+    generator = torch.Generator().manual_seed(0)
+    places, n = Places(earth.sample_sphere(300, generator)), 60
+    logits, index = (
+        3 * torch.randn(n, 300, generator=generator),
+        torch.randint(300, (n,), generator=generator),
+    )
+    logits[torch.arange(n), index] += 6
+    truth = earth.destination(places.latlon[index], *(30 * torch.randn(2, n, generator=generator).double()))
+    for near, share in ((truth, max(SHARES)), (earth.sample_sphere(n, generator).double(), min(SHARES))):
+        known = torch.full((n, 1), 50.0), near[:, None]
+        found, fitted = fit_fused(
+            [logits], places, Calibration(), known, Calibration(1.0, 300.0), truth, "mine"
+        )
+        assert (found, fitted.fitted_on, fitted.images) == (share, "mine", n)

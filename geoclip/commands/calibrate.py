@@ -46,7 +46,7 @@ def run(options) -> int:
     import torch
 
     from geoclip import calibration
-    from geoclip.neighbours import fused
+    from geoclip.neighbours import fit_fused, fused
     from geoclip.posterior import Places
 
     options.precision, options.coordinates_only = "auto", False
@@ -67,14 +67,14 @@ def run(options) -> int:
         neighbours, source = read_neighbours(options.neighbours, model)
         near = neighbours.find(features.cpu().float())
         by_near = calibration.fit_neighbours(*near, truth, name)
-        both = list(fused(logits, places, alone, near, by_near))
+        known = places, alone, near, by_near
+        share, together = fit_fused(logits, *known, truth, name, options.prior)
         least = near[0][:, 0].quantile(calibration.FALSE_ALARMS).item()
         how = calibration.NeighbourFit(
-            source, alone.temperature, by_near.temperature, by_near.kernel_km, least
+            source, alone.temperature, by_near.temperature, by_near.kernel_km, least, share=share
         )
-        together = calibration.fit(both, truth, places, name, options.prior)
         together = dataclasses.replace(together, neighbours=how)
-        report(calibration.with_hits(together, both, truth, places), truth, options)
+        report(calibration.with_hits(together, fused(logits, *known, share), truth, places), truth, options)
     return 0
 
 

@@ -16,7 +16,7 @@ from geoclip.datasets import blue_marble
 from geoclip.datasets.features import FeatureData
 from geoclip.gallery import Gallery
 from geoclip.model import GeoCLIP
-from geoclip.neighbours import Neighbours, fused  # noqa: F401, for the notebooks
+from geoclip.neighbours import Neighbours, fit_fused, fused  # noqa: F401, for the notebooks
 from geoclip.posterior import Places, Posterior
 from geoclip.studies.runner import Study
 from geoclip.training import runs
