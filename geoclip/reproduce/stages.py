@@ -33,7 +33,7 @@ FAILED, FEW_LINES = (
 )  # what the reason of a failed step starts with, and how much of its output it quotes
 # Imported once, by the process that all steps are forked from.
 IMPORTS = ["geoclip.studies.runner", "geoclip.datasets.shards", "open_clip", "papermill"]
-LEFT_OUT = "not rehearsed: notebooks 00, 02, 11, 13 to 15 and 17, which read no photos"
+LEFT_OUT = "not rehearsed: notebooks 00, 02, 11, 15 and 17, which read no photos"
 
 
 @dataclass(frozen=True)
