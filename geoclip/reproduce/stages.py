@@ -27,10 +27,8 @@ from geoclip.studies.runner import merged
 PLAN = Path(__file__).with_name("rehearsal.yaml")
 LOG, PROFILE = "rehearsal_log.csv", "rehearsal.yaml"
 SHARD_SIZE = 100  # addresses
-FAILED, FEW_LINES = (
-    "FAILED",
-    4,
-)  # what the reason of a failed step starts with, and how much of its output it quotes
+FAILED = "FAILED"  # what the reason of a failed step starts with
+FEW_LINES = 4  # of a failed step's output, that its reason quotes
 # Imported once, by the process that all steps are forked from.
 IMPORTS = ["geoclip.studies.runner", "geoclip.datasets.shards", "open_clip", "papermill"]
 LEFT_OUT = "not rehearsed: notebooks 00, 02, 11, 15 and 17, which read no photos"
