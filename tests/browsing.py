@@ -281,7 +281,10 @@ def memory_mb(process):
     """For each kernel below a server: its share of the memory in MB (PSS), as Linux counts it."""
     import psutil
 
-    below = psutil.Process(process.pid).children(recursive=True)
-    kernels = [child.pid for child in below if "ipykernel" in " ".join(child.cmdline())]
-    rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text().split("Pss:")[1] for pid in kernels]
-    return [int(rollup.split()[0]) / 1024 for rollup in rollups]
+    used = []
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error, OSError):  # it ends meanwhile, or has ended
+            if "ipykernel" in " ".join(child.cmdline()):
+                rollup = Path(f"/proc/{child.pid}/smaps_rollup").read_text().split("Pss:")[1]
+                used.append(int(rollup.split()[0]) / 1024)
+    return used

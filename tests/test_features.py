@@ -504,7 +504,7 @@ def test_really_full_disk(photos, tmp_path):
     small.mkdir()
     # a disk of 300 KB of its own, where the kernel lets users have one; features take 37 KB a shard
     script = (
-        f"mount -t tmpfs -o size=300k none {small} && exec {sys.executable} -m geoclip embed {photos} "
+        f"mount -t tmpfs -o size=300k none {small} && exec '{sys.executable}' -m geoclip embed {photos} "
         + (f"--out {small}/out --tower conv --weights null --views 24 --shard-size 3 --workers 0")
     )
     allowed = subprocess.run(["unshare", "-rm", "true"], capture_output=True, check=False).returncode == 0

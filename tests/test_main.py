@@ -87,7 +87,7 @@ def test_an_error_of_ours_is_one_line(command, capsys, monkeypatch):
     monkeypatch.setenv("GEOCLIP_DATA", "nosuch")
     assert command_line.main(["test"]) == 2
     assert re.fullmatch(
-        r"geoclip: error: GEOCLIP_DATA names \S+/nosuch, which is not a folder; correct or unset it\n",
+        r"geoclip: error: GEOCLIP_DATA names .+/nosuch, which is not a folder; correct or unset it\n",
         capsys.readouterr().err,
     )
 

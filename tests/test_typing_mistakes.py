@@ -52,7 +52,8 @@ def test_a_typing_mistake_is_named_in_one_line(typed, tmp_path, monkeypatch, cap
     monkeypatch.delenv("GEOCLIP_DATA", raising=False)
     (tmp_path / "places.csv").write_text("lat,lon\n48.8,2.3\n")
     (tmp_path / "photo.jpg").write_bytes(b"")
-    arguments = shlex.split(typed.replace("PROFILES", str(paths.NOTEBOOKS / "profiles")))
+    profiles = str(paths.NOTEBOOKS / "profiles")
+    arguments = [word.replace("PROFILES", profiles) for word in shlex.split(typed)]
     assert command_line.main(arguments) == 2
     said = capsys.readouterr().err
     assert MISTAKES[typed] in said and said.startswith("geoclip: error: ") and "Traceback" not in said
