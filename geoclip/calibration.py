@@ -90,7 +90,7 @@ class Calibration:
         return f"calibrated on {self.fitted_on}" if self.fitted_on else "not calibrated"
 
     def hit_rate(self, mass: Tensor) -> Tensor:
-        """How often places with this probability of being within 25 km were so; the probability if not fitted."""
+        """How often best answers with this probability of being within 25 km were so; the probability if not fitted."""
         if not self.within:
             return mass
         return torch.from_numpy(np.interp(mass.numpy(), self.within, self.found))

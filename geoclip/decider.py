@@ -96,7 +96,11 @@ class Decider:
         logits, nearest = self._logits(query)
         posterior = self.calibration.posterior(self.places, logits)
         latlon = posterior.answers(self.decision, k, APART_KM)
-        mass = self.calibration.hit_rate(posterior.mass_within(latlon.nan_to_num(), APART_KM))
+        mass = posterior.mass_within(latlon.nan_to_num(), APART_KM)
+        first, others = mass[:, :1], mass[:, 1:]
+        # The hit rate was fitted to first answers; what it leaves is shared out in proportion to the others' mass.
+        hit = self.calibration.hit_rate(first)
+        mass = torch.cat([hit, others * (1 - hit) / (1 - first).clamp_min(1e-9)], 1)
         if self.describe:
             found, fit = self.describe(posterior), self.calibration.neighbours
             if fit is not None and nearest is not None:

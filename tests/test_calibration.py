@@ -107,6 +107,11 @@ def test_a_decider_answers_with_distinct_places_and_their_probability():
     torch.testing.assert_close(latlon[:, 0], expected.answer("mode"))
     assert latlon[:, 3].isnan().all() and mass[:, 3].isnan().all()  # two of the four places are one mode
     assert mass[:, :3].sum(1).tolist() == pytest.approx([1, 1], abs=0.15)
+    corrected = Decider(model, "mode", Calibration(kernel_km=10.0, within=(0.0, 1.0), found=(0.3, 0.8)))
+    fitted = corrected.locate(query, 3)[1]
+    torch.testing.assert_close(fitted[:, 0], 0.3 + 0.5 * mass[:, 0])  # only the first answer is looked up
+    torch.testing.assert_close(fitted[:, 1] / fitted[:, 2], mass[:, 1] / mass[:, 2])
+    assert fitted.sum(1).tolist() == pytest.approx([1, 1], abs=0.15)
     assert len(decider.described) == 2 and all(math.isfinite(d["entropy"]) for d in decider.described)
     assert json.dumps(decider.described)
 
