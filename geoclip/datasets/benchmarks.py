@@ -111,8 +111,13 @@ def load(
     if strict and not whole:
         rows = f"{len(photos):,} rows, but the published set has {wanted.n:,}"
         raise ValueError(f"{wanted.title}: {rows}; without --strict, the part is used under another name")
-    named = f"{photos.name} rehearsal" if (data / REHEARSAL).is_file() else photos.name
+    named = marked(photos.name, data)
     return replace(photos, name=named if whole else f"{named}, {expected(wanted, photos)}")
+
+
+def marked(title: str, data: Path) -> str:
+    """`title`, or if the folder `data` is a rehearsal's, the title of a rehearsal."""
+    return f"{title} rehearsal" if (data / REHEARSAL).is_file() else title
 
 
 def expected(wanted: Card, photos: Sized) -> str:

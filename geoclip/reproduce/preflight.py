@@ -36,8 +36,7 @@ def check(data: Path, encoder: ImageEncoder | None = None, strict: bool = False)
 
 def _of_set(card: benchmarks.Card, data: Path, encoder: ImageEncoder | None, strict: bool) -> dict[str, str]:
     problems: list[str] = []
-    rehearsal = " rehearsal" if (data / benchmarks.REHEARSAL).is_file() else ""
-    row = {"set": f"{card.title}{rehearsal}", "rows": "missing"}
+    row = {"set": benchmarks.marked(card.title, data), "rows": "missing"}
     try:
         found = _read(card, data)
         row["rows"] = benchmarks.expected(card, found)
@@ -76,7 +75,7 @@ def _open_first(found: folder.Geotagged, encoder: ImageEncoder | None, problems:
     first, opened, failed = min(LOOK, len(found)), [], []
     for row in range(first):
         try:
-            opened.append(tower(sources.decode(found.path(row), found.table["file"].iloc[row], tower.pixels)))
+            opened.append(tower(sources.decode(found[row], found.table["file"].iloc[row], tower.pixels)))
         except PhotoError as error:
             failed.append(str(error))
     if failed:

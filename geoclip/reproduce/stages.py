@@ -22,7 +22,7 @@ import yaml
 from geoclip import paths
 from geoclip.datasets import benchmarks, features, folder, shards
 from geoclip.reproduce import notebooks, rehearsal
-from geoclip.studies.runner import merged
+from geoclip.studies.runner import end_with_parent, merged
 
 PLAN = Path(__file__).with_name("rehearsal.yaml")
 LOG, PROFILE = "rehearsal_log.csv", "rehearsal.yaml"
@@ -92,18 +92,13 @@ def run(world: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
 
 def _run_step(command: list[str], log: Path) -> None:
     """Run a command in this process, which ends with its exit status, or with the rehearsal if that is killed."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     with log.open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
     multiprocessing.set_start_method(None, force=True)  # else the command's own processes would be served too
     sys.argv = ["geoclip", *command]
     runpy.run_module("geoclip", run_name="__main__", alter_sys=True)
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def plan(world: Path) -> dict[str, Any]:

@@ -159,10 +159,11 @@ def _start_worker(study: Study) -> None:
     global _study
     _study = study
     torch.set_num_threads(1)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """End this process once its parent has ended; for a thread of a worker."""
     multiprocessing.parent_process().join()
     os._exit(1)  # checkpoints are written whole, so that the next run resumes from the last epoch
 
@@ -216,9 +217,8 @@ def answer_photos(module: TrainingModule, photos: Geotagged) -> dict[str, Float[
     """Return the best place of each photo by the name of the answer; NaN for photos that cannot be read."""
     on_gpu = torch.cuda.is_available()
     model = _AllAnswers(module.to("cuda" if on_gpu else "cpu"))
-    files = [photos.path(row) for row in range(len(photos))]
     workers = (os.cpu_count() or 1) if on_gpu else 0  # on a CPU the tower needs the cores itself
-    found = predictor.answer(model, files, len(module.ways), workers=workers)
+    found = predictor.answer(model, photos, len(module.ways), workers=workers)
     return dict(zip(module.ways, found.latlon.unbind(1), strict=True))
 
 
@@ -271,8 +271,7 @@ def _label(trained_on: features.FeatureData) -> str:
     folder = trained_on.folder.absolute().parent
     if (card := benchmarks.CARDS.get(folder.name)) is None:
         return trained_on.info.source
-    rehearsal = " rehearsal" if (folder.parent / benchmarks.REHEARSAL).is_file() else ""
-    return benchmarks.called(card.title + rehearsal, trained_on)
+    return benchmarks.called(benchmarks.marked(card.title, folder.parent), trained_on)
 
 
 def open_photos(reference: RunConfig, names: Sequence[str]) -> Study:
@@ -280,16 +279,17 @@ def open_photos(reference: RunConfig, names: Sequence[str]) -> Study:
 
     names: cards of the benchmarks to answer; those without photos in GEOCLIP_DATA are left out, and named.
     """
-    there = [benchmarks.load(name) for name in names if benchmarks.on_disk(name) == "photos"]
-    if absent := [name for name in names if benchmarks.on_disk(name) != "photos"]:
+    absent = [name for name in names if benchmarks.on_disk(name) != "photos"]
+    there = [benchmarks.load(name) for name in names if name not in absent]
+    if absent:
         print(f"left out, because GEOCLIP_DATA has no photos of it: {', '.join(absent)}")
     if not there:
         raise FileNotFoundError(f"GEOCLIP_DATA has the photos of none of {', '.join(names)}")
     csv = Path(reference.data)
     titles = {Path(card.csv).name: card.title for card in benchmarks.CARDS.values() if card.csv}
-    rehearsal = " rehearsal" if (benchmarks.data_folder() / benchmarks.REHEARSAL).is_file() else ""
     used = range(round(reference.fraction * len(folder.read_places(csv))))
-    label = benchmarks.called(titles.get(csv.name, csv.stem) + rehearsal, used)
+    title = benchmarks.marked(titles.get(csv.name, csv.stem), benchmarks.data_folder())
+    label = benchmarks.called(title, used)
     return Study(label, reference, photos={photos.name: photos for photos in there})
 
 
