@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
+from scipy.spatial import KDTree
 from torch import Tensor
 
 from geoclip import earth
@@ -51,10 +52,8 @@ def nearest(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"]) -> Tensor
     return torch.from_numpy(_tree(places).query(earth.unit_sphere(truth.double()))[1])
 
 
-def _tree(places: Float[Tensor, "m 2"]):
-    """KDTree of the places on the unit sphere: the nearest by chord is the nearest by great circle."""
-    from scipy.spatial import KDTree
-
+def _tree(places: Float[Tensor, "m 2"]) -> KDTree:
+    """The places on the unit sphere, where the nearest by chord is the nearest by great circle."""
     return KDTree(earth.unit_sphere(places.double()))
 
 
@@ -92,14 +91,12 @@ def pixel_floor(
     truth: Float[Tensor, "n 2"],
     known_images: Float[Tensor, "m 3 h w"],
     known: Float[Tensor, "m 2"],
-    block: int = 512,
 ) -> Float[Tensor, " n"]:
     """Error in km of the training image that is nearest in pixels, a baseline without learning."""
-    known_flat = known_images.flatten(1)
-    norms = known_flat.square().sum(1)
-    # |a − b|² without |a|², which does not change the order
-    index = [(norms - 2 * part.flatten(1) @ known_flat.T).argmin(1) for part in images.split(block)]
-    return earth.haversine_km(truth, known[torch.cat(index)])
+    from sklearn.metrics import pairwise_distances_argmin  # takes a second to import
+
+    index = pairwise_distances_argmin(images.flatten(1), known_images.flatten(1))
+    return earth.haversine_km(truth, known[torch.from_numpy(index)])
 
 
 def leaked(truth: Float[Tensor, "n 2"], places: Float[Tensor, "m 2"]) -> Bool[Tensor, " n"]:
@@ -159,8 +156,7 @@ def benchmark(
     truth = earth.check_latlon(truth, "truth").double()
     places = earth.check_latlon(places, "gallery").double()
     leak = leaked(truth, places)
-    rows: dict[str, dict] = {}
-    readable = None
+    rows, readable = {}, None
     if predicted is not None:
         if len(predicted) != len(truth):
             raise ValueError(f"{len(predicted):,} answers for {len(truth):,} images")
@@ -187,5 +183,4 @@ def benchmark(
         "gallery_n": len(places),
         "gallery_unique": len(torch.unique(places, dim=0)),
     }
-    about = about or {}
-    return pd.DataFrame([about | {"measure": measure} | row | rests_on for measure, row in rows.items()])
+    return pd.DataFrame([(about or {}) | {"measure": name} | row | rests_on for name, row in rows.items()])

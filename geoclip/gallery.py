@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from geoclip import earth, paths
+from geoclip import earth, paths, pretrained
 
 BLOCK, KEPT_AT_ONCE = 4096, 1 << 18  # places embedded at once, and before they are written to disk
 SCORES_AT_ONCE = {"cpu": 1 << 23}  # scores that fit in the CPU's cache; a GPU computes four times as many
@@ -19,7 +19,7 @@ GROUP = 64  # scores per group in `top`
 
 
 class Gallery:
-    """Places (m, 2) in (lat, lon) degrees, and the name of their source."""
+    """Places (m, 2) in (lat, lon) degrees, and the name of their source. given: in the precision of the source."""
 
     def __init__(self, latlon: Float[Tensor, "m 2"], source: str = "gallery"):
         self.given = earth.check_latlon(latlon, source)
@@ -31,16 +31,9 @@ class Gallery:
     def __len__(self) -> int:
         return len(self.latlon)
 
-    @property
-    def unique(self) -> int:
-        """Number of distinct places, in the precision in which they were given."""
-        return len(torch.unique(self.given, dim=0))
-
     @classmethod
     def official(cls) -> "Gallery":
         """The authors' released gallery: 100,000 places of MP-16 training photos, 94,123 of them distinct."""
-        from geoclip import pretrained
-
         return cls(torch.as_tensor(pretrained.official_gallery()), "authors' 100 K gallery")
 
     def embed(self, location_encoder: nn.Module, keep: bool = False) -> Float[Tensor, "m d"]:
@@ -53,11 +46,10 @@ class Gallery:
             return embed(location_encoder, self.latlon)
         path = self.kept_at(location_encoder)
         try:
-            if path.is_file():
-                if paths.is_sealed(path):
-                    return torch.from_numpy(np.load(path, mmap_mode="c"))
-                _say(f"{path} is damaged or belongs to another gallery; computing it again")
-            self._write(path, location_encoder)
+            if not path.is_file() or not paths.is_sealed(path):
+                if path.is_file():
+                    _say(f"{path} is damaged or belongs to another gallery; computing it again")
+                self._write(path, location_encoder)
             return torch.from_numpy(np.load(path, mmap_mode="c"))
         except OSError as error:
             _say(f"the gallery's embeddings cannot be cached ({error}); answering without")
@@ -75,9 +67,9 @@ class Gallery:
         """Write the embeddings as a .npy file, followed by the digest that paths.is_sealed compares."""
         with paths.atomic(path) as temporary:
             with temporary.open("wb") as file:
-                for start in range(0, len(self), KEPT_AT_ONCE):
-                    rows = embed(location_encoder, self.latlon[start : start + KEPT_AT_ONCE]).cpu().numpy()
-                    if start == 0:
+                for part in self.latlon.split(KEPT_AT_ONCE):
+                    rows = embed(location_encoder, part).cpu().numpy()
+                    if file.tell() == 0:
                         header = np.lib.format.header_data_from_array_1_0(rows)
                         header["shape"] = (len(self), rows.shape[1])
                         np.lib.format.write_array_header_1_0(file, header)
@@ -93,12 +85,8 @@ def _say(message: str) -> None:
 def embed(location_encoder: nn.Module, latlon: Float[Tensor, "m 2"]) -> Float[Tensor, "m d"]:
     """Unit-norm float32 embeddings of (lat, lon) degrees, computed in blocks on the encoder's device."""
     device = next(location_encoder.parameters()).device
-    rows = torch.empty(0)
-    for start in range(0, len(latlon), BLOCK):
-        part = functional.normalize(location_encoder(latlon[start : start + BLOCK].to(device)), dim=-1)
-        if start == 0:
-            rows = torch.empty(len(latlon), part.shape[1], device=device)
-        rows[start : start + BLOCK] = part
+    parts = (location_encoder(part.to(device)) for part in latlon.split(BLOCK))
+    rows = torch.cat([functional.normalize(part, dim=-1).float() for part in parts])
     if not rows.sum().isfinite():
         raise ValueError("the location encoder's embeddings are not finite: its weights are damaged")
     return rows

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor, nn
 
-from geoclip import photos, pretrained
+from geoclip import paths, photos, pretrained
 from geoclip.config import ImageEncoderConfig
 from geoclip.engines import openvino_tower
 from geoclip.layers import initialise, mlp
@@ -30,7 +30,6 @@ TIMM = "timm/"
 OPENAI_MEAN = (0.48145466, 0.4578275, 0.40821073)
 OPENAI_STD = (0.26862954, 0.26130258, 0.27577711)
 Precision = Literal["auto", "fp32", "bf16", "int8"]
-PRECISIONS = ("auto", "fp32", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -65,15 +64,14 @@ class Preprocessing:
         feature_dim(config.tower)
         released = open_clip.get_pretrained_cfg(config.tower, config.weights or "") or {}
         pixels = open_clip.get_model_config(config.tower)["vision_cfg"].get("image_size", 224)
-        mean = released.get("mean", open_clip.OPENAI_DATASET_MEAN)
-        std = released.get("std", open_clip.OPENAI_DATASET_STD)
-        resize = released.get("resize_mode", "shortest")
-        return cls(pixels, released.get("interpolation", "bicubic"), tuple(mean), tuple(std), resize)
+        mean, std = released.get("mean", OPENAI_MEAN), released.get("std", OPENAI_STD)
+        how, resize = released.get("interpolation", "bicubic"), released.get("resize_mode", "shortest")
+        return cls(pixels, how, tuple(mean), tuple(std), resize)
 
     def views(self, photo, ten_crop: bool = False) -> Float[Tensor, "v 3 p p"]:
         """The tower's input for each view of a photo (see photos.open_photo): the centre crop, or ten crops."""
         image = photos.open_photo(photo, self.pixels * 256 // 224 if ten_crop else self.pixels)
-        crops = photos.ten_crop(image, self.pixels) if ten_crop else [image]
+        crops = photos.ten_crop(image, self.pixels, self.filter) if ten_crop else [image]
         return torch.stack([self(crop) for crop in crops])
 
     def crop(self, image: Image.Image) -> Image.Image:
@@ -125,6 +123,10 @@ class ImageEncoder(nn.Module):
     tower, loaded when it is needed if `with_tower` is False.
     """
 
+    tower: nn.Module | None
+    engine: Callable[[Tensor], Tensor] | None = None  # replaces the tower in inference
+    precision = "fp32"
+
     def __init__(
         self,
         config: ImageEncoderConfig | None = None,
@@ -134,34 +136,29 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self.config = config = config or ImageEncoderConfig()
         self.preprocess = Preprocessing.of(config)
-        self.tower: nn.Module | None = None
-        self.engine: Callable[[Tensor], Tensor] | None = None  # replaces the tower in inference
-        self.precision: str = "fp32"
-        conv = config.tower == CONV_TOWER
-        self.feature_dim = ConvTower.feature_dim if conv else feature_dim(config.tower)
-        if with_tower:
-            self.load_tower()
+        self.feature_dim = feature_dim(config.tower)
+        self.register_module("tower", None)  # before the head, as checkpoints order them
         self.head = mlp(self.feature_dim, config.hidden, config.dim)
         initialise(self.head, generator)
-        if conv and with_tower and config.weights is None:
-            initialise(self.tower, generator)
+        if with_tower:
+            self.load_tower(generator)
 
-    def load_tower(self) -> nn.Module:
+    def load_tower(self, generator: torch.Generator | None = None) -> nn.Module:
         """Return the PyTorch tower, building it with the configured weights at the first call."""
+        config = self.config
         if self.tower is None:
-            config = self.config
-            if config.tower != CONV_TOWER:
-                of_timm = config.tower.startswith(TIMM)
-                self.tower = load_timm(config).eval() if of_timm else load_clip(config.tower, config.weights)
+            if config.tower.startswith(TIMM):
+                self.tower = load_timm(config).eval()
+            elif config.tower != CONV_TOWER:
+                self.tower = load_clip(config.tower, config.weights)
             elif config.weights is not None:
                 self.tower = load_conv(config.weights)
             elif config.frozen:
                 raise ValueError('the "conv" tower has no released weights: train it with frozen=False')
             else:
                 self.tower = ConvTower()
-            self.tower.requires_grad_(not config.frozen)
-            if hasattr(self, "head"):
-                self.tower.to(self.head[0].weight.device)
+                initialise(self.tower, generator)
+            self.tower.requires_grad_(not config.frozen).to(self.head[0].weight.device)
         return self.tower
 
     def use_precision(self, chosen: str = "auto") -> "ImageEncoder":
@@ -172,31 +169,29 @@ class ImageEncoder(nn.Module):
         reports once what it chose. The "conv" tower and the head always stay in fp32. int8 has been checked
         on random weights only.
         """
-        if chosen not in PRECISIONS:
-            raise ValueError(f"no precision {chosen!r}: give one of {', '.join(PRECISIONS)}")
-        device = self.head[0].weight.device
-        self.engine, automatic = None, chosen == "auto"
+        if chosen not in get_args(Precision):
+            raise ValueError(f"no precision {chosen!r}: give one of {', '.join(get_args(Precision))}")
+        device = self.head[0].weight.device.type
+        openvino = device == "cpu" and openvino_tower.is_available()
+        gpu_has_bf16 = device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        automatic, self.engine, through = chosen == "auto", None, ""
         if self.config.tower == CONV_TOWER:
-            self.precision = "fp32"
-            return self
-        has_engine = device.type == "cpu" and openvino_tower.is_available()
-        gpu_has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        if automatic:
-            fast = openvino_tower.has_bf16() if has_engine else gpu_has_bf16
+            automatic, chosen = False, "fp32"
+        elif automatic:
+            fast = openvino_tower.has_bf16() if openvino else gpu_has_bf16
             chosen = "bf16" if fast else "fp32"
-        if device.type == "cuda" and chosen != "fp32":
-            if chosen == "int8" or not gpu_has_bf16:
-                raise ValueError(f"precision {chosen} is not available on this GPU; use fp32 or auto")
+        if openvino and (automatic or chosen != "fp32"):
+            self.engine, through = self._openvino(chosen), " through OpenVINO"
+        elif gpu_has_bf16 and chosen == "bf16":
             visual = copy.deepcopy(visual_part(self.load_tower())).bfloat16()
             self.engine = lambda images: visual(images.bfloat16()).to(images.dtype)
-        elif has_engine and (automatic or chosen != "fp32"):
-            self.engine = self._openvino(chosen)
         elif chosen != "fp32":
-            raise ValueError(f"precision {chosen} on this device needs OpenVINO: pip install openvino")
+            remedy = "use auto, or on a CPU `pip install openvino`"
+            raise ValueError(f"precision {chosen} is not available on this device: {remedy}")
         if self.engine is None:
             self.load_tower()
+            chosen, through = "fp32", ""
         if automatic:
-            through = " through OpenVINO" if has_engine and self.engine else ""
             _report_once(f"precision auto: the image tower runs in {chosen}{through}")
         self.precision = chosen
         return self
@@ -204,18 +199,19 @@ class ImageEncoder(nn.Module):
     def _openvino(self, arithmetic: str) -> Callable[[Tensor], Tensor] | None:
         """Open the kept OpenVINO model of this tower, converting it first if needed; None if it cannot be converted."""
         # a file's hash is known without loading it; a loaded tower may come from a checkpoint
-        digest = clip_digest(self.config) if self.tower is None else None
-        key = f"{self.config.tower.replace('/', '-')}-{(digest or tower_hash(self.load_tower()))[:16]}"
-        if openvino_tower.kept(key, arithmetic) is None:
+        file = clip_file(self.config.tower, self.config.weights) if self.tower is None else None
+        digest = paths.sha256(file) if file else tower_hash(self.load_tower())
+        key = f"{self.config.tower.replace('/', '-')}-{digest[:16]}"
+        if (kept := openvino_tower.kept(key, arithmetic)) is None:
             visual, pixels = visual_part(self.load_tower()), self.preprocess.pixels
             calibration = self._calibration() if arithmetic == "int8" else []
             try:
-                openvino_tower.convert(visual, key, arithmetic, calibration, pixels)
+                kept = openvino_tower.convert(visual, key, arithmetic, calibration, pixels)
             except RuntimeError as error:  # a tower that OpenVINO cannot express
                 reason = str(error).strip().splitlines()[0]
                 _report_once(f"{self.config.tower} runs in PyTorch: OpenVINO cannot convert it ({reason})")
                 return None
-        return openvino_tower.OpenVINOTower(key, arithmetic)
+        return openvino_tower.OpenVINOTower(kept, arithmetic)
 
     def _calibration(self) -> list[Tensor]:
         """Preprocessed crops of three real photos, (10, 3, p, p) each."""
@@ -255,7 +251,9 @@ class ImageEncoder(nn.Module):
 
 
 def feature_dim(tower: str) -> int:
-    """Width c of the feature of an open_clip or timm tower. Raises ValueError for a name that neither knows."""
+    """Width c of a tower's feature. Raises ValueError for a name that neither open_clip nor timm knows."""
+    if tower == CONV_TOWER:
+        return ConvTower.feature_dim
     if tower.startswith(TIMM):
         import timm
 
@@ -294,8 +292,9 @@ def load_timm(config: ImageEncoderConfig) -> nn.Module:
                 timm_name(config.tower), pretrained=config.weights is not None, num_classes=0
             )
         except (OSError, RuntimeError) as error:
-            reason = f"the weights of {config.tower} are not cached and could not be downloaded: connect to the network once"
-            raise OSError(f"{reason}, or set image.weights to null for random weights") from error
+            reason = f"the weights of {config.tower} are not cached and could not be downloaded"
+            remedy = "connect to the network once, or set image.weights to null for random weights"
+            raise OSError(f"{reason}: {remedy}") from error
 
 
 def visual_part(tower: nn.Module) -> nn.Module:
@@ -326,16 +325,13 @@ def load_conv(checkpoint: str) -> ConvTower:
     return tower
 
 
-def _is_file(weights: str) -> bool:
-    return "/" in weights or Path(weights).suffix != ""
-
-
-def clip_digest(config: ImageEncoderConfig) -> str | None:
-    """SHA-256 of the file that a CLIP tower's weights come from; None for an open_clip tag or random weights."""
-    if config.weights == "openai" and config.tower == pretrained.CLIP_TOWER:
-        pretrained.clip_file()
-        return pretrained.CLIP_SHA256
-    return pretrained.clip_sha256(config.weights) if config.weights and _is_file(config.weights) else None
+def clip_file(tower: str, weights: str | None) -> Path | None:
+    """The local file that a CLIP tower's weights come from; None for an open_clip tag or random weights."""
+    if weights == "openai" and tower == pretrained.CLIP_TOWER:
+        return pretrained.clip_file()
+    if weights and ("/" in weights or Path(weights).suffix):
+        return pretrained.clip_at(weights)
+    return None
 
 
 def load_clip(tower: str, weights: str | None) -> nn.Module:
@@ -347,11 +343,8 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
     import open_clip
 
     feature_dim(tower)
-    state, tag = None, weights
-    if weights == "openai" and tower == pretrained.CLIP_TOWER:
-        state, tag = pretrained.read_clip(pretrained.clip_file()), None
-    elif weights is not None and _is_file(weights):
-        state, tag = pretrained.read_clip(weights), None
+    file = clip_file(tower, weights)
+    state, tag = (pretrained.read_clip(file), None) if file else (None, weights)
     logging.disable(logging.WARNING)  # open_clip warns that weights are random, which is intended here
     try:
         with torch.random.fork_rng(devices=[]):
@@ -362,7 +355,7 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
             raise
         raise OSError(
             f"the {weights!r} weights of CLIP {tower} are not in the cache and could not be downloaded "
-            f"({str(error).strip().splitlines()[0]}). Without a network, copy the file and pass its path as weights"
+            f"({str(error).strip().splitlines()[0]}); without a network, pass the path of a copy as weights"
         ) from error
     finally:
         logging.disable(logging.NOTSET)
@@ -377,8 +370,8 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
 
 
 def warn_unless_released(weights: Path | str) -> None:
-    """Warn, with the file's hash, if a local CLIP file is not the one that the released model was trained with."""
-    found = pretrained.clip_sha256(weights)
+    """Warn, with the file's hash, if a CLIP file is not the one that the released model was trained with."""
+    found = paths.sha256(pretrained.clip_at(weights))
     if found != pretrained.CLIP_SHA256:
         _report_once(
             f"{weights} (SHA-256 {found[:16]}…) is not the released CLIP ViT-L/14 ({pretrained.CLIP_SHA256[:16]}…): "

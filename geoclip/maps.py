@@ -16,6 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pyproj
 import shapely
+import torch
 from cartopy.mpl.geoaxes import GeoAxes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import BoundaryNorm, ListedColormap
@@ -24,7 +25,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import withStroke
 
-from geoclip import paths
+from geoclip import earth, paths
 
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_default_template=False)
 LAND, SEA, LINE = "#e6e6e6", "#ffffff", "#9a9a9a"
@@ -65,11 +66,8 @@ class Grid:
         if values.shape != (len(self.latlon),):
             raise ValueError(f"expected {len(self.latlon)} values, one per point; got shape {values.shape}")
         # zeros, because matplotlib also computes under the mask and would warn of uninitialised values
-        picture = np.zeros(self.inside.shape, dtype=values.dtype)
+        picture = np.ma.masked_array(np.zeros(self.inside.shape), mask=~self.inside)
         picture[self.inside] = values
-        picture = np.ma.masked_array(picture, mask=~self.inside)
-        if self.samples == 1:
-            return picture
         rows, columns = (size // self.samples for size in picture.shape)
         return picture.reshape(rows, self.samples, columns, self.samples).mean(axis=(1, 3))
 
@@ -141,9 +139,9 @@ def grid(axes: GeoAxes, columns: int = 360, samples: int = 1, land: bool = False
     if land:
         countries = shapely.union_all(_outlines("countries_110m"))
         inside &= shapely.contains_xy(countries, *np.moveaxis(lonlat, -1, 0))
-    latlon = lonlat[inside][:, ::-1]
-    latlon[:, 1] = (latlon[:, 1] + 180) % 360 - 180
-    return Grid(np.clip(latlon, [-90, -180], [90, 180]), inside, (left, right, bottom, top), samples)
+    lon, lat = lonlat[inside].T
+    latlon = np.stack([np.clip(lat, -90, 90), (lon + 180) % 360 - 180], 1)
+    return Grid(latlon, inside, (left, right, bottom, top), samples)
 
 
 def density(axes: GeoAxes, latlon, label: str = "places") -> None:
@@ -154,8 +152,7 @@ def density(axes: GeoAxes, latlon, label: str = "places") -> None:
     cells = {"gridsize": (120, rows), "extent": (left, right, bottom, top), "bins": "log", "mincnt": 1}
     drawn = axes.hexbin(lon, lat, transform=PLATE, cmap="cividis_r", linewidths=0.1, zorder=2, **cells)
     axes.set_global()
-    width_km = (right - left) / 120 / KM
-    _bar(axes, drawn, f"{label} per hexagon {width_km:.0f} km wide")
+    _bar(axes, drawn, f"{label} per hexagon {(right - left) / 120 / KM:.0f} km wide")
 
 
 def errors(axes: GeoAxes, truth, predicted, limit: int = 400) -> None:
@@ -163,10 +160,6 @@ def errors(axes: GeoAxes, truth, predicted, limit: int = 400) -> None:
 
     Draws the first `limit` pairs. The legend's percentages count all; a missing prediction (NaN) as furthest.
     """
-    import torch
-
-    from geoclip import earth
-
     truth, predicted = _array(truth), _array(predicted)
     if truth.shape != predicted.shape:
         raise ValueError(f"{len(truth)} true places and {len(predicted)} predicted ones cannot be paired")
@@ -205,9 +198,7 @@ def similarity(
     picture = pixels.image(_array(values))
     low, high = limits or (picture.min(), picture.max())
     drawn = _show(axes, pixels, picture, cmap="cividis", vmin=low, vmax=high)
-    handles = []
-    if truth is not None:
-        handles.append(_ring(axes, truth))
+    handles = [] if truth is None else [_ring(axes, truth)]
     if top_k is not None:
         handles.append(_numbered(axes, top_k))
     rim = [withStroke(linewidth=2.2, foreground="white")]

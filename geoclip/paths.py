@@ -41,17 +41,14 @@ NOTEBOOKS = ROOT / "notebooks"
 
 def make_variables_absolute() -> None:
     """Make the paths in GEOCLIP_* absolute, so that processes started in other folders read the same ones."""
-    for name in VARIABLES:
-        if os.environ.get(name):
-            os.environ[name] = str(Path(os.environ[name]).expanduser().absolute())
+    os.environ |= {name: str(_folder(name, ROOT)) for name in VARIABLES if os.environ.get(name)}
 
 
 def geoclip_data() -> Path | None:
     """Return the folder of benchmark data that GEOCLIP_DATA names, or None if the variable is unset."""
-    name = os.environ.get("GEOCLIP_DATA")
-    if not name:
+    if not os.environ.get("GEOCLIP_DATA"):
         return None
-    folder = Path(name).expanduser().absolute()
+    folder = _folder("GEOCLIP_DATA", DATA)
     if not folder.is_dir():
         raise FileNotFoundError(f"GEOCLIP_DATA names {folder}, which is not a folder; correct or unset it")
     return folder

@@ -2,13 +2,15 @@
 
 import contextlib
 import io
-import math
+import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from filelock import FileLock
 from PIL import ExifTags, Image, ImageOps
 
 # EPS is excluded on purpose: Pillow passes it to Ghostscript, which executes programs.
@@ -20,7 +22,8 @@ SUFFIXES = frozenset(
 HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1")
 LONGEST_SIDES = 50  # resizing the short side of a 1 × 60,000 px strip to 224 px would take gigabytes
 MOST_PIXELS = 178_956_970  # Pillow's own limit, which a package that is merely imported may have lifted
-LARGE_PIXELS = 32_000_000  # larger photos are decoded at a reduced size if few of their pixels are needed
+BOMB = f"more than {MOST_PIXELS:,} pixels, a decompression bomb or not a photo"
+LARGE_PIXELS = 32_000_000  # larger photos are decoded one at a time, and reduced if few pixels are needed
 OVERSAMPLED = 4  # a reduced photo keeps at least this many times the needed side
 
 
@@ -57,22 +60,10 @@ def open_photo(photo, side: int | None = None) -> Image.Image:
     if isinstance(photo, str | Path | Upload):
         with opened(photo) as image:
             return _upright_rgb(image, str(photo), side)
-    if isinstance(photo, Image.Image):
-        name = getattr(photo, "filename", "") or "image"
-        with _reasons(name):
-            return _upright_rgb(photo, name, side)
-    return _upright_rgb(_from_array(photo), "array", side)
-
-
-def is_large(photo) -> bool:
-    """Whether decoding the file takes hundreds of megabytes; False for files that cannot be opened."""
-    if not isinstance(photo, str | Path | Upload):
-        return False
-    try:
-        with opened(photo) as image:
-            return image.width * image.height > LARGE_PIXELS
-    except PhotoError:
-        return False
+    image = photo if isinstance(photo, Image.Image) else _from_array(photo)
+    name = getattr(photo, "filename", "") or ("image" if image is photo else "array")
+    with _reasons(name):
+        return _upright_rgb(image, name, side)
 
 
 def centre_crop(image: Image.Image, side: int) -> Image.Image:
@@ -84,12 +75,14 @@ def centre_crop(image: Image.Image, side: int) -> Image.Image:
     return image.crop((left, top, left + side, top + side))
 
 
-def ten_crop(image: Image.Image, side: int) -> list[Image.Image]:
+def ten_crop(
+    image: Image.Image, side: int, resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> list[Image.Image]:
     """The ten views of the paper's evaluation, side × side: four corners and the centre, each also mirrored.
 
     The short side of the photo is first resized to side × 256 / 224.
     """
-    whole = resize(image, side * 256 // 224)
+    whole = resize(image, side * 256 // 224, resample)
     views = []
     for photo in (whole, whole.transpose(Image.Transpose.FLIP_LEFT_RIGHT)):
         x, y = photo.width - side, photo.height - side
@@ -105,24 +98,18 @@ def resize(image: Image.Image, side: int, resample=Image.Resampling.BICUBIC) -> 
     return image.resize((side, long) if image.width <= image.height else (long, side), resample)
 
 
-def exif_latlon(photo: str | Path | Upload | Image.Image) -> tuple[float, float] | None:
+def exif_latlon(photo: str | Path | Upload) -> tuple[float, float] | None:
     """The position that EXIF records, (lat, lon) in degrees, or None. Raises PhotoError if it is unusable."""
-    if isinstance(photo, Image.Image):
-        name = getattr(photo, "filename", "") or "image"
-        with _reasons(name):
-            gps = photo.getexif().get_ifd(ExifTags.IFD.GPSInfo)
-    else:
-        name = str(photo)
-        with opened(photo) as image:
-            gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
+    with opened(photo) as image:
+        gps = image.getexif().get_ifd(ExifTags.IFD.GPSInfo)
     tags = ExifTags.GPS
     values = [gps.get(tag) for tag in (tags.GPSLatitude, tags.GPSLongitude)]
     if values == [None, None]:
         return None
-    lat = _degrees(values[0], gps.get(tags.GPSLatitudeRef), "NS", 90, f"{name}: EXIF latitude")
-    lon = _degrees(values[1], gps.get(tags.GPSLongitudeRef), "EW", 180, f"{name}: EXIF longitude")
+    lat = _degrees(values[0], gps.get(tags.GPSLatitudeRef), "NS", 90, f"{photo}: EXIF latitude")
+    lon = _degrees(values[1], gps.get(tags.GPSLongitudeRef), "EW", 180, f"{photo}: EXIF longitude")
     if lat == lon == 0:
-        raise PhotoError(f"{name}: EXIF position", "0° N 0° E, which cameras write when they have no fix")
+        raise PhotoError(f"{photo}: EXIF position", "0° N 0° E, which cameras write when they have no fix")
     return lat, -180.0 if lon == 180 else lon
 
 
@@ -143,7 +130,7 @@ def find_photos(sources: Iterable[str | Path]) -> list[Path]:
 
 @contextlib.contextmanager
 def _reasons(name: str) -> Iterator[None]:
-    """Turns any exception of a decoder, which may be almost anything, into a PhotoError."""
+    """Turns any exception of a decoder, which may be of almost any type, into a PhotoError."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # corrupt EXIF and large photos are handled here
         try:
@@ -151,7 +138,9 @@ def _reasons(name: str) -> Iterator[None]:
         except PhotoError:
             raise
         except Image.DecompressionBombError as error:
-            raise PhotoError(name, _bomb()) from error
+            raise PhotoError(name, BOMB) from error
+        except Image.UnidentifiedImageError as error:
+            raise PhotoError(name, "not an image in a known format") from error
         except PermissionError as error:
             raise PhotoError(name, "no permission to read it") from error
         except Exception as error:
@@ -161,53 +150,43 @@ def _reasons(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def opened(photo: str | Path | Upload) -> Iterator[Image.Image]:
     """The image in a file, before it is decoded. Raises PhotoError, also for what the block raises."""
-    with _reasons(str(photo)), _open_file(photo) as image:
-        yield image
-
-
-def _open_file(photo: str | Path | Upload) -> Image.Image:
     name = str(photo)
-    file: io.BytesIO | Path
-    if isinstance(photo, Upload):
-        file, start = io.BytesIO(photo.data), photo.data[:32]
-    else:
-        file = Path(photo)
-        if not file.is_file():
-            raise PhotoError(name, "not a file" if file.exists() else "no such file")
-        with file.open("rb") as opened:
-            start = opened.read(32)
-    if not start:
-        raise PhotoError(name, "empty (0 bytes)")
-    Image.init()
-    heic = start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS
-    if heic and "HEIF" not in Image.OPEN:
-        try:
-            import pillow_heif
-        except ImportError as error:
-            reason = "a HEIC photo: install pillow-heif (the extra `heic`), or convert it to JPEG"
-            raise PhotoError(name, reason) from error
-        pillow_heif.register_heif_opener()
-    try:
-        image = Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN])
-    except Image.UnidentifiedImageError as error:
-        raise PhotoError(name, "not an image in a known format") from error
-    if image.width * image.height > MOST_PIXELS:  # known from the header, before anything is decoded
-        image.close()
-        raise PhotoError(name, _bomb())
-    return image
+    with _reasons(name):
+        if not isinstance(photo, Upload) and not Path(photo).is_file():
+            raise PhotoError(name, "not a file" if Path(photo).exists() else "no such file")
+        with io.BytesIO(photo.data) if isinstance(photo, Upload) else Path(photo).open("rb") as file:
+            start = file.read(32)
+            file.seek(0)
+            if not start:
+                raise PhotoError(name, "empty (0 bytes)")
+            Image.init()
+            if start[4:8] == b"ftyp" and start[8:12] in HEIC_BRANDS and "HEIF" not in Image.OPEN:
+                try:
+                    import pillow_heif
+                except ImportError as error:
+                    reason = "a HEIC photo: install pillow-heif (the extra `heic`), or convert it to JPEG"
+                    raise PhotoError(name, reason) from error
+                pillow_heif.register_heif_opener()
+            with Image.open(file, formats=[known for known in FORMATS if known in Image.OPEN]) as image:
+                if image.width * image.height > MOST_PIXELS:  # in the header, before anything is decoded
+                    raise PhotoError(name, BOMB)
+                yield image
 
 
-def _bomb() -> str:
-    return f"more than {MOST_PIXELS:,} pixels, a decompression bomb or not a photo"
-
-
-def _upright_rgb(image: Image.Image, name: str, side: int | None = None) -> Image.Image:
+def _upright_rgb(image: Image.Image, name: str, side: int | None) -> Image.Image:
     short, long = sorted(image.size)
     if short == 0 or long > LONGEST_SIDES * short:
         raise PhotoError(name, f"{image.width} × {image.height} px, too narrow to be a photo")
     large = image.width * image.height > LARGE_PIXELS
     kept = OVERSAMPLED * side if side and large else short  # least pixels to keep of the short side
-    if (times := short // kept) > 1:  # JPEG only: decodes 1/2, 1/4 or 1/8
+    # several processes that decode large photos at once would need gigabytes
+    lock = FileLock(Path(tempfile.gettempdir()) / f"geoclip-large-photo-{os.getuid()}.lock")
+    with lock if large else contextlib.nullcontext():
+        return _decoded(image, kept)
+
+
+def _decoded(image: Image.Image, kept: int) -> Image.Image:
+    if (times := min(image.size) // kept) > 1:  # JPEG only: decodes 1/2, 1/4 or 1/8
         image.draft(None, (image.width // times, image.height // times))
     image.load()  # raises if the file is truncated
     with contextlib.suppress(Exception):  # a photo with garbage in its EXIF is still usable
@@ -252,24 +231,17 @@ def _degrees(value, hemisphere, letters: str, limit: int, what: str) -> float:
     """Signed degrees from an EXIF coordinate (degrees, minutes, seconds) and its hemisphere letter."""
     if value is None:
         raise PhotoError(what, "missing, although the other coordinate is there")
-    parts = list(value) if isinstance(value, tuple | list) else [value]
-    if not 1 <= len(parts) <= 3:
-        raise PhotoError(what, f"{len(parts)} numbers instead of degrees, minutes and seconds")
-    if any(getattr(part, "denominator", 1) == 0 for part in parts):
-        raise PhotoError(what, "a fraction with the denominator 0")
     try:
-        degrees, minutes, seconds = [float(part) for part in parts] + [0.0] * (3 - len(parts))
+        degrees, minutes, seconds = map(float, value)
     except (TypeError, ValueError) as error:
-        raise PhotoError(what, f"{parts} instead of numbers") from error
+        raise PhotoError(what, f"{value} instead of degrees, minutes and seconds") from error
     if isinstance(hemisphere, bytes):
         hemisphere = hemisphere.decode("ascii", "replace")
     letter = str(hemisphere or "").strip("\0 ").upper()[:1]
-    if letter not in letters or not letter:
+    if letter not in tuple(letters):
         raise PhotoError(what, f"hemisphere {hemisphere!r} instead of {letters[0]} or {letters[1]}")
-    total = degrees + minutes / 60 + seconds / 3600
+    total = degrees + minutes / 60 + seconds / 3600  # NaN if a fraction has the denominator 0
     # 60 is accepted: some programs round 59.9999 up
     if not (min(degrees, minutes, seconds) >= 0 and max(minutes, seconds) <= 60 and total <= limit):
         raise PhotoError(what, f"{degrees:g}° {minutes:g}′ {seconds:g}″ is out of range")
-    if not math.isfinite(total):
-        raise PhotoError(what, "not a number")
     return -total if letter == letters[1] else total

@@ -1,7 +1,5 @@
 """Photos in, places out: the one loop that GeoCLIP.predict, the commands and the notebooks share."""
 
-import contextlib
-import multiprocessing
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from geoclip import photos
 from geoclip.photos import PhotoError
 
 
@@ -57,7 +54,7 @@ def answer(
     """
     batch_size = max(1, batch_size // 10) if ten_crop else batch_size
     how = {"num_workers": workers, "generator": torch.Generator()}  # else it draws from the global one
-    opened = DataLoader(_Opened(model, photos, ten_crop, workers), batch_size, collate_fn=list, **how)
+    opened = DataLoader(_Opened(model, photos, ten_crop), batch_size, collate_fn=list, **how)
     latlon, probability = torch.full((len(photos), k, 2), torch.nan), torch.full((len(photos), k), torch.nan)
     unreadable: dict[int, str] = {}
     every = 0 if sys.stderr.isatty() else 30  # between two reports; a log gets none of a short run
@@ -81,19 +78,14 @@ def answer(
 class _Opened(Dataset):
     """(index, views of the photo or the PhotoError) of each photo."""
 
-    def __init__(self, model: Model, photos: Sequence, ten_crop: bool, workers: int):
+    def __init__(self, model: Model, photos: Sequence, ten_crop: bool):
         self.model, self.photos, self.ten_crop = model, photos, ten_crop
-        # workers decode large photos one at a time: one may take a gigabyte
-        self.one_large = multiprocessing.Lock() if workers > 1 else None
 
     def __len__(self) -> int:
         return len(self.photos)
 
     def __getitem__(self, index: int) -> tuple[int, Tensor | PhotoError]:
-        photo = self.photos[index]
-        wait = self.one_large if self.one_large and photos.is_large(photo) else contextlib.nullcontext()
         try:
-            with wait:
-                return index, self.model.views(photo, self.ten_crop)
+            return index, self.model.views(self.photos[index], self.ten_crop)
         except PhotoError as error:
             return index, error

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tempfile
 import tomllib
-import warnings
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,7 +74,7 @@ def kauai() -> Path:
 
 
 def location_encoder_state() -> dict:
-    """Return the released location encoder's tensors under the keys of `LocationEncoder`."""
+    """Return the released location encoder's tensors under the names in ours."""
     state = {}
     for name, tensor in _load(LOCATION_ENCODER).items():
         level, _, rest = name.removeprefix("LocEnc").partition(".")
@@ -124,19 +123,13 @@ def clip_file() -> Path:
 
 def has_clip_file() -> bool:
     """Return whether clip_file() needs no network."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its progress bar looks for notebook widgets
-        from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
     return isinstance(try_to_load_from_cache(CLIP_REPOSITORY, CLIP_FILE, revision=CLIP_REVISION), str)
 
 
-def clip_sha256(path: Path | str) -> str:
-    """Return the SHA-256 of a local CLIP file."""
-    return paths.sha256(_clip_at(path))
-
-
-def _clip_at(path: Path | str) -> Path:
+def clip_at(path: Path | str) -> Path:
+    """Return the path of a local CLIP file. Raises FileNotFoundError."""
     path = Path(path).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"no CLIP weights at {path}; give a .safetensors or .pt file")
@@ -149,15 +142,11 @@ def read_clip(path: Path | str) -> "dict[str, Tensor]":
     Takes .safetensors, or PyTorch files of plain tensors, with Hugging Face's or open_clip's names.
     """
     import torch
+    from safetensors.torch import load_file
 
-    path = _clip_at(path)
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+        safe = Path(path).suffix == ".safetensors"
+        state = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, pickle and zip readers each raise their own
         raise ValueError(
             f"{path} cannot be read as tensors without executing it ({_first_line(error)}); give a .safetensors "

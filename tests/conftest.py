@@ -55,6 +55,18 @@ def checkpoint(tmp_path_factory):
     return browsing.made_checkpoint(tmp_path_factory.mktemp("model") / "made.ckpt", "conv")
 
 
+@pytest.fixture
+def tile_errors():
+    """The error in km of a trained module on each tile of a split of the embedded data."""
+    from geoclip import earth
+
+    def errors(module, split):
+        images, latlon = module.test_tiles(split)
+        return earth.haversine_km(module.place(images), latlon)
+
+    return errors
+
+
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory):
     """A headless Chromium that saves downloads in `browser.downloads`."""

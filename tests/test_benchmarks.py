@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from geoclip import __main__ as command_line
-from geoclip import evaluation, paths, pretrained
+from geoclip import baselines, evaluation, paths, pretrained
 from geoclip.baselines import geocells
 from geoclip.commands import evaluate
 from geoclip.datasets import benchmarks, blue_marble, folder
@@ -18,7 +18,6 @@ from geoclip.datasets.blue_marble import SplitConfig
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.studies import statistics
-from geoclip.training import runs
 from geoclip.training.config import TrainConfig
 from geoclip.training.module import GeoCLIPTraining
 
@@ -288,14 +287,14 @@ def test_your_own_photos_with_ten_crops(made_benchmark, checkpoint, tmp_path):
     assert not results[0][1]["predicted_lat"].equals(results[1][1]["predicted_lat"])
 
 
-def test_the_embedded_tiles(checkpoint, tmp_path):
+def test_the_embedded_tiles(checkpoint, tmp_path, tile_errors):
     out = tmp_path / "tiles.csv"
     assert command_line.main(["evaluate", "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
     table = pd.read_csv(out).set_index(["split", "measure"])
     assert (table["n_expected"] == 300).all() and (table["n_leaked"] == 0).all()
-    trained = runs.load(checkpoint)
+    trained = baselines.load(checkpoint)
     for split in ("random", "blocked"):
-        expected = evaluation.summarize(runs.tile_errors(trained, split))
+        expected = evaluation.summarize(tile_errors(trained, split))
         found = table.loc[(split, "accuracy"), evaluation.ACCURACY_COLUMNS].tolist()
         assert found == pytest.approx([expected[name] for name in evaluation.ACCURACY_COLUMNS], abs=1e-3)
 

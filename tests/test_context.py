@@ -278,7 +278,7 @@ def test_equal_captions_are_all_right_answers():
 
 
 @pytest.mark.slow
-def test_training_with_captions_stops_resumes_and_answers(tmp_path):
+def test_training_with_captions_stops_resumes_and_answers(tmp_path, tile_errors):
     config = changed(caption_epochs=1)
     whole = runs.train(config, tmp_path / "whole", ContextTraining)
     runs.train(config, tmp_path / "parts", ContextTraining, epochs=1)
@@ -289,7 +289,7 @@ def test_training_with_captions_stops_resumes_and_answers(tmp_path):
     assert all(torch.equal(*pair) for pair in pairs)
     assert one.encoding == other.encoding and len(one.encoding.words) > 20
     assert {"val/caption", "val/distance", "val/country"} <= set(whole.metrics())
-    assert runs.tile_errors(one, "random").isfinite().all()
+    assert tile_errors(one, "random").isfinite().all()
 
 
 def test_embedded_context_is_what_maps_say():

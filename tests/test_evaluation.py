@@ -72,7 +72,7 @@ def test_pixel_floor_is_brute_force():
     truth, places = earth.sample_sphere(7, seeded(3)), earth.sample_sphere(30, seeded(4))
     best = [min(range(30), key=lambda j: float((image - known[j]).square().sum())) for image in images]
     expected = earth.haversine_km(truth, places[best])
-    assert torch.allclose(evaluation.pixel_floor(images, truth, known, places, block=3), expected)
+    assert torch.allclose(evaluation.pixel_floor(images, truth, known, places), expected)
 
 
 def test_leaks_are_found_to_a_metre():

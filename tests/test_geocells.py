@@ -177,7 +177,7 @@ def test_land_map_lies_under_the_tile_in_its_own_geometry():
 
 
 @pytest.mark.slow
-def test_checkpoint_brings_its_cells_and_a_stopped_run_goes_on_to_the_same_weights(tmp_path):
+def test_checkpoint_brings_its_cells_and_a_stopped_run_goes_on_to_the_same_weights(tmp_path, tile_errors):
     config = changed(scene=True)
     whole = runs.train(config, tmp_path / "whole", GeocellsTraining)
     runs.train(config, tmp_path / "parts", GeocellsTraining, epochs=1)
@@ -188,7 +188,7 @@ def test_checkpoint_brings_its_cells_and_a_stopped_run_goes_on_to_the_same_weigh
     assert {level: len(cells) for level, cells in one.partitions.items()} == {
         level: len(cells) for level, cells in batch_of(config)[0].partitions.items()
     }
-    error = runs.tile_errors(one, "random")
+    error = tile_errors(one, "random")
     assert len(error) == 100 and error.isfinite().all()
     assert {"train/scene", "val/fine"} <= set(whole.metrics())
 

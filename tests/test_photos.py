@@ -16,7 +16,6 @@ from geoclip.photos import (
     Upload,
     exif_latlon,
     find_photos,
-    is_large,
     open_photo,
     resize,
     ten_crop,
@@ -194,7 +193,7 @@ def test_files_that_are_no_photo_are_named_with_the_reason(tmp_path, name):
 def test_a_file_in_memory_is_opened_as_one_on_disk(tmp_path):
     path = with_gps(tmp_path / "photo.jpg", r(48, 30, 0), r(2, 15, 0))
     held = Upload("photo.jpg", path.read_bytes())
-    assert np.array_equal(open_photo(held), open_photo(path)) and not is_large(held)
+    assert np.array_equal(open_photo(held), open_photo(path))
     assert exif_latlon(held) == exif_latlon(path) == (48.5, 2.25)
     for data, reason in [(b"", "empty"), (b"text", "not an image"), (held.data[:700], "cannot be decoded")]:
         with pytest.raises(PhotoError, match=rf"bad\.jpg: {reason}"):
@@ -249,7 +248,6 @@ def test_photos_with_far_more_pixels_than_needed_are_reduced(tmp_path, monkeypat
     assert open_photo(tmp_path / f"photo.{kind}", side=10).size == whole.size  # not above 32 megapixels
     monkeypatch.setattr(geoclip.photos, "LARGE_PIXELS", 100_000)
     reduced = open_photo(tmp_path / f"photo.{kind}", side=10)
-    assert is_large(tmp_path / f"photo.{kind}") and not is_large(tmp_path / "absent.jpg")
     assert 40 <= min(reduced.size) <= 60
     assert reduced.mode == "RGB" and (reduced.width > reduced.height) == (whole.width > whole.height)
     small, expected = (np.asarray(resize(photo, 10), float) for photo in (reduced, whole))
@@ -324,8 +322,6 @@ def test_hemispheres(tmp_path, refs, expected):
     lat, lon = r(33, 51, (2448, 100)), r(151, 12, (5508, 100))
     path = with_gps(tmp_path / "photo.jpg", lat, lon, *refs)
     assert exif_latlon(path) == pytest.approx(expected, abs=1e-9)
-    with Image.open(path) as image:
-        assert exif_latlon(image) == pytest.approx(expected, abs=1e-9)
 
 
 def test_decimal_degrees_and_minutes(tmp_path):
@@ -348,8 +344,11 @@ def test_photos_without_gps(tmp_path):
 @pytest.mark.parametrize(
     ("tags", "reason"),
     [
-        ({"lat": r((0, 0), (0, 0), (0, 0)), "lon": r((0, 0), (0, 0), (0, 0))}, "denominator 0"),
-        ({"lat": r(33, 51, (2448, 0)), "lon": r(151, 12, 55)}, "latitude: a fraction with the denominator 0"),
+        (
+            {"lat": r((0, 0), (0, 0), (0, 0)), "lon": r((0, 0), (0, 0), (0, 0))},
+            "nan° nan′ nan″ is out of range",
+        ),
+        ({"lat": r(33, 51, (2448, 0)), "lon": r(151, 12, 55)}, "latitude: 33° 51′ nan″ is out of range"),
         ({"lat": r(0, 0, 0), "lon": r(0, 0, 0)}, "no fix"),
         ({"lat": r(91, 0, 0), "lon": r(12, 0, 0)}, "latitude: 91° 0′ 0″ is out of range"),
         ({"lat": r(12, 0, 0), "lon": r(180, 0, 1)}, "longitude: .* out of range"),

@@ -23,18 +23,19 @@ def query(places):
     return place_index.synthetic_queries(places, 200)
 
 
-def test_all_lists_give_the_exact_answer_and_few_give_most_of_it(places, query):
-    whole = PlaceIndex(places, probes=10**6, lists=50)
+def test_all_lists_give_the_exact_answer_and_few_give_most_of_it(places, query, tmp_path):
+    path = tmp_path / "places.faiss"
+    whole = PlaceIndex(places, path, probes=10**6)
     score, index, _ = whole.scan(query, 5)
     expected, exact, _ = gallery.scan(query, places, 5)
     assert torch.equal(index, exact) and torch.allclose(score, expected, atol=1e-6)
     assert whole.recall(query) == whole.measured == 1
-    recalls = [PlaceIndex(places, probes=probes, lists=50).recall(query) for probes in (1, 4, 16)]
+    recalls = [PlaceIndex(places, path, probes).recall(query) for probes in (1, 8, 48)]
     assert recalls == sorted(recalls) and recalls[0] < 0.9 and recalls[-1] > 0.95, recalls
 
 
-def test_probabilities_are_bounds_from_above(places, query):
-    score, _, total = PlaceIndex(places, probes=8, lists=50).scan(query, 1, scale=40.0)
+def test_probabilities_are_bounds_from_above(places, query, tmp_path):
+    score, _, total = PlaceIndex(places, tmp_path / "places.faiss", probes=16).scan(query, 1, scale=40.0)
     best, _, whole = gallery.scan(query, places, 1, scale=40.0)
     assert (total <= whole + 1e-4).all()
     same = torch.isclose(score, best)[:, 0]
@@ -42,10 +43,10 @@ def test_probabilities_are_bounds_from_above(places, query):
 
 
 def test_kept_and_mapped(places, query, tmp_path, monkeypatch):
-    first = PlaceIndex(places, probes=16, lists=50, path=tmp_path / "places.faiss")
+    first = PlaceIndex(places, tmp_path / "places.faiss", probes=48)
     monkeypatch.setattr(place_index, "build", lambda *_: pytest.fail("built again"))
     monkeypatch.setattr(place_index, "synthetic_queries", lambda *_: pytest.fail("measured again"))
-    again = PlaceIndex(places, probes=16, path=tmp_path / "places.faiss")
+    again = PlaceIndex(places, tmp_path / "places.faiss", probes=48)
     assert torch.equal(first.scan(query, 5)[1], again.scan(query, 5)[1])
     assert again.measured == first.measured == pytest.approx(again.recall(query), abs=0.1)
     assert again.measured > 0.9
@@ -61,7 +62,7 @@ def flip(path):
 
 def replace_by_another(path):
     other = torch.nn.functional.normalize(torch.ones(4, 512), dim=1)
-    PlaceIndex(other, lists=1, path=path.with_name("other.faiss"))
+    PlaceIndex(other, path.with_name("other.faiss"))
     path.with_name("other.faiss").replace(path)
 
 
@@ -76,25 +77,25 @@ def replace_by_another(path):
 )
 def test_a_damaged_or_foreign_file_is_built_again(places, query, tmp_path, capsys, damage):
     path = tmp_path / "places.faiss"
-    expected = PlaceIndex(places, probes=4, lists=50, path=path).scan(query, 5)[1]
+    expected = PlaceIndex(places, path, probes=4).scan(query, 5)[1]
     damage(path)
     path.with_name("places.recall-4.json").write_text("[")
-    again = PlaceIndex(places, probes=4, lists=50, path=path)
+    again = PlaceIndex(places, path, probes=4)
     assert torch.equal(again.scan(query, 5)[1], expected)
     assert "places.faiss is damaged or indexes other places; building it again" in capsys.readouterr().err
-    assert torch.equal(PlaceIndex(places, probes=4, path=path).scan(query, 5)[1], expected)
-    assert len(PlaceIndex(places[1:], path=path).places) == 4999  # stored under the name of other places
+    assert torch.equal(PlaceIndex(places, path, probes=4).scan(query, 5)[1], expected)
+    assert len(PlaceIndex(places[1:], path).places) == 4999  # stored under the name of other places
     assert "indexes other places" in capsys.readouterr().err
 
 
-def test_without_faiss_it_says_what_to_install(places, monkeypatch):
+def test_without_faiss_it_says_what_to_install(places, monkeypatch, tmp_path):
     monkeypatch.setitem(__import__("sys").modules, "faiss", None)
     with pytest.raises(ImportError, match="pip install faiss-cpu, or search exactly"):
-        PlaceIndex(places)
+        PlaceIndex(places, tmp_path / "places.faiss")
 
 
-def test_where_the_lists_hold_too_few_all_places_are_compared(places, query):
-    index = PlaceIndex(places, probes=1, lists=200)
+def test_where_the_lists_hold_too_few_all_places_are_compared(places, query, tmp_path):
+    index = PlaceIndex(places, tmp_path / "places.faiss", probes=1)
     score, found, total = index.scan(query, 300, scale=40.0)
     _, exact, whole = gallery.scan(query, places, 300, scale=40.0)
     assert (found >= 0).all() and torch.isfinite(score).all()

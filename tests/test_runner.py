@@ -126,7 +126,7 @@ def test_each_setting_and_seed_is_trained_once_and_a_changed_one_alone_again(stu
 
 def test_errors_are_those_of_a_search_by_hand(study):
     run = runs.train(runner.changed(study.reference, {"seed": 3}))
-    module = runs.load(run.checkpoint, with_tower=False)
+    module = run.load(with_tower=False)
     found = runner.errors_km(module, study)["", "random"]
     tests, latlon = study.tests["random"]
     with torch.inference_mode():
@@ -145,7 +145,7 @@ def test_scores_follow_the_tests_and_the_gallery(study, fitted):
     assert len(fitted) == 1  # another gallery asks for no other training
     assert other["mean_km"].iloc[0] != whole["mean_km"].iloc[0]
     run = runs.train(runner.changed(study.reference, {"seed": 0}))
-    module = runs.load(run.checkpoint, with_tower=False)
+    module = run.load(with_tower=False)
     errors_km = runner.errors_km(module, smaller)["", "random"]
     assert other["mean_km"].iloc[0] == pytest.approx(errors_km.mean(), rel=1e-5)
     assert study.key() != smaller.key()
@@ -281,7 +281,7 @@ SMALL_TILES = {
 
 
 @pytest.mark.slow
-def test_models_on_tiles_have_a_row_for_each_answer_and_are_trained_once(tmp_path, monkeypatch):
+def test_models_on_tiles_have_a_row_for_each_answer_and_are_trained_once(tmp_path, monkeypatch, tile_errors):
     monkeypatch.setattr(paths, "CACHE", tmp_path)
     study = runner.Study(runner.blue_marble.LABEL, baselines.as_config(SMALL_TILES))
     settings = {"GeoCLIP": {}, "cells": {"model": "geocells", "img_min": 3, "img_max": [60, 30, 15]}}
@@ -293,7 +293,7 @@ def test_models_on_tiles_have_a_row_for_each_answer_and_are_trained_once(tmp_pat
     # "hierarchical" is what the trained classifier itself answers
     config = runner.changed(study.reference, {**settings["cells"], "seed": 1})
     module = runs.train(config, kind=geocells.GeocellsTraining).load()
-    assert np.allclose(errors["cells, hierarchical", "blocked", 1], runs.tile_errors(module, "blocked"))
+    assert np.allclose(errors["cells, hierarchical", "blocked", 1], tile_errors(module, "blocked"))
     assert not np.allclose(errors["cells, fine", "random", 0], errors["cells, fine", "random", 1])
     monkeypatch.setattr(runs, "fit", None)  # a second training would call it
     pd.testing.assert_frame_equal(runner.run(study, settings, [0, 1], workers=1), table)

@@ -35,7 +35,7 @@ def as_config(values: dict[str, Any] | Path | str) -> RunConfig:
 
 
 def load(path: Path | str):
-    """Return the trained module of any model's checkpoint; raises as training.runs.load does."""
+    """Return the trained module of any model's checkpoint; raises ValueError and FileNotFoundError."""
     from geoclip.training import runs
     from geoclip.training.checkpoints import read_checkpoint
 

@@ -4,13 +4,10 @@ A source is divided into fixed parts, so that an interrupted run resumes at the 
 number of processes. Each part is read in chunks of photos with their views.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import re
 import tarfile
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +15,6 @@ from urllib.parse import urlparse
 
 import numpy as np
 import torch
-from filelock import FileLock
 from PIL import Image
 from torch import Tensor
 
@@ -261,18 +257,15 @@ def check_name(name: str) -> None:
 
 def decode(photo: Path | Upload | bytes, name: str, short_side: int) -> Image.Image:
     """Open a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side`."""
-    lock = FileLock(Path(tempfile.gettempdir()) / f"geoclip-large-photo-{os.getuid()}.lock")
     with photos.opened(Upload(name, photo) if isinstance(photo, bytes) else photo) as image:
         image.draft("RGB", (short_side, short_side))  # has no effect on other formats
-        large = image.width * image.height > LARGE_PIXELS  # takes gigabytes
-        with lock if large else contextlib.nullcontext():
-            return photos.open_photo(image)
+        return photos.open_photo(image)
 
 
 def photo_views(photo: Image.Image, views: Views, tower: Preprocessing, generator) -> Tensor:
     """(v, 3, p, p) uint8: the photo as in prediction, then random crops; or its ten crops (see Views)."""
     if views.ten_crop:
-        made = photos.ten_crop(photo, tower.pixels)
+        made = photos.ten_crop(photo, tower.pixels, tower.filter)
     else:
         made = [tower.crop(photo)]
         for _ in range(views.number - 1):

@@ -4,6 +4,7 @@ A tower is converted once and kept in the cache. Later processes map it into mem
 importing open_clip or reading the PyTorch weights.
 """
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -38,14 +39,10 @@ def has_bf16() -> bool:
 class OpenVINOTower:
     """A kept tower as a function: images (n, 3, p, p) float32 → features (n, c) float32, on the CPU."""
 
-    def __init__(self, key: str, arithmetic: str):
+    def __init__(self, path: Path, arithmetic: str):
         import openvino
 
-        self.arithmetic = arithmetic
-        path = kept(key, arithmetic)
-        if path is None:
-            raise FileNotFoundError(f"no converted tower {key} is kept in {_folder(key, arithmetic)}")
-        hint = {"fp32": "f32", "bf16": "bf16", "int8": "f32"}[arithmetic]
+        hint = "bf16" if arithmetic == "bf16" else "f32"
         options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
         options["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
         self.compiled = openvino.Core().compile_model(path, "CPU", options)
@@ -60,21 +57,20 @@ def kept(key: str, arithmetic: str) -> Path | None:
     folder = _folder(key, arithmetic)
     if not folder.exists():
         return None
-    try:
-        expected = json.loads((folder / "sha256.json").read_text())
-        files = ("tower.xml", "tower.bin")
-        damaged = [name for name in files if paths.sha256(folder / name) != expected[name]]
-    except (OSError, ValueError, KeyError, TypeError):
-        damaged = ["sha256.json"]
-    if not damaged:
-        return folder / "tower.xml"
-    warnings.warn(f"{folder / damaged[0]} is damaged: the tower is converted again", stacklevel=2)
+    with contextlib.suppress(OSError, ValueError):
+        if json.loads((folder / "sha256.json").read_text()) == _digests(folder):
+            return folder / "tower.xml"
+    warnings.warn(f"{folder} is damaged: the tower is converted again", stacklevel=2)
     shutil.rmtree(folder, ignore_errors=True)
     return None
 
 
-def convert(visual: nn.Module, key: str, arithmetic: str, calibration: Iterable[Tensor], pixels: int) -> None:
-    """Convert a tower (n, 3, p, p) → (n, c) and keep it, unless it is kept already.
+def _digests(folder: Path) -> dict[str, str]:
+    return {name: paths.sha256(folder / name) for name in ("tower.xml", "tower.bin")}
+
+
+def convert(visual: nn.Module, key: str, arithmetic: str, calibration: Iterable[Tensor], pixels: int) -> Path:
+    """Convert a tower (n, 3, p, p) → (n, c) and keep it, unless it is kept already. Return the kept model.
 
     calibration: batches of preprocessed photos, from which int8 takes its ranges. Weights are stored in half
     precision, as OpenAI released them, unless that would change them in fp32.
@@ -84,8 +80,8 @@ def convert(visual: nn.Module, key: str, arithmetic: str, calibration: Iterable[
     folder = _folder(key, arithmetic)
     paths.make_folder(folder.parent)
     with FileLock(folder.with_suffix(".lock")):
-        if kept(key, arithmetic) is not None:
-            return
+        if (there := kept(key, arithmetic)) is not None:
+            return there
         model = openvino.convert_model(_traced(visual, pixels), input=[-1, 3, pixels, pixels])
         if arithmetic == "int8":
             model = _to_int8(model, calibration)
@@ -93,11 +89,11 @@ def convert(visual: nn.Module, key: str, arithmetic: str, calibration: Iterable[
         temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             openvino.save_model(model, temporary / "tower.xml", compress_to_fp16=halved)
-            digests = {name: paths.sha256(temporary / name) for name in ("tower.xml", "tower.bin")}
-            (temporary / "sha256.json").write_text(json.dumps(digests))
+            (temporary / "sha256.json").write_text(json.dumps(_digests(temporary)))
             os.replace(temporary, folder)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+    return folder / "tower.xml"
 
 
 def _folder(key: str, arithmetic: str) -> Path:

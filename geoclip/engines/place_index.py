@@ -26,39 +26,29 @@ CANDIDATES = 64  # beyond k: found with 8-bit codes, then compared in float32
 class PlaceIndex:
     """An inverted-file index of 8-bit codes; the candidates that it finds are compared in full precision.
 
-    places: unit-norm embeddings. lists: number of inverted lists of a new index, by default about 2 √m.
-    probes: lists searched per query; recall grows with it. path: store the index there and memory-map it the
-    next time. measured: recall of the five best places, for synthetic queries.
+    places: unit-norm embeddings. path: where the index is stored, to be memory-mapped the next time. probes:
+    lists searched per query; recall grows with it. measured: recall of the five best places, for synthetic queries.
     """
 
-    def __init__(
-        self,
-        places: Float[Tensor, "m d"],
-        probes: int = 32,
-        lists: int | None = None,
-        path: Path | None = None,
-    ):
+    def __init__(self, places: Float[Tensor, "m d"], path: Path, probes: int = 32):
         faiss = import_faiss()
         self.places = places
-        self.index: Any = _open(path, places) if path is not None and path.is_file() else None
+        self.index: Any = _open(path, places) if path.is_file() else None
         if self.index is None:
-            self.index = build(places, lists or max(1, round(2 * math.sqrt(len(places)))))
-            if path is not None:
-                with paths.atomic(path) as temporary:
-                    faiss.write_index(self.index, str(temporary))
-                    paths.seal(temporary, path.name)
+            self.index = build(places)
+            with paths.atomic(path) as temporary:
+                faiss.write_index(self.index, str(temporary))
+                paths.seal(temporary, path.name)
         self.index.nprobe = min(probes, self.index.nlist)
-        self.measured = self._measured(path and path.with_suffix(f".recall-{self.index.nprobe}.json"))
+        self.measured = self._measured(path.with_suffix(f".recall-{self.index.nprobe}.json"))
 
     @classmethod
     def of(cls, places: gallery.Gallery, location_encoder: nn.Module) -> "PlaceIndex":
         """The index of a gallery, stored in the cache beside its embeddings."""
         path = places.kept_at(location_encoder).with_suffix(".faiss")
-        return cls(places.embed(location_encoder, keep=True), path=path)
+        return cls(places.embed(location_encoder, keep=True), path)
 
-    def _measured(self, kept: Path | None) -> float:
-        if kept is None:
-            return self.recall(synthetic_queries(self.places))
+    def _measured(self, kept: Path) -> float:
         with contextlib.suppress(OSError, ValueError, TypeError):
             return float(json.loads(kept.read_text()))
         measured = self.recall(synthetic_queries(self.places))
@@ -115,13 +105,13 @@ def synthetic_queries(places: Float[Tensor, "m d"], n: int = 256) -> Float[Tenso
     return functional.normalize(chosen + 1.5 * noise, dim=1)
 
 
-def build(places: Float[Tensor, "m d"], lists: int):
-    """A trained faiss index of the places; needs half a kilobyte of memory per place."""
+def build(places: Float[Tensor, "m d"]):
+    """A trained faiss index of the places, with 2 √m lists; needs half a kilobyte of memory per place."""
     faiss = import_faiss()
     m, d = places.shape
-    coarse = faiss.IndexFlatIP(d)
+    coarse, lists = faiss.IndexFlatIP(d), min(m, round(2 * math.sqrt(m)))
     codes = (faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT)
-    index = faiss.IndexIVFScalarQuantizer(coarse, d, min(lists, m), *codes)
+    index = faiss.IndexIVFScalarQuantizer(coarse, d, lists, *codes)
     chosen = torch.randperm(m, generator=torch.Generator().manual_seed(0))[: TRAINED_ON * index.nlist]
     index.cp.min_points_per_centroid = 1  # faiss warns about small galleries, which tests use
     index.train(places[chosen.sort().values].numpy())

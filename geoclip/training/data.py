@@ -42,8 +42,6 @@ class EpochSampler(Sampler):
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
         if n < batch_size:
             raise ValueError(f"{n} samples are fewer than one batch of {batch_size}: lower batch_size")
-        if batch_size % ranks:
-            raise ValueError(f"batch_size {batch_size} cannot be divided over {ranks} devices")
         self.n, self.batch_size, self.seed, self.rank, self.ranks = n, batch_size, seed, rank, ranks
         self.epoch = 0
 
@@ -151,10 +149,8 @@ class PhotoTraining(Dataset):
                 return row, torch.stack([self.view(epoch, row, number) for number in range(self.views)])
             except PhotoError as error:
                 left_out.append((self.photos.table["file"].iloc[row], error.reason))
-        raise ValueError(
-            f"{self.photos.name}: {TRIES} photos in a row cannot be read, the last is {left_out[-1][0]} "
-            f"({left_out[-1][1]})"
-        )
+        last = ": ".join(left_out[-1])
+        raise ValueError(f"{self.photos.name}: {TRIES} photos in a row cannot be read, the last is {last}")
 
 
 def present(photos: Geotagged) -> tuple[np.ndarray, dict[str, str]]:
@@ -162,10 +158,8 @@ def present(photos: Geotagged) -> tuple[np.ndarray, dict[str, str]]:
     missing = dict.fromkeys(photos.missing(), "no such file")
     there = ~photos.table["file"].isin(missing).to_numpy()
     if not there.any():
-        first = next(iter(missing))
-        raise FileNotFoundError(
-            f"{photos.name}: none of its {len(photos):,} photos is in {photos.images}, not even {first}"
-        )
+        none = f"none of its {len(photos):,} photos is in {photos.images}, not even {next(iter(missing))}"
+        raise FileNotFoundError(f"{photos.name}: {none}")
     return there, missing
 
 
@@ -286,9 +280,8 @@ class LeftOut(lightning.Callback):
         if len(self.known) == self.said:
             return
         self.said, (name, reason) = len(self.known), next(iter(self.known.items()))
-        listed = self.directory / (
-            f"left_out-{trainer.global_rank}.csv" if trainer.global_rank else "left_out.csv"
-        )
+        rank = f"-{trainer.global_rank}" if trainer.global_rank else ""
+        listed = self.directory / f"left_out{rank}.csv"
         print(f"geoclip: {self.said:,} photos are left out ({name}: {reason}, …): {listed}", file=sys.stderr)
         with paths.atomic(listed) as temporary:
             pd.DataFrame(self.known.items(), columns=["file", "reason"]).to_csv(temporary, index=False)

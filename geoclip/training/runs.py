@@ -24,10 +24,9 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import Tensor
 from torch.utils.data import Dataset
 
-from geoclip import earth, paths
+from geoclip import paths
 from geoclip.training.checkpoints import read_checkpoint
 from geoclip.training.config import RunConfig, plain, read_yaml
 from geoclip.training.data import LeftOut, Loaders, fingerprint, on_features
@@ -78,8 +77,8 @@ class Run:
         return pd.concat(parts, ignore_index=True)
 
     def load(self, with_tower: bool = True) -> TrainingModule:
-        """Return the trained module in evaluation mode, see the function load."""
-        return load(self.checkpoint, self.kind, with_tower)
+        """Return the trained module in evaluation mode. with_tower: False leaves GeoCLIP's image tower out."""
+        return restore(read_checkpoint(self.checkpoint), self.kind, self.checkpoint, with_tower)
 
 
 def run_folder(config: RunConfig) -> Path:
@@ -98,16 +97,8 @@ def is_kept(config: RunConfig) -> bool:
     return (run_folder(config) / "result.json").is_file()
 
 
-def load(path: Path | str, kind: type = GeoCLIPTraining, with_tower: bool = True) -> TrainingModule:
-    """Return the trained module of a checkpoint in evaluation mode, GeoCLIP with its gallery.
-
-    with_tower: False leaves GeoCLIP's image tower out.
-    """
-    return restore(read_checkpoint(path), kind, path, with_tower)
-
-
 def restore(checkpoint: dict[str, Any], kind: type, path, with_tower: bool = True) -> TrainingModule:
-    """As load, of a checkpoint that was read from `path`."""
+    """Return the module of a checkpoint that was read from `path`, in evaluation mode."""
     try:
         return kind.restore(checkpoint, with_tower).eval()
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
@@ -130,9 +121,9 @@ def train(
     directory: folder of the run; by default run_folder(config). resume: continue an interrupted run from its
     last checkpoint; False starts again. progress: show a progress bar, or a line an epoch without a terminal.
     epochs: stop after this many, to be resumed later. devices: processes on each machine; nodes: machines,
-    each started by torchrun or SLURM, on a shared disk.
+    each started by torchrun or SLURM, on a shared disk; accelerator: these three are the Trainer's own.
     """
-    options = check_devices(config, devices, accelerator, nodes)
+    hardware = {"accelerator": accelerator, "devices": devices, "num_nodes": nodes}
     run = Run(Path(directory or run_folder(config)), config, kind)
     named = config.data == "blue_marble" or config.data.endswith(".tar")
     if not named and not run.result_file.is_file():
@@ -140,7 +131,7 @@ def train(
     paths.make_folder(run.directory)
     if rank_zero_only.rank > 0:  # the first rank holds the lock, and prepares and ends the run for all
         if not (resume and run.result_file.is_file()):
-            fit(run, resume, progress, epochs, options)
+            fit(run, resume, progress, epochs, hardware)
         return run
     with FileLock(run.directory / "lock"):
         if not resume:
@@ -148,30 +139,8 @@ def train(
                 file.unlink(missing_ok=True)
         check_same_configuration(run)
         if not run.result_file.is_file():
-            fit(run, resume, progress, epochs, options)
+            fit(run, resume, progress, epochs, hardware)
     return run
-
-
-def check_devices(config: RunConfig, devices: int | str, accelerator: str, nodes: int) -> dict[str, Any]:
-    """Return the Trainer's options of the hardware. Raises ValueError that names an option that cannot be met."""
-    if accelerator not in ("auto", "cpu", "gpu"):
-        raise ValueError(f"accelerator must be auto, cpu or gpu, got {accelerator!r}")
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise ValueError("accelerator gpu: no GPU was found; use cpu or auto")
-    if nodes < 1:
-        raise ValueError(f"nodes must be at least 1, got {nodes}")
-    if devices != "auto":
-        if not str(devices).isdecimal() or int(devices) < 1:
-            raise ValueError(f'devices must be "auto" or a number of at least 1, got {devices!r}')
-        devices = int(devices)
-        on_gpu = accelerator != "cpu" and torch.cuda.is_available()
-        there = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
-        if devices > there:
-            raise ValueError(f"devices {devices}: this machine has {there} {'GPUs' if on_gpu else 'cores'}")
-        if config.batch_size % (devices * nodes):
-            ranks = devices * nodes
-            raise ValueError(f"batch_size {config.batch_size} cannot be divided over {ranks} devices")
-    return {"accelerator": accelerator, "devices": devices, "num_nodes": nodes}
 
 
 def check_same_configuration(run: Run) -> None:
@@ -190,7 +159,7 @@ def check_same_configuration(run: Run) -> None:
         temporary.write_text(yaml.safe_dump(wanted, sort_keys=False))
 
 
-def fit(run: Run, resume: bool, progress: bool, epochs: int | None, devices: dict[str, Any]) -> None:
+def fit(run: Run, resume: bool, progress: bool, epochs: int | None, hardware: dict[str, Any]) -> None:
     """Run one Lightning fit, from the last good checkpoint; write result.json when the run has ended."""
     config = run.config
     data = run.kind.training_set(config)
@@ -209,7 +178,7 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, devices: dic
     with quiet():
         trainer = lightning.Trainer(
             max_epochs=last,
-            precision=precision(config, devices["accelerator"]),
+            precision=precision(config, hardware["accelerator"]),
             logger=[
                 CSVLogger(run.directory, name="", version=".", flush_logs_every_n_steps=1),
                 TensorBoardLogger(run.directory, name="", version="tensorboard"),
@@ -226,8 +195,10 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, devices: dic
             num_sanity_val_steps=0,
             enable_progress_bar=bar,
             enable_model_summary=False,
-            **devices,
+            **hardware,
         )
+        if config.batch_size % (ranks := trainer.num_devices * trainer.num_nodes):
+            raise ValueError(f"batch_size {config.batch_size} cannot be divided over {ranks} devices")
         # compiling takes half a minute: it pays on features, on a GPU, in long runs
         long = config.epochs * (len(data) // config.batch_size) >= 10_000 and on_features(config)
         if long and trainer.strategy.root_device.type == "cuda" and hasattr(module, "view_loss"):
@@ -378,10 +349,3 @@ def quiet():
             yield
     finally:
         logger.setLevel(level)
-
-
-def tile_errors(module: TrainingModule, split: str) -> Tensor:
-    """Return the error in km of each tile of the split "val", "random" or "blocked" of the embedded data."""
-    images, latlon = module.test_tiles(split)
-    answers = torch.cat([module.place(part) for part in images.split(256)])
-    return earth.haversine_km(answers, latlon)
