@@ -39,8 +39,7 @@ class Gallery:
     def embed(self, location_encoder: nn.Module, keep: bool = False) -> Float[Tensor, "m d"]:
         """Unit-norm float32 embeddings of the places.
 
-        keep: store them in the cache and memory-map them from there the next time. A stored file is verified
-        when it is opened and computed again if it is damaged.
+        keep: store them in the cache and memory-map them from there the next time, if the file is intact.
         """
         if not keep:
             return embed(location_encoder, self.latlon)

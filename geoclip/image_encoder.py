@@ -104,9 +104,8 @@ class ConvTower(nn.Module):
 
     def __init__(self):
         super().__init__()
-        widths = [3, 32, 64, 128, 256]
         layers: list[nn.Module] = []
-        for before, after in itertools.pairwise(widths):
+        for before, after in itertools.pairwise((3, 32, 64, 128, 256)):
             # normalised over groups of channels and not over the batch, so that a feature depends on its image alone
             layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.ReLU()]
         # 32 px become 2 × 2, which keeps what lies in which corner
@@ -119,20 +118,15 @@ class ConvTower(nn.Module):
 class ImageEncoder(nn.Module):
     """Embeds images: tower (n, 3, p, p) → (n, c), head (n, c) → (n, d), not normalised.
 
-    preprocess: PIL image → (3, p, p) for the tower. feature_dim: c, 768 for ViT-L/14. tower: the PyTorch
-    tower, loaded when it is needed if `with_tower` is False.
+    generator: draws the initial weights. preprocess: PIL image → (3, p, p) for the tower. feature_dim: c, 768
+    for ViT-L/14. tower: the PyTorch tower, loaded when it is needed if `with_tower` is False.
     """
 
     tower: nn.Module | None
     engine: Callable[[Tensor], Tensor] | None = None  # replaces the tower in inference
     precision = "fp32"
 
-    def __init__(
-        self,
-        config: ImageEncoderConfig | None = None,
-        generator: torch.Generator | None = None,
-        with_tower: bool = True,
-    ):
+    def __init__(self, config: ImageEncoderConfig | None = None, generator=None, with_tower: bool = True):
         super().__init__()
         self.config = config = config or ImageEncoderConfig()
         self.preprocess = Preprocessing.of(config)
@@ -164,10 +158,9 @@ class ImageEncoder(nn.Module):
     def use_precision(self, chosen: str = "auto") -> "ImageEncoder":
         """Choose the arithmetic and the engine of the tower for inference.
 
-        "fp32" is plain PyTorch. "bf16" and "int8" run on a CPU through OpenVINO, and "bf16" on a GPU through
-        PyTorch. "auto" takes bf16 where the hardware multiplies it, else fp32, through OpenVINO on a CPU, and
-        reports once what it chose. The "conv" tower and the head always stay in fp32. int8 has been checked
-        on random weights only.
+        "fp32" is plain PyTorch; "bf16" and "int8" run on a CPU through OpenVINO, and "bf16" on a GPU through
+        PyTorch. "auto" takes bf16 where the hardware multiplies it, else fp32, through OpenVINO on a CPU. The
+        "conv" tower and the head always stay in fp32. int8 has been checked on random weights only.
         """
         if chosen not in get_args(Precision):
             raise ValueError(f"no precision {chosen!r}: give one of {', '.join(get_args(Precision))}")
@@ -272,7 +265,7 @@ def feature_dim(tower: str) -> int:
 
 
 def timm_name(tower: str) -> str:
-    """The name after "timm/"."""
+    """The name after "timm/". Raises ValueError for one that timm does not know."""
     import timm
 
     name = tower.removeprefix(TIMM)
@@ -315,8 +308,7 @@ def load_conv(checkpoint: str) -> ConvTower:
     """The "conv" tower in a checkpoint of `geoclip train`; nothing in the file is executed."""
     if not Path(checkpoint).is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}; give the last.ckpt of a trained tower")
-    prefix = "model.image_encoder.tower."
-    tower = ConvTower()
+    tower, prefix = ConvTower(), "model.image_encoder.tower."
     try:
         state = torch.load(checkpoint, map_location="cpu", weights_only=True)["state_dict"]
         tower.load_state_dict({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
@@ -371,12 +363,10 @@ def load_clip(tower: str, weights: str | None) -> nn.Module:
 
 def warn_unless_released(weights: Path | str) -> None:
     """Warn, with the file's hash, if a CLIP file is not the one that the released model was trained with."""
-    found = paths.sha256(pretrained.clip_at(weights))
-    if found != pretrained.CLIP_SHA256:
-        _report_once(
-            f"{weights} (SHA-256 {found[:16]}…) is not the released CLIP ViT-L/14 ({pretrained.CLIP_SHA256[:16]}…): "
-            "with other weights, the released model's answers mean nothing"
-        )
+    found, released = paths.sha256(pretrained.clip_at(weights)), pretrained.CLIP_SHA256
+    if found != released:
+        other = f"{weights} (SHA-256 {found[:16]}…) is not the released CLIP ViT-L/14 ({released[:16]}…)"
+        _report_once(f"{other}: with other weights, the released model's answers mean nothing")
 
 
 @functools.cache

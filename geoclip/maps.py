@@ -30,13 +30,8 @@ from geoclip import earth, paths
 STYLE = matplotlib.rc_params_from_file(Path(__file__).with_suffix(".mplstyle"), use_default_template=False)
 LAND, SEA, LINE = "#e6e6e6", "#ffffff", "#9a9a9a"
 # White lines with a dark rim are visible on both ends of the colour scale.
-OVER_HEAT = {
-    "facecolor": "none",
-    "edgecolor": "white",
-    "linewidth": 0.4,
-    "zorder": 3,
-    "path_effects": [withStroke(linewidth=1.0, foreground="black", alpha=0.4)],
-}
+RIM = withStroke(linewidth=1.0, foreground="black", alpha=0.4)
+OVER_HEAT = {"facecolor": "none", "edgecolor": "white", "linewidth": 0.4, "zorder": 3, "path_effects": [RIM]}
 TRUTH = "#D55E00"
 # Okabe and Ito's colours; the first five run from light to dark and stay apart in grey.
 CATEGORIES = ("#F0E442", "#56B4E9", "#D55E00", "#0072B2", "#000000", "#E69F00", "#CC79A7", "#009E73")

@@ -94,7 +94,7 @@ class PhotoTraining(Dataset):
     """Geotagged photos: batches of `image` (b, v, 3, p, p), `latlon` (b, 2) and `index`.
 
     A view is a random crop of 0.6 to 1 of the area, resized to p × p, mirrored in half of the cases and
-    normalised as the tower requires; before epoch 0, in validation, it is the centre. It depends on seed, epoch,
+    normalised as the tower requires; before epoch 0, in validation, it is as in prediction. It depends on seed, epoch,
     view and photo alone. Where a photo cannot be read, the next one takes its place in the batch, which then has
     `left_out`, a list of (file, reason).
     """
@@ -124,7 +124,9 @@ class PhotoTraining(Dataset):
         found = self.photos[row]
         photo = sources.decode(found, str(found), sources.DRAFT_MARGIN * self.preprocessing.pixels)
         if epoch < 0:
-            return self.crop(row, photo, sources.centre_box(photo.size), False)
+            squashed = self.preprocessing.resize == "squash"
+            box = (0, 0, *photo.size) if squashed else sources.centre_box(photo.size)
+            return self.crop(row, photo, box, False)
         generator = np.random.default_rng([self.seed, epoch, number, row])
         box = sources.random_box(photo.size, sources.Views(), generator)
         return self.crop(row, photo, box, generator.random() < 0.5)

@@ -19,7 +19,6 @@ from geoclip.image_encoder import ImageEncoder, Preprocessing, tower_hash
 from geoclip.location_encoder import LocationEncoder
 from geoclip.loss import contrastive_loss
 from geoclip.model import GeoCLIP
-from geoclip.photos import open_photo
 from geoclip.training import data
 from geoclip.training.checkpoints import from_checkpoint
 from geoclip.training.config import RunConfig, TrainConfig, as_config
@@ -77,8 +76,7 @@ class TrainingModule(lightning.LightningModule):
         """Return the preprocessed photo."""
         if ten_crop:
             raise ValueError("--ten-crop: a baseline has no ten-crop answer; GeoCLIP averages over crops")
-        preprocess = Preprocessing.of(self.config.image)
-        return preprocess(open_photo(photo, preprocess.pixels))[None]
+        return Preprocessing.of(self.config.image).views(photo)
 
     def test_tiles(self, split: str) -> tuple[Tensor, Tensor]:
         """Return the images (n, 3, p, p) of a split of the embedded tiles, and their places (n, 2)."""
