@@ -190,7 +190,7 @@ class ImageEncoder(nn.Module):
         return self
 
     def _openvino(self, arithmetic: str) -> Callable[[Tensor], Tensor] | None:
-        """Open the kept OpenVINO model of this tower, converting it first if needed; None if it cannot be converted."""
+        """Open this tower's OpenVINO model, converting it at first use; None if it cannot be converted."""
         # a file's hash is known without loading it; a loaded tower may come from a checkpoint
         file = clip_file(self.config.tower, self.config.weights) if self.tower is None else None
         digest = paths.sha256(file) if file else tower_hash(self.load_tower())

@@ -1,4 +1,4 @@
-"""Folders of the project, and writing files so that an interruption leaves no half-written one.
+"""Folders of the project, and files that are written completely or not at all.
 
 In a checkout everything lies below its root; an installed package carries data/ and notebooks/ inside itself.
 """
@@ -55,7 +55,7 @@ def geoclip_data() -> Path | None:
 
 
 def profile(name: str | Path) -> Path:
-    """The YAML file notebooks/profiles/NAME.yaml, or the file at the path `name`, wherever the call comes from."""
+    """Return notebooks/profiles/NAME.yaml, or the YAML file at the path `name`."""
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         path = NOTEBOOKS / "profiles" / f"{name}.yaml"
@@ -66,7 +66,7 @@ def profile(name: str | Path) -> Path:
 
 
 def make_folder(folder: Path) -> Path:
-    """Create `folder` if needed and return it. Raises PermissionError that names it and the remedy."""
+    """Create `folder` if needed and return it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except PermissionError as error:
@@ -79,8 +79,8 @@ def make_folder(folder: Path) -> Path:
 def atomic(path: Path | str) -> Iterator[Path]:
     """Yield a temporary file beside `path`; it replaces `path` if the block succeeds and is removed if not.
 
-    Raises OSError with the name of `path` if it cannot be written (no permission, disk full). Temporary files
-    that a killed process left more than an hour ago are removed.
+    Raises OSError that names `path` if it cannot be written. Temporary files that a killed process left more
+    than an hour ago are removed.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -112,7 +112,7 @@ def atomic(path: Path | str) -> Iterator[Path]:
 
 
 def sha256(path: Path | str) -> str:
-    """Return the SHA-256 of a file, remembered while its size and time of change stay the same."""
+    """Return the SHA-256 of a file, cached until its size or modification time changes."""
     path = Path(path).resolve()
     state = path.stat()
     stamp = [str(path), state.st_size, state.st_mtime_ns]

@@ -37,7 +37,7 @@ def has_bf16() -> bool:
 
 
 class OpenVINOTower:
-    """A kept tower as a function: images (n, 3, p, p) float32 → features (n, c) float32, on the CPU."""
+    """A converted tower as a function: images (n, 3, p, p) float32 → features (n, c) float32, on the CPU."""
 
     def __init__(self, path: Path, arithmetic: str):
         import openvino
@@ -53,7 +53,7 @@ class OpenVINOTower:
 
 
 def kept(key: str, arithmetic: str) -> Path | None:
-    """Return the kept model of a key, or None. A damaged one is reported and removed."""
+    """Return the model in the cache, or None; a damaged one is reported and removed."""
     folder = _folder(key, arithmetic)
     if not folder.exists():
         return None
@@ -70,7 +70,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def convert(visual: nn.Module, key: str, arithmetic: str, calibration: Iterable[Tensor], pixels: int) -> Path:
-    """Convert a tower (n, 3, p, p) → (n, c) and keep it, unless it is kept already. Return the kept model.
+    """Convert a tower (n, 3, p, p) → (n, c), unless the cache holds it, and return its file.
 
     calibration: batches of preprocessed photos, from which int8 takes its ranges. Weights are stored in half
     precision, as OpenAI released them, unless that would change them in fp32.

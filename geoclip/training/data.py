@@ -267,11 +267,14 @@ def _whole_batch(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 class LeftOut(lightning.Callback):
     """Lists the photos that training leaves out, with the reason, in left_out.csv beside the checkpoint.
 
-    known: those that are missing; those that turn out to be unreadable are added. Each new count is said on stderr.
+    Those that are missing are known from the start; those that turn out to be unreadable are added.
     """
 
-    def __init__(self, directory: Path, known: dict[str, str]):
-        self.directory, self.known, self.said = directory, dict(known), 0
+    def __init__(self, directory: Path):
+        self.directory, self.said = directory, 0
+
+    def on_train_start(self, trainer, module) -> None:
+        self.known = dict(getattr(trainer.datamodule.data, "left_out", {}))
 
     def on_train_batch_end(self, trainer, module, outputs, batch, *_) -> None:
         self.known |= dict(batch.get("left_out", ()))

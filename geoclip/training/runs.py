@@ -1,6 +1,5 @@
-"""Training runs: each is kept in a folder, found again by what it is made from, and resumed if it was interrupted."""
+"""Training runs: each has a folder, named after configuration and data, and is resumed if it was interrupted."""
 
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -34,6 +33,13 @@ from geoclip.training.module import GeoCLIPTraining, TrainingModule
 
 # Raise it when a change of the code changes what is trained, so that kept runs are trained again.
 RECIPE = 1
+# Lightning's advice on worker counts, hardware and the like would end up in notebooks.
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+ADVICE = (
+    "does not have many workers|exists and is not empty|Checkpoint directory|Experiment logs directory|"
+    "number of training batches.*is smaller than the logging|across ranks is zero|isinstance.treespec, LeafSpec|"
+    "in eval mode at the start of training"
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,7 @@ class Run:
 
     @property
     def result_file(self) -> Path:
-        """Written when the run has ended."""
+        """The file that is written when the run has ended."""
         return self.directory / "result.json"
 
     @property
@@ -93,7 +99,7 @@ def run_key(config: RunConfig) -> str:
 
 
 def is_kept(config: RunConfig) -> bool:
-    """Return whether a run of this configuration has ended and is kept in the cache."""
+    """Return whether the cache holds a finished run of this configuration."""
     return (run_folder(config) / "result.json").is_file()
 
 
@@ -162,20 +168,12 @@ def check_same_configuration(run: Run) -> None:
 def fit(run: Run, resume: bool, progress: bool, epochs: int | None, hardware: dict[str, Any]) -> None:
     """Run one Lightning fit, from the last good checkpoint; write result.json when the run has ended."""
     config = run.config
-    data = run.kind.training_set(config)
-    module = run.kind.build(config, data)
-    last = min(epochs or config.epochs, config.epochs)
-    first = rank_zero_only.rank == 0
-    resumed = last_good(run.checkpoint, set_aside=first) if resume else None
-    if first:
-        set_metrics_aside(run, resumed is not None)
-        write_holdout(run, data)
-    if first and progress and (left := len(data) % config.batch_size):
-        print(f"batches are whole: each epoch leaves out {left} of {len(data):,} samples, chosen at random")
+    last, first = min(epochs or config.epochs, config.epochs), rank_zero_only.rank == 0
     bar = progress and sys.stderr.isatty()
     watch = Watch(run.checkpoint, lines=progress and not bar)
     start = time.monotonic()
-    with quiet():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=f".*({ADVICE}).*")
         trainer = lightning.Trainer(
             max_epochs=last,
             precision=precision(config, hardware["accelerator"]),
@@ -186,7 +184,7 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, hardware: di
             callbacks=[
                 ModelCheckpoint(run.directory, "last", enable_version_counter=False, every_n_epochs=1),
                 watch,
-                LeftOut(run.directory, getattr(data, "left_out", {})),
+                LeftOut(run.directory),
                 *([TQDMProgressBar()] if bar else []),
             ],
             plugins=[Checkpoints()],
@@ -199,6 +197,16 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, hardware: di
         )
         if config.batch_size % (ranks := trainer.num_devices * trainer.num_nodes):
             raise ValueError(f"batch_size {config.batch_size} cannot be divided over {ranks} devices")
+        data = run.kind.training_set(config)
+        module = run.kind.build(config, data)
+        resumed = last_good(run.checkpoint, set_aside=first) if resume else None
+        if first:
+            set_metrics_aside(run, resumed is not None)
+            write_holdout(run, data)
+        if first and progress and (left := len(data) % config.batch_size):
+            print(
+                f"batches are whole: each epoch leaves out {left} of {len(data):,} samples, chosen at random"
+            )
         # compiling takes half a minute: it pays on features, on a GPU, in long runs
         long = config.epochs * (len(data) // config.batch_size) >= 10_000 and on_features(config)
         if long and trainer.strategy.root_device.type == "cuda" and hasattr(module, "view_loss"):
@@ -330,22 +338,3 @@ def precision(config: RunConfig, accelerator: str) -> str:
         return config.precision
     bf16 = accelerator != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     return "bf16-mixed" if bf16 else "32-true"
-
-
-@contextlib.contextmanager
-def quiet():
-    """Silence Lightning's advice (worker counts, hardware, tips), which would end up in notebooks."""
-    advice = (
-        "does not have many workers|exists and is not empty|Checkpoint directory|Experiment logs directory|"
-        "number of training batches.*is smaller than the logging|across ranks is zero|isinstance.treespec, LeafSpec|"
-        "in eval mode at the start of training"
-    )
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=f".*({advice}).*")
-            yield
-    finally:
-        logger.setLevel(level)
