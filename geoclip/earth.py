@@ -106,11 +106,9 @@ def destination(
     return from_unit_sphere(there).to(latlon.dtype)
 
 
-def draw_noise_km(
-    shape: tuple[int, ...], sigma_m: float, generator: torch.Generator | None = None
-) -> Float[Tensor, "*n 2"]:
+def draw_noise_km(n: int, sigma_m: float, generator: torch.Generator | None = None) -> Float[Tensor, "n 2"]:
     """Gaussian noise of `sigma_m` metres, (east, north) in km, drawn on the CPU (paper, section 3.3)."""
-    return torch.randn(*shape, 2, generator=generator, dtype=torch.float64) * sigma_m / 1000
+    return torch.randn(n, 2, generator=generator, dtype=torch.float64) * sigma_m / 1000
 
 
 def sample_sphere(n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n 2"]:

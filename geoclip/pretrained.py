@@ -208,16 +208,13 @@ def _download(wheel: Path) -> None:
         # a wheel runs no code while it is fetched
         command += ["--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--no-cache-dir"]
         command += ["--retries=2", "--timeout=20", "--requirement", str(requirements), "--dest", folder]
-        # pip keeps its temporary files there too, so that a full disk is the one that is named
-        environment = os.environ | {"TMPDIR": folder}
-        none = subprocess.DEVNULL
-        ran = subprocess.run(command, capture_output=True, text=True, stdin=none, env=environment)
+        ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
         fetched = Path(folder) / WHEEL
         if ran.returncode or not fetched.exists():
-            lines = [line for line in ran.stderr.splitlines() if line.startswith("ERROR")] or ["no message"]
+            reason = re.search("^ERROR: (.+)", ran.stderr, re.MULTILINE)
             raise FileNotFoundError(
                 f"the authors' released package is not at {wheel} and could not be downloaded (pip: "
-                f"{lines[0].removeprefix('ERROR: ').strip()}); connect to a package index once, or put {WHEEL} there "
+                f"{reason[1] if reason else 'no message'}); connect to a package index once, or put {WHEEL} there "
                 "yourself. Prediction with your own checkpoints still works"
             )
         _check(fetched, paths.sha256(fetched), WHEEL_SHA256)

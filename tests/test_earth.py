@@ -56,7 +56,7 @@ def test_haversine_of_near_and_opposite_places():
 def test_noise_of_sigma_metres_has_that_sigma(lat):
     n, sigma_m = 40_000, 1000.0
     start = torch.tensor([[lat, 179.999]], dtype=torch.float64).expand(n, 2)
-    noise = earth.draw_noise_km((len(start),), sigma_m, torch.Generator().manual_seed(0))
+    noise = earth.draw_noise_km(len(start), sigma_m, torch.Generator().manual_seed(0))
     moved = earth.destination(start, *noise.unbind(-1))
     metres = earth.haversine_km(start, moved) * 1000
     # the distance is Rayleigh distributed: its mean square is 2 σ², here to ± 3 standard errors

@@ -63,8 +63,8 @@ def test_loss_in_five_lines():
     generator, total = seeded("test"), 0.0
     for view in range(2):
         places = torch.cat([batch["latlon"], initial_queue(config, data.latlon)])
-        noise = [earth.draw_noise_km((32,), 150, generator)]
-        noise.append(earth.draw_noise_km((len(places) - 32,), 1000, generator))
+        noise = [earth.draw_noise_km(32, 150, generator)]
+        noise.append(earth.draw_noise_km(len(places) - 32, 1000, generator))
         places = earth.destination(places, *torch.cat(noise).unbind(-1))
         logits = module.model(batch["image"][:, view], places)
         total -= logits.log_softmax(1)[range(32), range(32)].mean() / 2

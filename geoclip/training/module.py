@@ -121,7 +121,7 @@ class GeoCLIPTraining(TrainingModule):
     def __init__(self, config: TrainConfig, geoclip: GeoCLIP, queue: Float[Tensor, "q 2"]):
         super().__init__(config)
         self.model = geoclip
-        self.queue = GPSQueue(config.queue, queue)
+        self.queue = GPSQueue(queue)
         self.tower_hash: str | None = None  # of a frozen tower
 
     @classmethod
@@ -168,7 +168,7 @@ class GeoCLIPTraining(TrainingModule):
             else:
                 feature = self.model.image_encoder.features(batch["image"][:, view])
             sizes = ((len(latlon), self.config.noise_m), (len(queue), self.config.queue_noise_m))
-            noise_km = torch.cat([earth.draw_noise_km((n,), sigma_m, generator) for n, sigma_m in sizes])
+            noise_km = torch.cat([earth.draw_noise_km(n, sigma_m, generator) for n, sigma_m in sizes])
             # in single precision (0.1 mm), so that the GPU does not wait for the copy
             noise_km = noise_km.float().to(latlon.device, non_blocking=True)
             loss, hit = self.view_loss(feature, torch.cat([latlon, queue]), noise_km, target)

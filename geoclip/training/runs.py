@@ -318,17 +318,14 @@ def previous(checkpoint: Path | str) -> Path:
 
 def last_good(checkpoint: Path, set_aside: bool = True) -> Path | None:
     """Return the last checkpoint that can be read, or None. Others are renamed to `*.damaged`, with a warning."""
-    for path in (checkpoint, previous(checkpoint)):
-        if not path.is_file():
-            continue
+    for path in filter(Path.is_file, (checkpoint, previous(checkpoint))):
         try:
             read_checkpoint(path)
+            return path
         except (ValueError, FileNotFoundError) as error:
             if set_aside:
                 path.rename(f"{path}.damaged")
                 print(f"{error}; it was renamed to {path.name}.damaged", file=sys.stderr)
-        else:
-            return path
     return None
 
 
