@@ -59,8 +59,8 @@ def from_checkpoint(
         for name, tensor in checkpoint["state_dict"].items()
         if name.startswith(prefix) and (with_tower or not name.startswith(f"{prefix}image_encoder.tower."))
     }
-    brings_tower = any(name.startswith("image_encoder.tower.") for name in weights)
-    if brings_tower:  # no pretrained weights are needed
+    has_tower = any(name.startswith("image_encoder.tower.") for name in weights)
+    if has_tower:  # no pretrained weights are needed
         encoder = ImageEncoder(dataclasses.replace(image, weights=None, frozen=False))
         encoder.config, encoder.preprocess = image, Preprocessing.of(image)
     else:
@@ -71,7 +71,7 @@ def from_checkpoint(
         model.load_state_dict(weights)
     except RuntimeError as error:
         raise ValueError(f"the checkpoint's weights do not fit its configuration: {error}") from error
-    if with_tower and not brings_tower:
+    if with_tower and not has_tower:
         encoder.load_tower()
         if checkpoint.get("geoclip_tower") not in (None, tower_hash(encoder.tower)):
             wrong = f"weights {weights_file!r} of {image.tower} are not those that the model was trained with"

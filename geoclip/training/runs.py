@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning
+import pandas as pd
 import torch
 import yaml
 from filelock import FileLock
@@ -72,10 +73,8 @@ class Run:
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{self.result_file} is damaged ({error!r}): delete it and rerun") from error
 
-    def metrics(self):
-        """Return the logged values of the whole run as a pandas table: epoch, step, train/loss, val/loss, …"""
-        import pandas as pd
-
+    def metrics(self) -> pd.DataFrame:
+        """Return the logged values of the whole run: epoch, step, train/loss, val/loss, …"""
         files = [*sorted(self.directory.glob("metrics-*.csv")), self.directory / "metrics.csv"]
         parts = [pd.read_csv(file) for file in files]
         for i in range(len(parts) - 1):  # steps after the last checkpoint were repeated
