@@ -94,7 +94,7 @@ def test_precisions_that_are_refused(encoder, monkeypatch):
     with pytest.raises(ValueError, match="no precision 'fp16': give one of auto, fp32, bf16, int8"):
         encoder.use_precision("fp16")
     monkeypatch.setattr(openvino_tower, "is_available", lambda: False)
-    with pytest.raises(ValueError, match=r"bf16 is not available on this device: .* pip install openvino"):
+    with pytest.raises(ValueError, match="bf16 is not available on this device"):
         encoder.use_precision("bf16")
     assert encoder.use_precision("auto").engine is None and encoder.precision == "fp32"
 
