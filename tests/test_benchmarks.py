@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from geoclip import __main__ as command_line
-from geoclip import baselines, evaluation, paths, pretrained
+from geoclip import evaluation, paths, pretrained
 from geoclip.baselines import geocells
 from geoclip.commands import evaluate
 from geoclip.datasets import benchmarks, blue_marble, folder
@@ -18,6 +18,8 @@ from geoclip.datasets.blue_marble import SplitConfig
 from geoclip.image_encoder import ImageEncoderConfig
 from geoclip.location_encoder import LocationEncoderConfig
 from geoclip.studies import statistics
+from geoclip.training import runs
+from geoclip.training.checkpoints import read_checkpoint
 from geoclip.training.config import TrainConfig
 from geoclip.training.module import GeoCLIPTraining
 
@@ -292,7 +294,7 @@ def test_the_embedded_tiles(checkpoint, tmp_path, tile_errors):
     assert command_line.main(["evaluate", "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
     table = pd.read_csv(out).set_index(["split", "measure"])
     assert (table["n_expected"] == 300).all() and (table["n_leaked"] == 0).all()
-    trained = baselines.load(checkpoint)
+    trained = runs.restore(read_checkpoint(checkpoint), GeoCLIPTraining, checkpoint)
     for split in ("random", "blocked"):
         expected = evaluation.summarize(tile_errors(trained, split))
         found = table.loc[(split, "accuracy"), evaluation.ACCURACY_COLUMNS].tolist()

@@ -87,7 +87,7 @@ class PlaceIndex:
 
 
 def _open(path: Path, places: Float[Tensor, "m d"]):
-    """The stored index, memory-mapped; None, with a line that says why, if it is not an intact one of `places`."""
+    """The stored index, memory-mapped; None, reported on stderr, if it is damaged or indexes other places."""
     if paths.is_sealed(path):
         faiss = import_faiss()
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)

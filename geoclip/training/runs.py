@@ -213,7 +213,7 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, hardware: di
         try:
             trainer.fit(module, datamodule=Loaders(config, data), ckpt_path=resumed, weights_only=True)
         except SystemExit as error:
-            if isinstance(watch.stopped_by, KeyboardInterrupt):  # of which Lightning makes exit status 1
+            if isinstance(watch.stopped_by, KeyboardInterrupt):  # which Lightning turns into exit status 1
                 raise KeyboardInterrupt from error
             raise
     if last == config.epochs and trainer.is_global_zero:
