@@ -276,12 +276,12 @@ DAMAGE = {
     "another shape": ("features.npy", lambda path: np.save(path, np.zeros((5, 3, 2), np.float16)), "features.npy has changed"),
     "places": ("latlon.npy", lambda path: flip(path, -1), "latlon.npy has changed"),
     "names": ("ids.txt", lambda path: flip(path, 0), "ids.txt has changed"),
-    "half a description": ("shard.json", lambda path: os.truncate(path, 40), "shard.json cannot be read"),
+    "half a description": ("shard.json", lambda path: os.truncate(path, 40), "shard.json does not describe"),
     "another description": ("shard.json", lambda path: path.write_text("[]"), "does not describe features"),
     "another number": (
         "shard.json", lambda path: path.write_text(path.read_text().replace('"n": 11', '"n": 12')), "has shape",
     ),
-    "no description": ("shard.json", lambda path: path.unlink(), "shard.json cannot be read"),
+    "no description": ("shard.json", lambda path: path.unlink(), "shard.json does not describe"),
 }  # fmt: skip
 
 
@@ -327,8 +327,8 @@ def test_a_damaged_description_of_the_folder_is_named(photos, tmp_path, encoder)
     embed(open_source(str(photos)), encoder, out)
     described = (out / "features.json").read_text()
     for text, message in (
-        ("{", "features.json cannot be read"),
-        (described.replace("recipe", "code"), "another version"),
+        ("{", "features.json does not describe"),
+        (described.replace("recipe", "code"), "this version"),
     ):
         (out / "features.json").write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -554,7 +554,7 @@ def test_wrong_folder_of_images_is_an_error(photos, tmp_path, encoder):
         embed(open_source(str(photos), images=empty), encoder, tmp_path / "out")
     with pytest.raises(ValueError, match="is not a source"):
         open_source("photos.zip")
-    with pytest.raises(FileNotFoundError, match=r"1\.tar: no such tar; 2 of 2"):
+    with pytest.raises(FileNotFoundError, match=r"1\.tar: no such tar .*; 2 of 2"):
         open_source(str(tmp_path / "{1..2}.tar"))
 
 
@@ -710,7 +710,7 @@ def test_draft_decoding_changes_less_than_a_level(tmp_path):
     )
     large.save(tmp_path / "large.jpg", quality=95)
     draw = np.random.default_rng(0)  # a single view draws nothing
-    drafted = sources.decode(tmp_path / "large.jpg", "large.jpg", 448)
+    drafted = sources.decode(tmp_path / "large.jpg", 448)
     assert drafted.size == (1200, 800)  # half: a quarter would be 600 × 400, below 448
     one = sources.photo_views(drafted, Views(), Preprocessing(), draw).float()
     other = sources.photo_views(Image.open(tmp_path / "large.jpg"), Views(), Preprocessing(), draw).float()

@@ -321,7 +321,9 @@ def make_tar(where):
 def read_tar(path):
     found = sources.TarShards(str(path)).samples(0)
     return [
-        [name, list(place), photo] for name, place, photo, _ in found if not isinstance(place, PhotoError)
+        [name, list(place), photo.data]
+        for name, place, photo, _ in found
+        if not isinstance(place, PhotoError)
     ]
 
 

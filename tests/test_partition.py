@@ -153,8 +153,8 @@ def small_file(tmp_path, **change):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"hex_id": ["47c", "484", "47c"]}, "hex_id '47c' occurs twice"),
-        ({"hex_id": ["47c", "484", "4794"]}, "'47c' and '4794' overlap"),
+        ({"hex_id": ["47c", "484", "47c"]}, "cell 0, '47c', and cell 2, '47c', overlap"),
+        ({"hex_id": ["47c", "484", "4794"]}, "'47c', and cell 2, '4794', overlap"),
         ({"hex_id": ["47c", "484", "zz"]}, "'zz' is not an S2 cell token"),
         ({"hex_id": ["47c", "484", "4780000"]}, "cell 2: hex_id '4780000' .* import that column as text"),
         ({"hex_id": ["47c", "484", "4.7E+064"]}, "'4.7e\\+064' is not an S2 cell token"),
@@ -188,7 +188,7 @@ def test_rows_of_a_shuffled_file_come_back_in_the_order_of_their_labels(tmp_path
 
 def test_too_few_places_and_no_dense_cell():
     places = np.random.default_rng(0).uniform([-80, -180], [80, 180], (100, 2))
-    with pytest.raises(ValueError, match="30 coordinates are fewer than img_min 50"):
+    with pytest.raises(ValueError, match="no cell has img_min 50 of the 30"):
         partition(places[:30], CONFIG)
     with pytest.raises(ValueError, match="no cell has img_min 50 of the 100"):
         partition(places, CONFIG)
@@ -214,7 +214,7 @@ def test_command_line(tmp_path, capsys, gallery):
     assert (cells.label(gallery[:20_000]) >= 0).sum() == cells.images.sum()
 
     assert main(["cells", str(csv), "--img_min", "30000", "--img_max", "40000", "--out", str(out)]) == 2
-    assert "fewer than img_min" in capsys.readouterr().err
+    assert "no cell has img_min" in capsys.readouterr().err
     pd.DataFrame({"LAT": [1.0], "LONG": [2.0]}).to_csv(csv, index=False)
     assert main(["cells", str(csv), "--out", str(out)]) == 2
     error = capsys.readouterr().err

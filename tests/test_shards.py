@@ -260,11 +260,11 @@ def test_lists_with_and_without_a_header(tmp_path):
         ("1,http://a\n1,http://b\n", "line 2: '1,http://b' repeats an image id"),
         ("url,id\nhttp://a,\n", "line 2: ',http://a' has no image id"),
         ("1,http://a,3\n", "3 columns and no header"),
-        ("", "not a list of URLs: No columns"),
-        ("1,http://a\n2,http://b,c\n", "not a list of URLs: Error tokenizing data"),
+        ("", "the file is empty"),
+        ("1,http://a\n2,http://b,c\n", "not a CSV file"),
         ("id,url\n", "contains no URLs"),
-        ("1,http://a\n\n2,b\n", "line 2: ',' is not an http address"),
-        ("url,name\nhttp://a,1\n", "has no image id, one of id"),
+        ("1,http://a\n\n2,b\n", "line 3: '2,b' is not an http address"),
+        ("url,name\nhttp://a,1\n", r"no column for id \(one of id"),
     ):
         path.write_text(text)
         with pytest.raises(ValueError, match=wrong):

@@ -1,7 +1,7 @@
 """The configurations of the baselines; without torch, so that the command line can explain them at once."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 from geoclip.config import ImageEncoderConfig
@@ -9,6 +9,8 @@ from geoclip.training.config import RunConfig
 
 LEVELS = ("coarse", "middle", "fine")
 ALL_SCENES = 3
+VIT = ImageEncoderConfig("timm/vit_large_patch16_224.augreg_in21k", "pretrained", frozen=False)
+TRAINED = ImageEncoderConfig(frozen=False)
 
 
 @dataclass(frozen=True)
@@ -35,11 +37,7 @@ class GeocellsConfig(RunConfig):
 
     model: Literal["geocells"] = "geocells"
     validation: str | None = None
-    image: ImageEncoderConfig = field(
-        default_factory=lambda: ImageEncoderConfig(
-            "timm/vit_large_patch16_224.augreg_in21k", "pretrained", False
-        )
-    )
+    image: ImageEncoderConfig = VIT
     cells: tuple[str, ...] = ()
     img_min: int = 50
     img_max: tuple[int, int, int] = (5000, 2000, 1000)
@@ -48,21 +46,14 @@ class GeocellsConfig(RunConfig):
     hierarchical: bool = True
     scene: bool = False
     scene_weight: float = 1.0
-    scene_of_interest: int = ALL_SCENES
-    seg_channels: int = 0
+    scene_of_interest: Literal[0, 1, 2, 3] = ALL_SCENES
+    seg_channels: Literal[0, 3, 150] = 0
     seg_images: str | None = None
 
     def __post_init__(self):
         super().__post_init__()
         if self.cells and len(self.cells) != len(LEVELS):
             raise ValueError(f"cells must be three files ({', '.join(LEVELS)}), got {len(self.cells)}")
-        if self.scene_of_interest not in range(ALL_SCENES + 1):
-            raise ValueError(
-                f"scene_of_interest must be 0 (indoor), 1 (natural), 2 (urban) or 3 (all), "
-                f"got {self.scene_of_interest}"
-            )
-        if self.seg_channels not in (0, 3, 150):
-            raise ValueError(f"seg_channels must be 3, 150, or 0 (no second tower), got {self.seg_channels}")
 
 
 @dataclass(frozen=True)
@@ -91,7 +82,7 @@ class ContextConfig(RunConfig):
 
     model: Literal["context"] = "context"
     validation: str | None = None
-    image: ImageEncoderConfig = field(default_factory=lambda: ImageEncoderConfig(frozen=False))
+    image: ImageEncoderConfig = TRAINED
     heads: tuple[str, ...] = ("climate", "month", "state", "county", "city")
     use_context: bool = True
     context_weight: float = 1.0

@@ -23,6 +23,7 @@ from geoclip.baselines import labels, samples
 from geoclip.baselines.config import ContextConfig
 from geoclip.baselines.towers import Tower
 from geoclip.image_encoder import CONV_TOWER, TIMM, load_clip
+from geoclip.layers import mlp
 from geoclip.location_encoder import initialise
 from geoclip.training.data import seeded
 from geoclip.training.module import TrainingModule, accuracies
@@ -81,7 +82,7 @@ class WordBag(nn.Module):
     def __init__(self, words: int, dim: int, generator: torch.Generator):
         super().__init__()
         self.words = nn.EmbeddingBag(words + 1, dim, mode="mean", padding_idx=0)
-        self.layers = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        self.layers = mlp(dim, dim, dim)
         nn.init.normal_(self.words.weight, generator=generator)
         initialise(self.layers, generator)
 
@@ -116,11 +117,7 @@ class ContextModel(nn.Module):
         for name, head in self.heads.items():
             initialise(head, seeded(config.seed, "head", name))
         outputs = 2 if config.distance == "degrees" else 3
-        self.coordinates = nn.Sequential(
-            nn.Linear(self.tower.dim + sum(sizes.values()), config.hidden),
-            nn.ReLU(),
-            nn.Linear(config.hidden, outputs),
-        )
+        self.coordinates = mlp(self.tower.dim + sum(sizes.values()), config.hidden, outputs)
         initialise(self.coordinates, seeded(config.seed, "coordinates"))
         if config.caption_epochs:
             clip, generator = has_clip(config), seeded(config.seed, "captions")
@@ -238,12 +235,12 @@ class ContextTraining(TrainingModule):
     def configure_optimizers(self):
         """As all models; the decay of the learning rate starts again after the caption epochs."""
         optimizers, schedules = super().configure_optimizers()
-        first, decay = self.config.caption_epochs, self.config.decay
-        if first:
-            schedule = torch.optim.lr_scheduler.LambdaLR(
-                optimizers[0], lambda epoch: decay ** (epoch if epoch < first else epoch - first)
-            )
-            schedules = [schedule]
+        if first := self.config.caption_epochs:
+
+            def factor(epoch: int) -> float:
+                return self.config.decay ** (epoch if epoch < first else epoch - first)
+
+            schedules = [torch.optim.lr_scheduler.LambdaLR(optimizers[0], factor)]
         return optimizers, schedules
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -263,10 +260,6 @@ def score_context(described: Sequence[dict], truth: pd.DataFrame) -> pd.DataFram
     for head in filter(answered.__contains__, named):
         found = [list(photo.get("context", {}).get(head, ())) for photo in described]
         pairs = [pair for pair in zip(named[head], found, strict=True) if not pd.isna(pair[0])]
-        row = {"head": head, "n": len(pairs)}
-        for k in (1, LISTED):
-            row[f"top{k}"] = 100 * float(
-                np.mean([name in classes[:k] for name, classes in pairs] or [np.nan])
-            )
-        rows.append(row)
+        right = {k: [name in classes[:k] for name, classes in pairs] or [np.nan] for k in (1, LISTED)}
+        rows.append({"head": head, "n": len(pairs)} | {f"top{k}": 100 * np.mean(r) for k, r in right.items()})
     return pd.DataFrame(rows)

@@ -52,45 +52,32 @@ class Geocells(nn.Module):
         for level, finer in itertools.pairwise(LEVELS):
             self.register_buffer(f"{level}_of_{finer}", partitions[level].parent(partitions[finer]))
 
-    def fuse(
-        self, images: Float[Tensor, "n s h w"]
-    ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n 2"] | None]:
-        """Return features of images (n, 3 + s, h, w), and the attention weights of the two towers or None."""
+    def fuse(self, images: Float[Tensor, "n s h w"]) -> Float[Tensor, "n c"]:
+        """Return the features of images (n, 3 + s, h, w), of two towers weighed by attention."""
         if images.shape[1] != 3 + self.config.seg_channels:
-            raise ValueError(
-                f"this model needs 3 channels of image and {self.config.seg_channels} of segmentation map, "
-                f"got {images.shape[1]} in all"
-            )
+            needed = f"3 channels of image and {self.config.seg_channels} of segmentation map"
+            raise ValueError(f"this model needs {needed}, got {images.shape[1]} in all")
         seen = self.tower(images[:, :3])
         if not self.config.seg_channels:
-            return seen, None
+            return seen
         mapped = self.map_tower(images[:, 3:])
         weights = self.attention(torch.cat([seen, mapped], 1)).softmax(1)
-        return weights[:, :1] * seen + weights[:, 1:] * mapped, weights
+        return weights[:, :1] * seen + weights[:, 1:] * mapped
 
     def forward(self, images: Float[Tensor, "n s h w"]) -> dict[str, Float[Tensor, "n _"]]:
         """Return logits (n, cells) of each level, and "scene" (n, 3) if it is learnt."""
-        features, _ = self.fuse(images)
+        features = self.fuse(images)
         return {name: head(features) for name, head in self.heads.items()}
 
-    def log_probability(self, logits: dict[str, Tensor], s2_cells: str, hierarchical: bool) -> Tensor:
-        """Return the log probability (n, cells) of a level's cells, with the coarser cells' if hierarchical.
-
-        The sum over levels is not normalised.
-        """
+    def place(self, logits: dict[str, Tensor], s2_cells: str, hierarchical: bool) -> Float[Tensor, "n 2"]:
+        """Return the place of the most probable cell of a level; hierarchical: times the coarser cells around it."""
         total = logits[s2_cells].log_softmax(-1)
-        if not hierarchical:
-            return total
         ancestors = torch.arange(total.shape[1], device=total.device)  # of each cell, at the level reached
-        for coarser, finer in reversed(list(itertools.pairwise(LEVELS[: LEVELS.index(s2_cells) + 1]))):
+        levels = LEVELS[: LEVELS.index(s2_cells) + 1] if hierarchical else ()
+        for coarser, finer in reversed(list(itertools.pairwise(levels))):
             ancestors = getattr(self, f"{coarser}_of_{finer}")[ancestors]
             total = total + logits[coarser].log_softmax(-1)[:, ancestors]
-        return total
-
-    def place(self, logits: dict[str, Tensor], s2_cells: str, hierarchical: bool) -> Float[Tensor, "n 2"]:
-        """Return the place of the most probable cell of a level."""
-        best = self.log_probability(logits, s2_cells, hierarchical).argmax(-1)
-        return getattr(self, f"{s2_cells}_latlon")[best]
+        return getattr(self, f"{s2_cells}_latlon")[total.argmax(-1)]
 
 
 class GeocellsTraining(TrainingModule):
@@ -125,10 +112,10 @@ class GeocellsTraining(TrainingModule):
     @classmethod
     def rebuild(cls, config: GeocellsConfig, checkpoint: dict[str, Any]) -> "GeocellsTraining":
         kept = checkpoint["partitions"]
-        return cls(
-            config,
-            {level: Partition(**kept[level], source=f"the checkpoint's {level} cells") for level in LEVELS},
-        )
+        cells = {
+            level: Partition(**kept[level], source=f"the checkpoint's {level} cells") for level in LEVELS
+        }
+        return cls(config, cells)
 
     def loss(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
         """Return the weighted cross-entropies; images in no cell, or of unknown scene, are left out."""
@@ -144,9 +131,8 @@ class GeocellsTraining(TrainingModule):
             found = self.model.place(logits, self.config.s2_cells, self.config.hierarchical)
             values |= accuracies(found, batch["latlon"].repeat_interleave(views, 0))
         if self.config.scene:
-            values["scene"] = labels.known_cross_entropy(
-                logits["scene"], batch["scene"].repeat_interleave(views)
-            )
+            scene = batch["scene"].repeat_interleave(views)
+            values["scene"] = labels.known_cross_entropy(logits["scene"], scene)
             losses.append(self.config.scene_weight * values["scene"])
         return {"loss": torch.stack(losses).sum()} | values
 
@@ -181,12 +167,8 @@ class GeocellsTraining(TrainingModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
         checkpoint["partitions"] = {
-            level: {
-                "tokens": cells.tokens,
-                "images": torch.from_numpy(cells.images),
-                "latlon": cells.latlon.tolist(),
-            }
-            for level, cells in self.partitions.items()
+            level: {"tokens": p.tokens, "images": torch.from_numpy(p.images), "latlon": p.latlon.tolist()}
+            for level, p in self.partitions.items()
         }
 
 

@@ -21,54 +21,24 @@ UNKNOWN = -1
 
 # Köppen–Geiger classes in the order of Beck et al. (2018), from 0, as in OSV's column `climate`.
 CLIMATES = {
-    "Af": "tropical rainforest",
-    "Am": "tropical monsoon",
-    "Aw": "tropical savannah",
-    "BWh": "hot desert",
-    "BWk": "cold desert",
-    "BSh": "hot steppe",
-    "BSk": "cold steppe",
-    "Csa": "temperate, dry hot summer",
-    "Csb": "temperate, dry warm summer",
-    "Csc": "temperate, dry cold summer",
-    "Cwa": "temperate, dry winter, hot summer",
-    "Cwb": "temperate, dry winter, warm summer",
-    "Cwc": "temperate, dry winter, cold summer",
-    "Cfa": "temperate, humid, hot summer",
-    "Cfb": "temperate, humid, warm summer",
-    "Cfc": "temperate, humid, cold summer",
-    "Dsa": "cold, dry hot summer",
-    "Dsb": "cold, dry warm summer",
-    "Dsc": "cold, dry short summer",
-    "Dsd": "cold, dry summer, severe winter",
-    "Dwa": "cold, dry winter, hot summer",
-    "Dwb": "cold, dry winter, warm summer",
-    "Dwc": "cold, dry winter, short summer",
-    "Dwd": "cold, dry and severe winter",
-    "Dfa": "cold, humid, hot summer",
-    "Dfb": "cold, humid, warm summer",
-    "Dfc": "cold, humid, short summer",
-    "Dfd": "cold, humid, severe winter",
-    "ET": "polar tundra",
-    "EF": "polar frost",
-}
+    "Af": "tropical rainforest", "Am": "tropical monsoon", "Aw": "tropical savannah",
+    "BWh": "hot desert", "BWk": "cold desert", "BSh": "hot steppe", "BSk": "cold steppe",
+    "Csa": "temperate, dry hot summer", "Csb": "temperate, dry warm summer", "Csc": "temperate, dry cold summer",
+    "Cwa": "temperate, dry winter, hot summer", "Cwb": "temperate, dry winter, warm summer",
+    "Cwc": "temperate, dry winter, cold summer", "Cfa": "temperate, humid, hot summer",
+    "Cfb": "temperate, humid, warm summer", "Cfc": "temperate, humid, cold summer",
+    "Dsa": "cold, dry hot summer", "Dsb": "cold, dry warm summer",
+    "Dsc": "cold, dry short summer", "Dsd": "cold, dry summer, severe winter",
+    "Dwa": "cold, dry winter, hot summer", "Dwb": "cold, dry winter, warm summer",
+    "Dwc": "cold, dry winter, short summer", "Dwd": "cold, dry and severe winter",
+    "Dfa": "cold, humid, hot summer", "Dfb": "cold, humid, warm summer",
+    "Dfc": "cold, humid, short summer", "Dfd": "cold, humid, severe winter",
+    "ET": "polar tundra", "EF": "polar frost",
+}  # fmt: skip
 # Labels with fixed classes, given by number; the classes of the others are the names that occur in training.
 FIXED = {"climate": tuple(CLIMATES.values()), "month": tuple(calendar.month_name)[1:], "scene": SCENES}
 # Stand-in for the scenes of tiles, by Köppen's main group: evergreen, bare (dry or polar), seasonal.
 SCENE_OF_GROUP = {"A": 0, "B": 1, "E": 1, "C": 2, "D": 2}
-
-
-def check_labels(labels: Tensor, classes: int, source: str) -> Tensor:
-    """Return `labels` (n,) as int64; raises ValueError unless all are UNKNOWN or 0 … classes − 1."""
-    labels = labels.long()
-    bad = (labels < UNKNOWN) | (labels >= classes)
-    if bad.any():
-        row = int(bad.nonzero()[0])
-        raise ValueError(
-            f"{source}, row {row}: label {int(labels[row])} is outside 0 … {classes - 1} "
-            f"({UNKNOWN} is unknown), as are {int(bad.sum())} of {len(labels)} labels"
-        )
-    return labels
 
 
 def classes_of(context: pd.DataFrame, columns: Iterable[str]) -> dict[str, tuple[str, ...]]:
@@ -85,10 +55,10 @@ def encode(context: pd.DataFrame, classes: dict[str, tuple[str, ...]]) -> dict[s
     encoded = {}
     for name, known in classes.items():
         if name in FIXED:
-            numbers = pd.to_numeric(context[name]).fillna(UNKNOWN).to_numpy(copy=True)
-            encoded[name] = check_labels(torch.from_numpy(numbers), len(known), name)
+            numbers = pd.to_numeric(context[name]).fillna(UNKNOWN).to_numpy(np.int64, copy=True)
         else:
-            encoded[name] = torch.from_numpy(pd.Index(known).get_indexer(context[name]).astype(np.int64))
+            numbers = pd.Index(known).get_indexer(context[name]).astype(np.int64)
+        encoded[name] = torch.from_numpy(numbers)
     return encoded
 
 

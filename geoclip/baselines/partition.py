@@ -78,10 +78,8 @@ class Partition:
         for row, token in enumerate(self.tokens):
             cell = s2geometry.S2CellId.FromToken(token)
             if not cell.is_valid() or cell.ToToken() != token:
-                raise ValueError(
-                    f"{source}, cell {row}: hex_id {token!r} is not an S2 cell token; a spreadsheet may have "
-                    "read it as a number, so import that column as text"
-                )
+                advice = "a spreadsheet may have read it as a number, so import that column as text"
+                raise ValueError(f"{source}, cell {row}: hex_id {token!r} is not an S2 cell token; {advice}")
         self.ids = np.array([s2geometry.S2CellId.FromToken(t).id() for t in self.tokens], dtype=np.uint64)
         first, last = id_ranges(self.ids)
         self._order = np.argsort(first, kind="stable")
@@ -89,12 +87,8 @@ class Partition:
         clash = np.flatnonzero(self._first[1:] <= self._last[:-1])  # if any cells overlap, two neighbours do
         if clash.size:
             one, other = sorted(self._order[clash[0] : clash[0] + 2].tolist())
-            if self.ids[one] == self.ids[other]:
-                raise ValueError(
-                    f"{source}: hex_id {self.tokens[one]!r} occurs twice (cells {one} and {other}): remove one of "
-                    "them"
-                )
-            raise ValueError(f"{source}: cells {self.tokens[one]!r} and {self.tokens[other]!r} overlap")
+            pair = f"cell {one}, {self.tokens[one]!r}, and cell {other}, {self.tokens[other]!r}"
+            raise ValueError(f"{source}: {pair}, overlap or are the same: remove one of them")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -108,14 +102,13 @@ class Partition:
 
         Raises ValueError for a finer cell that lies in none: the two were not made from the same places.
         """
-        label = self.label_leaves(finer.ids)
-        first, last = id_ranges(finer.ids)
-        inside = (self.label_leaves(first) == label) & (self.label_leaves(last) == label) & (label >= 0)
+        label, last = map(self.label_leaves, id_ranges(finer.ids))
+        inside = (label == last) & (label >= 0)
         if not inside.all():
             outside = finer.tokens[int(torch.nonzero(~inside)[0])]
+            advice = "make both from the same coordinates with the same img_min and lvl_min"
             raise ValueError(
-                f"cell {outside!r} of the finer partition lies in no cell of the coarser one: make both from "
-                "the same coordinates with the same img_min and lvl_min"
+                f"cell {outside!r} of the finer partition lies in no cell of the coarser one: {advice}"
             )
         return label
 
@@ -145,27 +138,21 @@ class Partition:
         names = [[name.strip() for name in line.split(",")] for line in head]
         start = next((number for number, fields in enumerate(names) if set(COLUMNS) <= set(fields)), None)
         if start is None:
-            raise ValueError(
-                f"{path} has no header with the columns {', '.join(COLUMNS)} in its first 10 lines"
-            )
+            raise ValueError(f"{path}: no header with the columns {', '.join(COLUMNS)} in its first 10 lines")
         table = folder.read_text(path, skip=start)  # as text: 1e5 and 0089 are tokens, not numbers
-        for column in (COLUMNS[0], *COLUMNS[2:]):
+        table["imgs_per_cell"] = folder.numbers(
+            path, table, "imgs_per_cell", "a number of images", lambda n: (n % 1 == 0) & (n >= 0)
+        )
+        for column in (COLUMNS[0], *COLUMNS[3:]):
             table[column] = folder.numbers(path, table, column, "a number")
         table = table.sort_values("class_label", kind="stable")
         wrong = np.flatnonzero(table["class_label"].to_numpy() != np.arange(len(table)))
         if wrong.size:
             found = table["class_label"].iloc[wrong[0]]
-            raise ValueError(
-                f"{path}: class_label {found:g} where {wrong[0]} was expected; labels must be 0, 1, 2, …"
-            )
-        images = table["imgs_per_cell"]
-        if (wrong := (images % 1 != 0) | (images < 0)).any():
-            row = wrong.idxmax()
-            raise ValueError(
-                f"{path}, line {row + 2}: imgs_per_cell is {images[row]:g}, not a number of images"
-            )
+            expected = f"class_label {found:g} where {wrong[0]} was expected"
+            raise ValueError(f"{path}: {expected}; labels must be 0, 1, 2, …")
         tokens, places = table["hex_id"].str.strip(), table[list(COLUMNS[3:])].to_numpy()
-        return cls(tokens, images, places, source=str(path))
+        return cls(tokens, table["imgs_per_cell"], places, source=str(path))
 
 
 def partition(
@@ -179,18 +166,11 @@ def partition(
     its place is their mean on the sphere. Raises ValueError if no cell has img_min places.
     """
     latlon = earth.check_latlon(torch.as_tensor(np.asarray(latlon, dtype=np.float64)), source).numpy()
-    if len(latlon) < config.img_min:
-        raise ValueError(
-            f"{source}: {len(latlon)} coordinates are fewer than img_min {config.img_min}: lower img_min or "
-            "add coordinates"
-        )
     leaves = leaf_ids(latlon)
     order = np.argsort(leaves, kind="stable")
     leaves, places = leaves[order], earth.unit_sphere(torch.from_numpy(latlon[order])).numpy()
     ids, counts, means = [], [], []
     for level in range(config.lvl_min, config.lvl_max + 1):
-        if len(leaves) == 0:
-            break
         cells, start, count = np.unique(parents(leaves, level), return_index=True, return_counts=True)
         done = (count <= config.img_max) | (level == config.lvl_max)
         kept = done & (count >= config.img_min)
@@ -199,12 +179,12 @@ def partition(
         means.append(np.add.reduceat(places, start)[kept])
         again = np.repeat(~done, count)
         leaves, places = leaves[again], places[again]
+        if len(leaves) == 0:
+            break
     ids, counts, means = np.concatenate(ids), np.concatenate(counts), np.concatenate(means)
     if len(ids) == 0:
-        raise ValueError(
-            f"{source}: no cell has img_min {config.img_min} of the {len(latlon)} coordinates: lower img_min "
-            "or lvl_min"
-        )
+        none = f"no cell has img_min {config.img_min} of the {len(latlon)} coordinates"
+        raise ValueError(f"{source}: {none}: lower img_min or lvl_min")
     order = np.argsort(ids)
     tokens = [s2geometry.S2CellId(int(cell)).ToToken() for cell in ids[order]]
     return Partition(tokens, counts[order], earth.from_unit_sphere(torch.from_numpy(means[order])))

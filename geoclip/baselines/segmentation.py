@@ -56,7 +56,7 @@ def segment(
         found = []
         for row in rows:
             try:
-                image = sources.decode(photos[row], names[row], SIDE)
+                image = sources.decode(photos[row], SIDE)
                 size = tuple(max(1, round(side * SIDE / max(image.size))) for side in image.size)
                 found.append((row, SEEN(image), size))
             except PhotoError as error:

@@ -4,15 +4,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from geoclip.image_encoder import (
-    CONV_TOWER,
-    TIMM,
-    ConvTower,
-    ImageEncoderConfig,
-    feature_dim,
-    load_clip,
-    load_timm,
-)
+from geoclip.config import ImageEncoderConfig
+from geoclip.image_encoder import CONV_TOWER, TIMM, ConvTower, feature_dim, load_clip, load_timm
 from geoclip.location_encoder import initialise
 
 
@@ -30,15 +23,13 @@ class Tower(nn.Module):
         # every tower takes three channels; maps with more are mixed into three
         self.mix = nn.Conv2d(channels, 3, 1) if channels != 3 else nn.Identity()
         if config.tower == CONV_TOWER:
-            self.body = ConvTower()
-            self.dim = ConvTower.feature_dim
+            self.body, self.dim = ConvTower(), ConvTower.feature_dim
             initialise(self.body, generator)
         elif config.tower.startswith(TIMM):
             self.body = load_timm(config)
             self.dim = self.body.num_features
         else:
-            clip = load_clip(config.tower, config.weights)
-            self.body, self.dim = clip.visual, feature_dim(config.tower)
+            self.body, self.dim = load_clip(config.tower, config.weights).visual, feature_dim(config.tower)
         initialise(self.mix, generator)
         self.body.requires_grad_(not config.frozen)
 

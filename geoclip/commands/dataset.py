@@ -41,7 +41,7 @@ def run(options) -> int:
             if place is None:
                 unused.append((name, "no GPS position in its EXIF"))
                 continue
-            sources.decode(path, str(path), CHECKED_AT)  # a truncated photo is noticed now, not in training
+            sources.decode(path, CHECKED_AT)  # a truncated photo is noticed now, not in training
             used.append((name, *place))
         except photos.PhotoError as error:
             # for a wrong EXIF value, the error also names the value

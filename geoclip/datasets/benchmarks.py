@@ -9,7 +9,6 @@ The environment variable GEOCLIP_DATA names the folder that holds the data you b
 The cards are in benchmarks.toml. Files with another SHA-256 than a card's are accepted and reported.
 """
 
-import hashlib
 import tomllib
 from collections.abc import Sized
 from dataclasses import dataclass, replace
@@ -142,13 +141,11 @@ def read_csv(csv: Path | str, images: Path | str | None = None, name: str | None
 def read_places365(csv, images=None, name: str | None = None) -> folder.Geotagged:
     """Read a `*_places365.csv` (PLACES365) and add a column `scene`: "indoor", "natural" or "urban"."""
     photos = folder.read(csv, images, name, PLACES365_COLUMNS, keep=["S3_Label"])
-    label = photos.table.pop("S3_Label")
-    scene = label.map({str(number): scene for number, scene in enumerate(SCENES)})
-    if scene.isna().any():
-        row = scene.isna().idxmax()
-        line = photos.table.at[row, "line"]
-        raise ValueError(f"{csv}, line {line}: S3_Label is {label[row]!r}, not 0, 1 or 2 (see SCENES)")
-    photos.table["scene"] = scene
+    table = photos.table
+    known = {"valid": lambda n: n.isin(range(3)), "lines": table["line"]}
+    label = folder.numbers(csv, table, "S3_Label", "0, 1 or 2 (see SCENES)", **known)
+    table["scene"] = label.map(dict(enumerate(SCENES)))
+    del table["S3_Label"]
     return photos
 
 
@@ -162,10 +159,11 @@ def read_osv_mini(csv: Path) -> folder.Geotagged:
     photos = folder.read(csv, csv.parent / f"{split}_images", f"OSV-Mini {split}", OSV_COLUMNS, keep)
     table = photos.table
     table["file"] = table["region"] + "/" + table["file"] + ".jpg"
-    climate = _numbers(csv, table, "climate", range(CLIMATES), f"not a class from 0 to {CLIMATES - 1}")
-    milliseconds = _numbers(csv, table, "captured_at", None, "not a number of milliseconds since 1970")
+    what, known = f"a class from 0 to {CLIMATES - 1}", {"gaps": True, "lines": table["line"]}
+    climate = folder.numbers(csv, table, "climate", what, lambda n: n.isin(range(CLIMATES)), **known)
+    time = folder.numbers(csv, table, "captured_at", "a number of milliseconds since 1970", **known)
     table["climate"] = climate.fillna(-1).astype(int)
-    table["captured_at"] = pd.to_datetime(milliseconds, unit="ms", utc=True)
+    table["captured_at"] = pd.to_datetime(time, unit="ms", utc=True)
     return photos
 
 
@@ -187,16 +185,4 @@ OSV_READERS = {"osv-mini": read_osv_mini, "osv5m": read_osv5m}
 
 def is_pinned(wanted: Card, csv: Path) -> bool | None:
     """Whether the hash of `csv` is that of the card; None if the card has none."""
-    return wanted.sha256 and hashlib.sha256(csv.read_bytes()).hexdigest() == wanted.sha256
-
-
-def _numbers(csv: Path, table: pd.DataFrame, column: str, allowed, reason: str) -> pd.Series:
-    """A column as numbers, NaN where the cell is empty; ValueError for another value that is not allowed."""
-    text = table[column].str.strip()
-    numbers = pd.to_numeric(text, errors="coerce")
-    bad = numbers.isna() if allowed is None else ~numbers.isin(allowed)
-    bad &= text != ""
-    if bad.any():
-        row = bad.idxmax()
-        raise ValueError(f"{csv}, line {table.at[row, 'line']}: {column} is {text[row]!r}, {reason}")
-    return numbers
+    return wanted.sha256 and paths.sha256(csv) == wanted.sha256

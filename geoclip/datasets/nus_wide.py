@@ -21,7 +21,6 @@ import pandas as pd
 from geoclip import paths
 from geoclip.datasets import benchmarks, folder
 
-PARTS = {"train": "Train", "test": "Test"}
 PUBLISHED = {"train": 41_173, "test": 27_401}  # GPS2Vec's paper
 LOST = 0.05  # largest share of photos without visual features
 GEOTAGS = {**folder.ALIASES, "file": ("id", "photo_id", "photoid", "image_id", "flickr_id"), "author": ()}
@@ -58,38 +57,33 @@ def find() -> Path:
     )
 
 
-def read(root: Path | str, geotags: Path | str | None = None) -> NusWide:
-    """Read the geo-tagged photos of NUS-WIDE in `root`; `geotags` defaults to root/geotags.csv."""
+def read(root: Path | str) -> NusWide:
+    """Read the geo-tagged photos of NUS-WIDE in `root`."""
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such NUS-WIDE folder")
     concepts = _lines(_file(root, "ConceptsList/Concepts81.txt", "Concepts81.txt"))
-    if twice := sorted({name for name in concepts if concepts.count(name) > 1}):
-        raise ValueError(f"{root}: concept {twice[0]!r} is listed twice")
     notes = ["a rehearsal, not NUS-WIDE"] if (root.parent / benchmarks.REHEARSAL).is_file() else []
     notes += [] if len(concepts) == 81 else [f"{len(concepts)} concepts are listed; NUS-WIDE has 81"]
-    places, note = _geotags(Path(geotags) if geotags else root / "geotags.csv")
-    notes += note
-    tags = _tags(root)
+    places = _geotags(root / "geotags.csv", notes)
     tables, labels = [], []
-    for part, name in PARTS.items():
-        file = _file(root, f"ImageList/{name}Imagelist.txt", f"ImageList/{name}ImageList.txt")
+    for part, published in PUBLISHED.items():
+        name = part.capitalize()
+        file = _file(root, f"ImageList/{name}Imagelist.txt")
         table = _photos(file)
         label = np.stack([_labels(root, concept, name, file, len(table)) for concept in concepts], 1)
         table = table.assign(part=part).join(places, on="photo")
         kept = table["lat"].notna().to_numpy()
         tables.append(table[kept])
         labels.append(label[kept])
-        if kept.sum() != PUBLISHED[part]:
-            published = f"the published subset has {PUBLISHED[part]:,}"
-            notes.append(f"{kept.sum():,} geo-tagged {part} photos; {published}")
-    table = pd.concat(tables, ignore_index=True)
-    for part in PARTS:
-        if not (table["part"] == part).any():
+        if not kept.any():
             raise ValueError(f"{root}: no {part} photo is in the geotag file; are its ids Flickr's?")
+        if kept.sum() != published:
+            notes.append(f"{kept.sum():,} geo-tagged {part} photos; the published subset has {published:,}")
+    table = pd.concat(tables, ignore_index=True)
     if elsewhere := len(places) - table["photo"].nunique():
         notes.append(f"{elsewhere:,} geotags are of photos that no image list names")
-    table["tags"] = None if tags is None else table["photo"].map(tags)
+    table["tags"] = table["photo"].map(_tags(root))
     table = table[["part", "photo", "file", "lat", "lon", "tags"]]
     return NusWide(table, concepts, np.concatenate(labels), notes)
 
@@ -109,30 +103,25 @@ def visual_features(data: NusWide, features: Path | str) -> np.ndarray:
     from geoclip.datasets.features import FeatureData
 
     kept = FeatureData(features)
-    rows = data.table["file"].map({name: row for row, name in enumerate(kept.ids())})
-    absent = rows.isna().to_numpy()
+    whole = pd.DataFrame(kept.tensor()[:, 0].float().numpy(), kept.ids())
+    found = whole.reindex(data.table["file"])
+    absent = found.isna().all(axis=1).to_numpy()
     if absent.mean() > LOST:
         first, more = data.table["file"][absent.argmax()], absent.sum() - 1
         lost = f"{first} and {more:,} more of {len(absent):,} photos"
         raise ValueError(f"{features}: no features of {lost}; embed the CSV of nus_wide.write_csv")
-    whole = kept.tensor()[:, 0].float().numpy()
-    found = np.empty((len(rows), whole.shape[1]), np.float32)
-    found[~absent] = whole[rows[~absent].astype(int)]
-    found[absent] = found[~absent].mean(0)
     if absent.any():
         data.notes.append(f"{absent.sum():,} photos have no visual features and got the mean of the others")
-    return found
+    return found.fillna(found.mean()).to_numpy()
 
 
 def _file(root: Path, *names: str) -> Path:
     """The first of `names` in `root`, ignoring case, which differs between public copies."""
-    wanted = {name.lower() for name in names}
-    for name in names:
-        if (root / name).is_file():
-            return root / name
-        parent = (root / name).parent
-        for path in sorted(parent.iterdir()) if parent.is_dir() else []:
-            if path.relative_to(root).as_posix().lower() in wanted:
+    for wanted in (root / name for name in names):
+        if wanted.is_file():
+            return wanted
+        for path in sorted(wanted.parent.glob("*")):
+            if path.name.lower() == wanted.name.lower():
                 return path
     raise FileNotFoundError(f"{root / names[0]}: no such file; it belongs to the layout of NUS-WIDE")
 
@@ -168,22 +157,21 @@ def _labels(root: Path, concept: str, name: str, image_list: Path, n: int) -> np
     return np.array(lines, dtype=np.uint8)
 
 
-def _tags(root: Path) -> dict[str, str] | None:
+def _tags(root: Path) -> dict[str, str]:
     try:
         path = _file(root, "NUS_WID_Tags/All_Tags.txt")
     except FileNotFoundError:
-        return None
+        return {}
     pairs = (line.split(maxsplit=1) for line in _lines(path) if line)
     return {pair[0]: pair[1] if len(pair) > 1 else "" for pair in pairs}
 
 
-def _geotags(path: Path) -> tuple[pd.DataFrame, list[str]]:
-    """lat, lon by Flickr id, one row per photo, and notes on what was left out."""
+def _geotags(path: Path, notes: list[str]) -> pd.DataFrame:
+    """lat, lon by Flickr id, one row per photo; what was left out is noted."""
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no geotag file; expected a CSV of id, latitude and longitude")
     columns = folder.recognise(path, folder.header(path), ("file", "lat", "lon"), GEOTAGS)
     table = folder.read(path, columns=columns).table.rename(columns={"file": "photo"})
-    notes = []
     nowhere = (table["lat"] == 0) & (table["lon"] == 0)
     if nowhere.any():
         notes.append(f"{nowhere.sum():,} geotags of exactly (0, 0), which means none, are left out")
@@ -193,4 +181,4 @@ def _geotags(path: Path) -> tuple[pd.DataFrame, list[str]]:
     if twice.any():
         row = table[twice].iloc[0]
         raise ValueError(f"{path}, line {row['line']}: photo {row['photo']} has another place above")
-    return table.set_index("photo")[["lat", "lon"]], notes
+    return table.set_index("photo")[["lat", "lon"]]

@@ -54,19 +54,16 @@ def write(
     geotags = pd.DataFrame({"id": ids[tagged], "latitude": lat, "longitude": lon})
     geotags.sample(frac=1, random_state=rng).to_csv(root / "geotags.csv", index=False)
     seen = label @ rng.standard_normal((concepts, DIM)) + NOISE * rng.standard_normal((n, DIM))
-    if with_features:
-        _write_features(root / "features", [name.replace("\\", "/") for name in files], seen, places.numpy())
-    return root
-
-
-def _write_features(out: Path, names: list[str], values: np.ndarray, latlon: np.ndarray) -> None:
-    """Write a feature folder as `python -m geoclip embed` leaves it, of a tower that does not exist."""
+    if not with_features:
+        return root
+    # as `python -m geoclip embed` leaves them, of a tower that does not exist
     info = features.FeatureInfo(
         tower="synthetic", weights=None, tower_hash="synthetic",
         preprocessing=Preprocessing(), views=sources.Views(number=1),
-        dim=values.shape[1], source="synthetic", data="synthetic", recipe=features.RECIPE, shards=1,
+        dim=DIM, source="synthetic", data="synthetic", recipe=features.RECIPE, shards=1,
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    claim(out, info)
-    shard = Shard([values[:, None].astype(np.float16)], names, [*map(tuple, latlon.tolist())])
-    shard.write(out, 0, info, "fp32")
+    claim(root / "features", info)
+    names = [name.replace("\\", "/") for name in files]
+    shard = Shard([seen[:, None].astype(np.float16)], names, [*map(tuple, places.tolist())])
+    shard.write(root / "features", 0, info, "fp32")
+    return root

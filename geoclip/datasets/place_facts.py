@@ -1,7 +1,6 @@
 """Many facts about the same places, to compare encodings of position on many tasks; sources as in `geography`."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -68,7 +67,11 @@ def facts(latlon: np.ndarray) -> pd.DataFrame:
     total = red + green + blue
     table["brightness"] = total / 3
     table["greenness"] = (2 * green - red - blue) / np.maximum(total, 1 / 255)
-    return table.assign(haze=_haze(latlon))[list(SOURCES)]
+    # pvlib keeps twenty times the value of each month
+    haze = (
+        geography.cells(geography.pvlib_raster("LinkeTurbidities.h5", "LinkeTurbidity"), latlon).mean(1) / 20
+    )
+    return table.assign(haze=haze)[list(SOURCES)]
 
 
 def _log_km(here: Tensor, there: Tensor) -> np.ndarray:
@@ -85,12 +88,3 @@ def _coast() -> np.ndarray:
     lonlat = shapely.get_coordinates(shapely.segmentize(lines, 0.1))
     artificial = (np.abs(lonlat[:, 0]) > 180 - ARTIFICIAL_DEG) | (lonlat[:, 1] < -90 + ARTIFICIAL_DEG)
     return lonlat[~artificial, ::-1].copy()
-
-
-def _haze(latlon: np.ndarray) -> np.ndarray:
-    """Linke turbidity (n,), the mean of the months: pvlib keeps twenty times the value of each month."""
-    import h5py
-    import pvlib
-
-    with h5py.File(Path(pvlib.__file__).parent / "data" / "LinkeTurbidities.h5") as file:
-        return geography.cells(file["LinkeTurbidity"][:], latlon).mean(1) / 20

@@ -23,6 +23,7 @@ import pandas as pd
 from filelock import FileLock
 
 from geoclip import paths
+from geoclip.datasets import folder
 
 CLAIM, UNAVAILABLE = "list.sha256", "unavailable.csv"
 ID_COLUMNS = ("id", "image_id", "img_id", "img_file")
@@ -62,18 +63,12 @@ def read_urls(path: Path | str) -> pd.DataFrame:
 
     Raises ValueError, naming file, line and value, for a row without an http address or a repeated id.
     """
-    try:
-        plain = {"header": None, "dtype": str, "keep_default_na": False, "skip_blank_lines": False}
-        table = pd.read_csv(path, skipinitialspace=True, **plain)
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a list of URLs: {str(error).strip()}") from error
-    first = [name.strip().lower() for name in table.iloc[0]]
-    if "url" in first:
-        identity = next((name for name in ID_COLUMNS if name in first), None)
-        if identity is None:
-            known = ", ".join(ID_COLUMNS)
-            raise ValueError(f"{path}: the header {','.join(first)} has no image id, one of {known}")
-        table = table.iloc[1:, [first.index(identity), first.index("url")]]
+    table = folder.read_text(Path(path), header=None, skipinitialspace=True)
+    header = table.iloc[0].str.strip()
+    if "url" in header.str.lower().tolist():
+        table = table[1:].set_axis(header, axis=1)
+        columns = folder.recognise(Path(path), header, ("id", "url"), {"id": ID_COLUMNS, "url": ("url",)})
+        table = table[[columns["id"], columns["url"]]]
     elif table.shape[1] != 2:
         raise ValueError(f"{path}: {table.shape[1]} columns and no header; expected image id and url")
     table = table.set_axis(["id", "url"], axis=1)
@@ -86,7 +81,7 @@ def read_urls(path: Path | str) -> pd.DataFrame:
     ):
         if wrong.any():
             row = wrong.idxmax()
-            raise ValueError(f"{path}, line {row + 1}: {','.join(table.loc[row])!r} {what}")
+            raise ValueError(f"{path}, line {row + 2}: {','.join(table.loc[row])!r} {what}")
     return table.reset_index(drop=True)
 
 
@@ -155,8 +150,7 @@ def statistics(out: Path, part: int, rows: int) -> dict | None:
     """{"successes": n, "failed": [[id, url, reason], …]} of a shard, or None if it is incomplete or damaged."""
     try:
         found = json.loads((out / f"{part:05d}_stats.json").read_text(encoding="utf-8"))
-        whole = found["successes"] + len(found["failed"]) == rows
-        whole &= all(len(row) == 3 for row in found["failed"])
+        whole = found["successes"] + len(found["failed"]) == rows and {*map(len, found["failed"])} <= {3}
         return found if whole and (out / f"{part:05d}.tar").is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -66,7 +66,36 @@ class Chunk:
         return self
 
 
-class PhotoTable:
+class _Photos:
+    """Photos that are decoded one by one: a subclass names them in `samples`."""
+
+    def chunks(self, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
+        """Part `part`, `size` photos at a time; unusable ones are listed with the reason."""
+        chunk, images = Chunk(), []
+        for name, place, photo, number in self.samples(part):
+            try:
+                check_name(name)
+                if isinstance(place, PhotoError):
+                    raise place
+                image = decode(photo, DRAFT_MARGIN * tower.pixels)
+                draw = np.random.default_rng([views.seed, part, number])
+                images.append(photo_views(image, views, tower, draw))
+            except PhotoError as error:
+                chunk.unreadable.append((printable(name), printable(error.reason)))
+                continue
+            chunk.ids.append(name)
+            chunk.latlon.append(place)
+            if len(images) == size:
+                chunk.images = torch.stack(images)
+                yield chunk
+                chunk, images = Chunk(), []
+        if images:
+            chunk.images = torch.stack(images)
+        if chunk.ids or chunk.unreadable:
+            yield chunk
+
+
+class PhotoTable(_Photos):
     """The photos of a CSV (datasets.folder), 4,096 per part."""
 
     def __init__(self, data: folder.Geotagged, photos_a_part: int = PHOTOS_A_PART):
@@ -78,83 +107,45 @@ class PhotoTable:
         self.hash = hashlib.sha256(f"{photos_a_part}\n{rows}".encode()).hexdigest()[:16]
         self.parts = -(-len(data) // photos_a_part)
 
-    def chunks(self, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
-        """Part `part`, `size` photos at a time."""
-        return decoded(self.samples(part), part, views, tower, size)
-
-    def samples(
-        self, part: int
-    ) -> Iterator[tuple[str, tuple[float, float] | PhotoError, Path | Upload, int]]:
-        """(id, (lat, lon) or the reason why it cannot be used, the photo, row) of each photo."""
+    def samples(self, part: int) -> Iterator[tuple[str, tuple[float, float], Path | Upload, int]]:
+        """(id, (lat, lon), the photo, row) of each photo."""
         for row in range(part * self.photos_a_part, min((part + 1) * self.photos_a_part, len(self.data))):
-            place, photo = tuple(self.latlon[row]), Path()
-            try:
-                photo = self.data[row]
-            except OSError as error:  # such as a name that is too long
-                place = PhotoError(self.files[row], error.strerror or str(error))
-            yield self.files[row], place, photo, row
+            yield self.files[row], tuple(self.latlon[row]), self.data[row], row
 
 
-class TarShards:
+class TarShards(_Photos):
     """webdataset tar shards, local or over http, one part each: photos, each with its coordinates in a json file.
 
     `pipe:COMMAND` runs a shell command for each shard and is accepted only with allow_pipe.
     """
 
     def __init__(self, pattern: str, allow_pipe: bool = False):
-        from webdataset.shardlists import expand_urls
-
-        self.urls = [url.removeprefix("file:") for url in expand_urls(pattern)]
+        self.urls = tars.expand(pattern, remote=True)
         schemes = [urlparse(url).scheme for url in self.urls]
         if "pipe" in schemes and not allow_pipe:
             raise ValueError(f"{pattern} would run a shell command; pass --allow-pipe if you trust it")
-        local = [Path(url) for url, scheme in zip(self.urls, schemes, strict=True) if not scheme]
-        if absent := [path for path in local if not path.is_file()]:
-            missing = f"{len(absent)} of {len(self.urls)} are missing"
-            raise FileNotFoundError(f"{absent[0]}: no such tar; {missing}")
-        self.name = pattern
-        sizes = [path.stat().st_size for path in local]
+        sizes = [
+            Path(url).stat().st_size for url, scheme in zip(self.urls, schemes, strict=True) if not scheme
+        ]
+        self.name, self.parts = pattern, len(self.urls)
         self.hash = hashlib.sha256(json.dumps([self.urls, sizes]).encode()).hexdigest()[:16]
-        self.parts = len(self.urls)
 
-    def chunks(self, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
-        """Tar `part`, `size` photos at a time. Raises OSError if the tar is missing, broken or truncated."""
-        return decoded(self.samples(part), part, views, tower, size)
+    def samples(self, part: int) -> Iterator[tuple[str, tuple[float, float] | PhotoError, Upload, int]]:
+        """(id, (lat, lon) or the reason why it cannot be used, the photo, number) of each sample.
 
-    def samples(self, part: int) -> Iterator[tuple[str, tuple[float, float] | PhotoError, bytes, int]]:
-        """(id, (lat, lon) or the reason why it cannot be used, bytes of the photo, number) of each sample."""
+        Raises OSError if the tar is missing, damaged or truncated.
+        """
         from webdataset.gopen import gopen
-        from webdataset.tariterators import group_by_keys
 
-        url, odd = self.urls[part], []
-
-        def note(error: Exception) -> bool:  # of a member without which its sample goes on
-            odd.append(_first_line(error))
-            return True
-
+        url = self.urls[part]
         try:
             with gopen(url) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-                for number, sample in enumerate(group_by_keys(_members(tar, url), handler=note)):
-                    name = sample["__key__"]
-                    photo = next((sample[kind] for kind in tars.IMAGE_SUFFIXES if kind in sample), None)
-                    about = tars.read_json(sample.get("json"))
-                    name = tars.name_of(name, about)
-                    try:
-                        if photo is None:
-                            raise PhotoError(
-                                name, f"no photo in the shard ({', '.join(tars.IMAGE_SUFFIXES)})"
-                            )
-                        place = tars.place_of(name, about)
-                    except PhotoError as error:
-                        place, photo = error, b""
-                    yield name, place, photo, number
-        except PhotoError:
-            raise
+                for number, (name, place, photo) in enumerate(tars.samples(tar, whole=True)):
+                    yield name, place, Upload(name, photo or b""), number
         except Exception as error:  # tarfile, curl and the pipe each raise their own
-            raise OSError(f"{url}: {_first_line(error)}") from error
-        for reason in odd:
-            member = reason.partition(": ")[0]
-            yield member, PhotoError(member, reason), b"", -1
+            # webdataset appends stream and address
+            text = next((part for part in error.args if isinstance(part, str)), "") or type(error).__name__
+            raise OSError(f"{url}: {text.strip().splitlines()[0]}") from error
 
 
 class Tiles:
@@ -218,31 +209,6 @@ def open_source(
     raise ValueError(f"{name!r} is not a source: give {known}")
 
 
-def decoded(samples: Iterator, part: int, views: Views, tower: Preprocessing, size: int) -> Iterator[Chunk]:
-    """Group samples (id, place, photo, number) into chunks of `size`; unusable ones are listed with the reason."""
-    chunk, images = Chunk(), []
-    for name, place, photo, number in samples:
-        try:
-            check_name(name)
-            if isinstance(place, PhotoError):
-                raise place
-            image = decode(photo, name, DRAFT_MARGIN * tower.pixels)
-            images.append(photo_views(image, views, tower, np.random.default_rng([views.seed, part, number])))
-        except PhotoError as error:
-            chunk.unreadable.append((printable(name), error.reason))
-            continue
-        chunk.ids.append(name)
-        chunk.latlon.append(place)
-        if len(images) == size:
-            chunk.images = torch.stack(images)
-            yield chunk
-            chunk, images = Chunk(), []
-    if images:
-        chunk.images = torch.stack(images)
-    if chunk.ids or chunk.unreadable:
-        yield chunk
-
-
 def printable(name: str) -> str:
     """`name` in UTF-8 on one line: line breaks and bytes that are not UTF-8 are written as escapes."""
     return name.encode("utf-8", "backslashreplace").decode().replace("\n", "\\n").replace("\r", "\\r")
@@ -255,9 +221,9 @@ def check_name(name: str) -> None:
         raise PhotoError(printable(name), f"its name {what}; rename it")
 
 
-def decode(photo: Path | Upload | bytes, name: str, short_side: int) -> Image.Image:
+def decode(photo: Path | Upload, short_side: int) -> Image.Image:
     """Open a photo upright, in RGB. JPEGs are decoded at reduced size while both sides stay ≥ `short_side`."""
-    with photos.opened(Upload(name, photo) if isinstance(photo, bytes) else photo) as image:
+    with photos.opened(photo) as image:
         image.draft("RGB", (short_side, short_side))  # has no effect on other formats
         return photos.open_photo(image)
 
@@ -297,24 +263,3 @@ def random_box(size: tuple[int, int], views: Views, generator: np.random.Generat
     w, h = min(width, np.sqrt(area * ratio)), min(height, np.sqrt(area / ratio))
     left, top = generator.uniform(0, width - w), generator.uniform(0, height - h)
     return left, top, left + w, top + h
-
-
-def _members(tar: tarfile.TarFile, url: str) -> Iterator[dict]:
-    """The files of a tar as group_by_keys expects them, without webdataset's own (`__meta__/…`)."""
-    for member in tar:
-        if member.isreg() and not re.match(r"__[^/]*__($|/)", member.name):
-            yield {"__url__": url, "fname": member.name, "data": tar.extractfile(member).read()}
-    # only empty blocks may follow: tarfile takes a damaged header, or a truncated tar, for the end
-    rest = tar.fileobj.read(512)
-    if len(rest) < 512:
-        raise OSError("the tar is truncated: it does not end with two empty blocks")
-    while rest:
-        if rest.strip(b"\0"):
-            raise OSError("the tar is damaged: a file in it has no valid header")
-        rest = tar.fileobj.read(1 << 20)
-
-
-def _first_line(error: Exception) -> str:
-    # webdataset appends stream and address
-    text = next((part for part in error.args if isinstance(part, str)), "")
-    return (text or type(error).__name__).strip().splitlines()[0]

@@ -75,7 +75,7 @@ def _open_first(found: folder.Geotagged, encoder: ImageEncoder | None, problems:
     first, opened, failed = min(LOOK, len(found)), [], []
     for row in range(first):
         try:
-            opened.append(tower(sources.decode(found[row], found.table["file"].iloc[row], tower.pixels)))
+            opened.append(tower(sources.decode(found[row], tower.pixels)))
         except PhotoError as error:
             failed.append(str(error))
     if failed:

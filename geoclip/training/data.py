@@ -121,8 +121,7 @@ class PhotoTraining(Dataset):
         """Return one view of a photo; raises PhotoError for a photo that cannot be read."""
         # differs 2: the released loader crops to 8 % and more, and normalises by ImageNet's statistics though
         # CLIP was trained with its own; the ranges of sources.Views are those of the same lab's later code
-        found = self.photos[row]
-        photo = sources.decode(found, str(found), sources.DRAFT_MARGIN * self.preprocessing.pixels)
+        photo = sources.decode(self.photos[row], sources.DRAFT_MARGIN * self.preprocessing.pixels)
         if epoch < 0:
             squashed = self.preprocessing.resize == "squash"
             box = (0, 0, *photo.size) if squashed else sources.centre_box(photo.size)
