@@ -6,6 +6,7 @@ to its leaf goes through the S2 library, point by point (about 3 µs each).
 """
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -134,9 +135,8 @@ class Partition:
         """
         path = Path(path)
         with path.open(encoding="utf-8-sig", errors="replace") as file:
-            head = [line for line, _ in zip(file, range(10), strict=False)]
-        names = [[name.strip() for name in line.split(",")] for line in head]
-        start = next((number for number, fields in enumerate(names) if set(COLUMNS) <= set(fields)), None)
+            head = [{name.strip() for name in line.split(",")} for line in itertools.islice(file, 10)]
+        start = next((number for number, names in enumerate(head) if names >= set(COLUMNS)), None)
         if start is None:
             raise ValueError(f"{path}: no header with the columns {', '.join(COLUMNS)} in its first 10 lines")
         table = folder.read_text(path, skip=start)  # as text: 1e5 and 0089 are tokens, not numbers

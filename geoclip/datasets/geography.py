@@ -100,9 +100,8 @@ def mean_temperature() -> Task:
     if data is None:
         raise FileNotFoundError("set GEOCLIP_DATA to a folder that holds climate/station_temperature.csv")
     csv = data / "climate" / "station_temperature.csv"
-    stations = folder.read(csv, columns={"file": "meanT", "lat": "Lat", "lon": "Lon"})
-    table = stations.table.rename(columns={"file": "meanT"})
-    values = folder.numbers(csv, table, "meanT", "a number", lines=table["line"]).to_numpy()
+    stations = folder.read(csv, columns={"file": "meanT", "lat": "Lat", "lon": "Lon"}, keep=["meanT"])
+    values = folder.numbers(csv, stations.table, "meanT", "a number", lines=stations.table["line"]).to_numpy()
     source = "°C, the stations of SatCLIP's and RANGE's task"
     return Task("mean temperature", stations.latlon, values, "r2", "stations", source, "every station")
 
