@@ -1,4 +1,4 @@
-"""The command line: `python -m geoclip COMMAND …`. Each command is one module of geoclip.commands."""
+"""The command line: `python -m geoclip COMMAND …`, where each command is a module of geoclip.commands."""
 
 import argparse
 import ast
@@ -66,9 +66,7 @@ def _run(arguments: list[str]) -> int:
     if name not in known:
         raise ValueError(f"no command {name!r}; choose from {', '.join(known)}")
     paths.make_variables_absolute()
-    command = importlib.import_module(f"geoclip.commands.{name.replace('-', '_')}")
-    parser = command.parser()
-    parser.prog, parser.exit_on_error = f"python -m geoclip {name}", False
+    command, parser = load(name)
     try:
         options = parser.parse_args(rest)
     except argparse.ArgumentError as error:
@@ -76,6 +74,18 @@ def _run(arguments: list[str]) -> int:
         raise ValueError(f"{message}\n  {parser.prog} --help lists the options") from error
     paths.geoclip_data()  # raises if the folder is missing, before any work is done
     return command.run(options) or 0
+
+
+def load(name: str):
+    """The module of a command and the parser of its options."""
+    from jsonargparse import ArgumentParser
+
+    command = importlib.import_module(f"geoclip.commands.{name.replace('-', '_')}")
+    what, _, more = (command.__doc__ or "").partition("\n\n")
+    kind = getattr(command, "Parser", ArgumentParser)
+    parser = kind(prog=f"python -m geoclip {name}", description=what, epilog=more, exit_on_error=False)
+    command.options(parser.add_argument)
+    return command, parser
 
 
 RULES = {  # for what jsonargparse calls "Not of type ..."
@@ -95,11 +105,8 @@ def _options_as_typed(message: str, arguments: list[str], parser) -> str:
     for kind, rule in RULES.items():
         message = re.sub(f"Not of type {kind}: .*", rule, message)
     options = {action.dest: action.option_strings[-1] for action in parser._actions if action.option_strings}
-    required = re.search(r"arguments are required: (.+)", message)
-    if required:
-        named = ", ".join(options.get(name, name) for name in required[1].split(", "))
-        message = message.replace(required[1], named)
-    return message
+    what, required, names = message.partition("arguments are required: ")
+    return what + required + ", ".join(options.get(name, name) for name in names.split(", "))
 
 
 def _describe(error: Exception, arguments: list[str]) -> str:

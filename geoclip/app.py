@@ -32,6 +32,9 @@ DECISIONS = {
     "median": "least expected distance",
     "geoscore": "largest expected geoscore",
 }
+# The page's state. progress: 0 to 1, or None; once it is ready, also decision.
+LOADING = {"ready": False, "photos": False, "said": "Loading the model …", "progress": None}
+FIXED = {"mb": MOST_MB, "files": MOST_FILES, "places": MOST_PLACES, "decisions": DECISIONS}
 FAR_KM = 300.0  # from all training places: the gap around the blocks that training leaves out
 NO_CLIP = (
     "photos need CLIP's weights, which are not on this computer; `python -m geoclip predict photo.jpg` "
@@ -93,12 +96,11 @@ class Answerer:
         """A tile of a test split, near training places or far from them; where there is CLIP, scikit-learn's china.jpg."""
         from importlib import resources
 
-        if not self.tiles:
-            return Upload(
-                "china.jpg", (resources.files("sklearn.datasets.images") / "china.jpg").read_bytes()
-            )
-        places = self.tiles.splits()[random.choice(("random", "blocked"))]
-        return self.tile(*random.choice(places.tolist()))
+        if self.tiles:
+            places = self.tiles.splits()[random.choice(("random", "blocked"))]
+            return self.tile(*random.choice(places.tolist()))
+        china = resources.files("sklearn.datasets.images") / "china.jpg"
+        return Upload(china.name, china.read_bytes())
 
     def ask(self, query: Upload | str) -> tuple[dict, bytes]:
         """The answer for an image or a text, see `answer`, and the pixels that the model sees, as a PNG.
@@ -144,7 +146,9 @@ class Answerer:
         level = sum((density >= posterior.region(level)[0][:, None]).int() for level in predict.LEVELS)[0]
         near = [describe(p["town"], p["country"], p["town_km"]) for p in found["places"]]
         draws = torch.cat([places[0], level[:, None]], 1).round(decimals=3).tolist()
-        return found | described | {"near": near, "draws": draws, "notes": self.notes(found["truth"])}
+        truth = found["truth"] and predict.degrees(found["truth"])
+        about = {"truth": truth, "near": near, "draws": draws, "notes": self.notes(truth)}
+        return found | described | about
 
     def notes(self, truth: tuple[float, float] | None) -> list[str]:
         """What to know about an answer: what its probabilities are, and whether the model knows such places."""
@@ -178,14 +182,8 @@ class Page(anywidget.AnyWidget):
 
     _esm = Path(__file__).with_name("app.js")
     _css = Path(__file__).with_name("app.css")
-    state: traitlets.Dict = traitlets.Dict(
-        {"ready": False, "photos": False, "said": "Loading the model …", "progress": None}
-    )
-    state.tag(sync=True)  # progress: 0 to 1, or None; once it is ready, also decision
-    fixed = traitlets.Dict(
-        {"mb": MOST_MB, "files": MOST_FILES, "places": MOST_PLACES, "decisions": DECISIONS}
-    )
-    fixed.tag(sync=True)
+    state: traitlets.Dict = traitlets.Dict(LOADING).tag(sync=True)
+    fixed = traitlets.Dict(FIXED).tag(sync=True)
     outlines: traitlets.List = traitlets.List().tag(sync=True)  # lines of [lon, lat]
     earth = traitlets.Bytes().tag(sync=True)  # JPEG, equirectangular
     answerer: Answerer  # once the state is ready
@@ -302,8 +300,7 @@ class Page(anywidget.AnyWidget):
             self.send(self.answerer.answer(index) | {"kind": "answer", "index": index}, [b""])
 
     def _on_download(self, content: dict, _) -> None:
-        style = content["style"]
-        file = self.answerer.asked[0][0]
+        style, file = content["style"], self.answerer.asked[0][0]
         if style != "tile":
             file = Upload(f"geoclip.{style}", self.answerer.written(style).encode())
         self.send({"kind": "download", "name": file.name}, [file.data])

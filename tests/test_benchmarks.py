@@ -1,5 +1,6 @@
 """Benchmarks: what follows from coordinates alone, the metric against independent ones, and a whole evaluation."""
 
+import argparse
 import importlib.util
 
 import numpy as np
@@ -10,9 +11,8 @@ import torch
 from PIL import Image
 
 from geoclip import __main__ as command_line
-from geoclip import evaluation, paths, pretrained
+from geoclip import commands, evaluation, paths, pretrained
 from geoclip.baselines import geocells
-from geoclip.commands import evaluate
 from geoclip.datasets import benchmarks, blue_marble, folder
 from geoclip.datasets.blue_marble import SplitConfig
 from geoclip.image_encoder import ImageEncoderConfig
@@ -151,14 +151,18 @@ def test_benchmark_refuses_what_does_not_fit():
         evaluation.benchmark(torch.zeros(0, 2), places)
 
 
-def test_a_sampled_gallery_is_seeded_unique_and_bounded():
-    places = torch.tensor([[1.0, 1.0], [1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [4.0, 4.0]])
-    drawn = evaluate.sample(places, 3, seed=0)
-    assert torch.equal(drawn, evaluate.sample(places, 3, seed=0))
-    assert any(not torch.equal(drawn, evaluate.sample(places, 3, seed)) for seed in range(1, 5))
-    assert len(torch.unique(evaluate.sample(places, 4, seed=1), dim=0)) == 4
+def test_a_sampled_gallery_is_seeded_unique_and_bounded(tmp_path):
+    (tmp_path / "g.csv").write_text("lat,lon\n1,1\n1,1\n2,2\n3,3\n4,4\n")
+
+    def drawn(size, seed):
+        asked = {"gallery": str(tmp_path / "g.csv"), "gallery_size": size, "seed": seed}
+        return commands.choose_gallery(None, argparse.Namespace(**asked)).given
+
+    assert torch.equal(drawn(3, 0), drawn(3, 0))
+    assert any(not torch.equal(drawn(3, 0), drawn(3, seed)) for seed in range(1, 5))
+    assert len(torch.unique(drawn(4, 1), dim=0)) == 4
     with pytest.raises(ValueError, match="the gallery has 4 distinct places"):
-        evaluate.sample(places, 5, seed=0)
+        drawn(5, 0)
 
 
 def test_larger_galleries_have_higher_ceilings(official):

@@ -529,6 +529,6 @@ def test_a_checkpoint_brings_its_tower_and_asks_for_no_pretrained_weights(tmp_pa
     monkeypatch.setattr(
         timm, "create_model", lambda *args, **options: asked.append(options) or create(*args, **options)
     )
-    loaded = baselines.load(tmp_path / "cells.ckpt")
+    loaded = runs.load(tmp_path / "cells.ckpt", GeocellsTraining)
     assert loaded.config.image.weights == "pretrained" and not any(options["pretrained"] for options in asked)
     assert all(torch.equal(*pair) for pair in shared(module, loaded))

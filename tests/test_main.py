@@ -58,14 +58,10 @@ def command(monkeypatch):
     """Make `geoclip test …` run a function of the test."""
 
     def install(run):
-        from jsonargparse import ArgumentParser
+        def options(add):
+            add("--devices", default="auto")
 
-        def parser():
-            options = ArgumentParser()
-            options.add_argument("--devices", default="auto")
-            return options
-
-        module = types.SimpleNamespace(parser=parser, run=run)
+        module = types.SimpleNamespace(options=options, run=run)
         monkeypatch.setitem(sys.modules, "geoclip.commands.test", module)
         monkeypatch.setattr(command_line, "commands", lambda: {"test": "A test."})
 

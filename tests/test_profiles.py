@@ -3,9 +3,8 @@
 import pytest
 import yaml
 
+from geoclip import __main__ as command_line
 from geoclip import baselines, paths
-from geoclip.commands import reproduce as reproduce_command
-from geoclip.commands import sweep as sweep_command
 from geoclip.reproduce import batch, notebooks
 from geoclip.reproduce.profiles import Profile
 
@@ -27,8 +26,9 @@ def elsewhere(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", OF_NOTEBOOKS)
 def test_sweep_plans_it_and_says_what_is_missing(name, capsys):
-    options = sweep_command.parser().parse_args(["--profile", name, "--dry-run"])
-    assert sweep_command.run(options) == 0
+    sweep, parser = command_line.load("sweep")
+    options = parser.parse_args(["--profile", name, "--dry-run"])
+    assert sweep.run(options) == 0
     printed = capsys.readouterr().out
     for stem in Profile.load(name).notebooks:
         assert f"{stem}: " in printed
@@ -38,7 +38,7 @@ def test_sweep_plans_it_and_says_what_is_missing(name, capsys):
         with pytest.raises(
             FileNotFoundError, match=r"MP-16 features MISSING: .*make it with: python -m geoclip embed"
         ):
-            sweep_command.run(options)
+            sweep.run(options)
 
 
 @pytest.mark.parametrize("name", OF_NOTEBOOKS)
@@ -46,12 +46,13 @@ def test_reproduce_runs_what_has_its_data_and_lists_the_rest(name, capsys, monke
     started = []
 
     monkeypatch.setattr(batch, "run_jobs", lambda jobs: started.extend(jobs) or [])
-    options = reproduce_command.parser().parse_args(["--profile", name])
+    reproduce, parser = command_line.load("reproduce")
+    options = parser.parse_args(["--profile", name])
     read_features = {
         path.stem for path in notebooks.numbered() if {"DATA", "TOWERS"} & notebooks.declared(path).keys()
     }
     at_paper_size = read_features if name == "paper" else set()
-    assert reproduce_command.run(options) == (1 if at_paper_size else 0)
+    assert reproduce.run(options) == (1 if at_paper_size else 0)
     assert {path.stem for path in notebooks.numbered()} == {job.label for job in started} | at_paper_size
     printed = capsys.readouterr().out
     for stem in at_paper_size:

@@ -32,12 +32,3 @@ def as_config(values: dict[str, Any] | Path | str) -> RunConfig:
     """Read the configuration of any model, from a dict or a YAML file; `model` in it says of which."""
     named = values if isinstance(values, dict) else config.read_yaml(values)
     return config.as_config(values, config_class(named.get("model", "geoclip")))
-
-
-def load(path: Path | str):
-    """Return the trained module of any model's checkpoint; raises ValueError and FileNotFoundError."""
-    from geoclip.training import runs
-    from geoclip.training.checkpoints import read_checkpoint
-
-    checkpoint = read_checkpoint(path)
-    return runs.restore(checkpoint, kind(checkpoint["geoclip_config"].get("model", "geoclip")), path)

@@ -1,46 +1,131 @@
-"""The commands of `python -m geoclip`: one module each, with `parser()` and `run(options)`."""
+"""The commands of `python -m geoclip`, one module each.
+
+The module's docstring is the command's help, `options(add)` adds its options, `run(options)` returns its exit status.
+"""
 
 import dataclasses
 import sys
 from pathlib import Path
 
 
-def add_model_options(parser, precision: str) -> None:
-    """Add the options that `load_model` and `decide` read, and --ten-crop."""
+def say(message: str) -> None:
+    """Print a line to stderr."""
+    print(f"geoclip: {message}", file=sys.stderr)
+
+
+def add_model_options(add, precision: str) -> None:
+    """Add the options that `load_model`, `choose_gallery` and `decide` read, and --ten-crop."""
     from jsonargparse.typing import restricted_string_type
 
-    add = parser.add_argument
     add("--checkpoint", help="a model trained with `train`; default: the authors' released weights with CLIP")
     add("--clip-weights", help="a local file of CLIP's weights, for machines that cannot download them")
     add("--ten-crop", action="store_true", help="average the logits over ten crops: slower, more accurate")
-    add(
-        "--precision",
-        choices=["auto", "fp32", "bf16", "int8"],
-        default=precision,
-        help="arithmetic of the image tower; auto: bf16 if that is faster; int8: fastest on a CPU",
-    )
+    about = "arithmetic of the image tower; auto: bf16 if that is faster; int8: fastest on a CPU"
+    add("--precision", choices=["auto", "fp32", "bf16", "int8"], default=precision, help=about)
     rule = restricted_string_type("decision", r"^(argmax|mode|median|geoscore|disc:\d+(\.\d+)?)$")
-    add(
-        "--decision",
-        type=rule,
-        help="rule of the answer: argmax (the place with the largest cosine), or on the posterior mode, disc:KM "
-        "(the most probability within KM), median (least expected distance) or geoscore; default: mode for a "
-        "checkpoint that `calibrate` has calibrated, else argmax",
-    )
-    add(
-        "--neighbours",
-        help="features of the training images (`embed`), as given to `calibrate --neighbours`: they enter the "
-        "posterior, and tell photos that are unlike all of them",
-    )
-    parser.add_argument(
-        "--seg-images",
-        help="folder of the photos' segmentation maps (`segment`), for geo-cells that see them",
-    )
-    parser.add_argument(
-        "--s2-cells",
-        choices=["coarse", "middle", "fine", "hierarchical"],
-        help="geo-cells that answer: of one level, or the product of all (default: as trained)",
-    )
+    about = """rule of the answer: argmax (the place with the largest cosine), or on the posterior mode, disc:KM
+        (the most probability within KM), median (least expected distance) or geoscore; default: mode for a
+        checkpoint that `calibrate` has calibrated, else argmax"""
+    add("--decision", type=rule, help=about)
+    about = """features of the training images (`embed`), as given to `calibrate --neighbours`: they enter the
+        posterior, and tell photos that are unlike all of them"""
+    add("--neighbours", help=about)
+    about = """official (the authors' 100 K), own (the checkpoint's), a benchmark's name, or a CSV with latitudes and
+        longitudes; default: own if the checkpoint has one, else official"""
+    add("--gallery", help=about)
+    add("--seg-images", help="segmentation maps (`segment`) of the photos, for geo-cells that see them")
+    about = "geo-cells that answer: of one level, or the product of all (default: as trained)"
+    add("--s2-cells", choices=["coarse", "middle", "fine", "hierarchical"], help=about)
+
+
+def load_model(options, of_tiles: bool = False):
+    """The model that --checkpoint names, or the authors' released one, on a GPU if there is one.
+
+    Returns GeoCLIP, or the module of a baseline; both are a predictor.Model. of_tiles: returns the training module
+    too, as a pair, and raises ValueError for a model that was not trained on the embedded tiles.
+    """
+    import torch
+
+    from geoclip.model import GeoCLIP
+    from geoclip.training import checkpoints
+
+    path, device = options.checkpoint, "cuda" if torch.cuda.is_available() else "cpu"
+    if not path:
+        choose_cells(None, options)
+        return GeoCLIP.pretrained(options.clip_weights, options.precision)
+    last = Path(path).resolve()
+    if last.name == "last.ckpt" and not last.with_name("result.json").is_file():
+        say(f"the training run in {last.parent} has not finished")
+    checkpoint = checkpoints.read_checkpoint(path)
+    kind = checkpoint["geoclip_config"].get("model", "geoclip")
+    if kind == "geoclip" and not of_tiles:  # without Lightning, which takes seconds to import
+        try:
+            module = model = checkpoints.from_checkpoint(checkpoint, clip_weights=options.clip_weights)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    else:
+        from geoclip import baselines
+        from geoclip.training import runs
+
+        module = runs.restore(checkpoint, baselines.kind(kind), path)
+        model = module.model if kind == "geoclip" else module
+        if of_tiles and module.config.data != "blue_marble":
+            raise ValueError(f"{path} was not trained on tiles; give --benchmark or --csv")
+    choose_cells(module, options).to(device)
+    if kind == "geoclip":
+        model.image_encoder.use_precision(options.precision)
+    return (model, module) if of_tiles else model
+
+
+def choose_cells(module, options):
+    """The model, answering as --seg-images and --s2-cells say. Raises ValueError for another one than geo-cells."""
+    images, level = (getattr(options, name, None) for name in ("seg_images", "s2_cells"))
+    changes = {"seg_images": images} if images else {}
+    if level:
+        cells = level.replace("hierarchical", "fine")
+        changes |= {"s2_cells": cells, "hierarchical": level == "hierarchical"}
+    if changes and getattr(getattr(module, "config", None), "model", "") != "geocells":
+        raise ValueError("--seg-images and --s2-cells need the --checkpoint of a classifier of geo-cells")
+    if changes:
+        module.config = dataclasses.replace(module.config, **changes)
+    return module
+
+
+def choose_gallery(model, options):
+    """The Gallery that --gallery and --gallery-size name, by default the model's or else the official one.
+
+    GeoCLIP answers from it from now on. Raises ValueError for a baseline with --gallery or --index.
+    """
+    import torch
+
+    from geoclip.datasets import benchmarks, folder
+    from geoclip.gallery import Gallery
+    from geoclip.model import GeoCLIP
+
+    gallery, wanted = getattr(model, "gallery", None), options.gallery
+    if wanted == "own" and gallery is None:
+        raise ValueError("--gallery own: there is no checkpoint with a gallery; give official, or a CSV")
+    for name in ("gallery", "index"):
+        if getattr(options, name, None) and model is not None and not isinstance(model, GeoCLIP):
+            raise ValueError(f"--{name}: {options.checkpoint} is a baseline, which answers from no gallery")
+    if wanted == "official" or (wanted is None and gallery is None):
+        gallery = Gallery.official()
+    elif wanted not in (None, "own"):
+        if Path(wanted).suffix == ".csv" or Path(wanted).is_file():
+            latlon, name = folder.read_places(wanted), Path(wanted).name
+        else:
+            photos = benchmarks.load(wanted)
+            latlon, name = photos.latlon, photos.name
+        gallery = Gallery(torch.from_numpy(latlon), name)
+    if size := getattr(options, "gallery_size", None):
+        places = torch.unique(gallery.given, dim=0)
+        if size > len(places):
+            raise ValueError(f"--gallery-size {size:,}: the gallery has {len(places):,} distinct places")
+        drawn = torch.randperm(len(places), generator=torch.Generator().manual_seed(options.seed))[:size]
+        gallery = Gallery(places[drawn], f"{size:,} places of {gallery.source}, seed {options.seed}")
+    if isinstance(model, GeoCLIP):
+        model.use_gallery(gallery)
+    return gallery
 
 
 def decide(model, options, describe=None):
@@ -51,11 +136,11 @@ def decide(model, options, describe=None):
     from geoclip.calibration import Calibration, beside
     from geoclip.decider import Decider
 
-    found = Calibration()
+    found, neighbours = Calibration(), None
     if options.checkpoint and options.gallery in (None, "own"):
         found = Calibration.load(options.checkpoint, bool(options.neighbours))
         if getattr(options, "gallery_size", None) and found.fitted_on:
-            print("geoclip: not calibrated: the calibration is of the whole gallery", file=sys.stderr)
+            say("not calibrated: the calibration is of the whole gallery")
             found = Calibration()
     if options.decision is None:
         options.decision = "mode" if found.fitted_on and model.gallery is not None else "argmax"
@@ -68,7 +153,6 @@ def decide(model, options, describe=None):
         return model
     if model.gallery is None:
         raise ValueError(f"--decision: {options.checkpoint} is a baseline, which has no posterior")
-    neighbours = None
     if found.neighbours is not None:
         photographers = getattr(options, "photographer_disjoint", None)
         neighbours, name = read_neighbours(options.neighbours, model, photographers)
@@ -89,14 +173,13 @@ def read_neighbours(folder: str, model, photographers: str | None = None):
     from geoclip.image_encoder import tower_hash
     from geoclip.neighbours import Neighbours
 
-    encoder = model.image_encoder
+    encoder, authors = model.image_encoder, None
     data = FeatureData(folder, encoder.config)
     if encoder.tower is not None and data.info.tower_hash != tower_hash(encoder.tower):
         raise ValueError(f"{folder} holds features of another tower than the checkpoint's; embed again")
-    authors = None
     if photographers:
-        named = photographers in benchmarks.CARDS
-        table = (benchmarks.load(photographers) if named else benchmarks.read_csv(Path(photographers))).table
+        read = benchmarks.load if photographers in benchmarks.CARDS else benchmarks.read_csv
+        table = read(photographers).table
         by = dict(zip(map(printable, table["file"]), table["author"], strict=True))
         authors = [by.get(name) for name in data.ids()]
         if lacking := [name for name, author in zip(data.ids(), authors, strict=True) if not author]:
@@ -106,91 +189,6 @@ def read_neighbours(folder: str, model, photographers: str | None = None):
             )
     neighbours = Neighbours(data.tensor()[:, 0].float(), data.latlon, authors)
     return neighbours, f"{data.info.source}, {data.info.data}"
-
-
-def load_tiles_model(options):
-    """The module of a checkpoint trained on the embedded tiles, and what answers for it, see load_model."""
-    import torch
-
-    from geoclip import baselines
-
-    note_unfinished(options.checkpoint)
-    module = baselines.load(options.checkpoint)
-    if module.config.data != "blue_marble":
-        raise ValueError(f"{options.checkpoint} was not trained on tiles; give --benchmark or --csv")
-    module = choose_cells(module, options).to("cuda" if torch.cuda.is_available() else "cpu")
-    if not hasattr(module.model, "scores"):  # a baseline
-        return module, module
-    module.model.image_encoder.use_precision(options.precision)
-    return module, module.model
-
-
-def note_unfinished(checkpoint: str) -> None:
-    """Say on stderr if the training run of a checkpoint has not finished."""
-    last = Path(checkpoint).resolve()
-    if last.name == "last.ckpt" and not last.with_name("result.json").is_file():
-        print(f"geoclip: the training run in {last.parent} has not finished", file=sys.stderr)
-
-
-def load_model(options):
-    """The model that --checkpoint names, or the authors' released one, on a GPU if there is one.
-
-    Returns GeoCLIP, or the module of a baseline; both are a predictor.Model.
-    """
-    import torch
-
-    from geoclip.model import GeoCLIP
-    from geoclip.training import checkpoints
-
-    path = options.checkpoint
-    if not path:
-        choose_cells(None, options)
-        return GeoCLIP.pretrained(options.clip_weights, options.precision)
-    note_unfinished(path)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    checkpoint = checkpoints.read_checkpoint(path)
-    if checkpoint["geoclip_config"].get("model", "geoclip") == "geoclip":
-        try:
-            loaded = checkpoints.from_checkpoint(checkpoint, clip_weights=options.clip_weights)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
-        loaded.to(device).image_encoder.use_precision(options.precision)
-        return choose_cells(loaded, options)
-    from geoclip import baselines  # imports Lightning, which GeoCLIP does without
-
-    return choose_cells(baselines.load(path), options).to(device)
-
-
-def choose_cells(module, options):
-    """The model, answering as --seg-images and --s2-cells say. Raises ValueError for another one than geo-cells."""
-    changes = {}
-    if images := getattr(options, "seg_images", None):
-        changes["seg_images"] = images
-    if level := getattr(options, "s2_cells", None):
-        changes |= {
-            "s2_cells": level.replace("hierarchical", "fine"),
-            "hierarchical": level == "hierarchical",
-        }
-    if changes and getattr(getattr(module, "config", None), "model", "") != "geocells":
-        raise ValueError("--seg-images and --s2-cells need the --checkpoint of a classifier of geo-cells")
-    if changes:
-        module.config = dataclasses.replace(module.config, **changes)
-    return module
-
-
-def read_gallery(wanted: str):
-    """The Gallery that --gallery names: "official", a CSV of latitudes and longitudes, or a benchmark."""
-    import torch
-
-    from geoclip.datasets import benchmarks, folder
-    from geoclip.gallery import Gallery
-
-    if wanted == "official":
-        return Gallery.official()
-    if Path(wanted).suffix == ".csv" or Path(wanted).is_file():
-        return Gallery(torch.from_numpy(folder.read_places(wanted)), Path(wanted).name)
-    photos = benchmarks.load(wanted)
-    return Gallery(torch.from_numpy(photos.latlon), photos.name)
 
 
 def model_name(checkpoint: str | None) -> str:

@@ -1,13 +1,9 @@
 """Run one notebook and make its results the expected ones."""
 
-from jsonargparse import ArgumentParser
 
-
-def parser() -> ArgumentParser:
-    """The number of the notebook."""
-    parser = ArgumentParser(prog="python -m geoclip accept", description=__doc__)
-    parser.add_argument("number", type=str, metavar="NN", help="number of the notebook")
-    return parser
+def options(add) -> None:
+    """Add the number of the notebook."""
+    add("number", metavar="NN", help="number of the notebook")
 
 
 def run(options) -> int:

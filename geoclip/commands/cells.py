@@ -1,18 +1,14 @@
 """Divide the Earth into S2 geo-cells from the LAT and LON columns of a CSV."""
 
-from jsonargparse import ArgumentParser
 
-
-def parser() -> ArgumentParser:
+def options(add) -> None:
     """The options, named as in the literature on geo-cells."""
-    parser = ArgumentParser(prog="python -m geoclip cells", description=__doc__)
-    parser.add_argument("csv", type=str, help="CSV with the columns LAT and LON in degrees")
-    parser.add_argument("--img_min", type=int, default=50, help="cells with fewer images are dropped")
-    parser.add_argument("--img_max", type=int, default=1000, help="cells with more images are divided")
-    parser.add_argument("--lvl_min", type=int, default=2, help="S2 level of the largest cells")
-    parser.add_argument("--lvl_max", type=int, default=30, help="S2 level of the smallest cells")
-    parser.add_argument("--out", type=str, default="cells.csv", help="CSV to write the partition to")
-    return parser
+    add("csv", help="CSV with the columns LAT and LON in degrees")
+    add("--img_min", type=int, default=50, help="cells with fewer images are dropped")
+    add("--img_max", type=int, default=1000, help="cells with more images are divided")
+    add("--lvl_min", type=int, default=2, help="S2 level of the largest cells")
+    add("--lvl_max", type=int, default=30, help="S2 level of the smallest cells")
+    add("--out", default="cells.csv", help="CSV to write the partition to")
 
 
 def run(options) -> int:

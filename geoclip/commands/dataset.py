@@ -1,24 +1,20 @@
-"""Make a CSV of photos and places (IMG_FILE,LAT,LON) from a folder of geotagged photos."""
+"""Make a CSV of photos and places (IMG_FILE,LAT,LON) from a folder of geotagged photos.
 
-from pathlib import Path
-
-from jsonargparse import ArgumentParser
-
-CHECKED_AT = 224  # px: decoding a JPEG at this size shows whether it is complete, in a fraction of the time
-EPILOG = """
 Every photo below FOLDER with a GPS position in its EXIF data becomes a row; names are relative to FOLDER. The
-other photos are listed with the reason in *_unused.csv beside the CSV, and the exit status is then 1. Use the
+other photos are listed with the reason in NAME_unused.csv beside the CSV, and the exit status is then 1. Use the
 CSV like any other: python -m geoclip embed my.csv --images FOLDER --out FEATURES, then python -m geoclip
 train --data FEATURES …; python -m geoclip evaluate --csv my.csv --images FOLDER
 """
 
+from pathlib import Path
 
-def parser() -> ArgumentParser:
-    """The options."""
-    parser = ArgumentParser(prog="python -m geoclip dataset", description=__doc__, epilog=EPILOG)
-    parser.add_argument("folder", type=str, help="folder of photos, searched with its subfolders")
-    parser.add_argument("--out", type=str, required=True, help="the CSV to write, such as my.csv")
-    return parser
+CHECKED_AT = 224  # px: decoding a JPEG at this size shows whether it is complete, in a fraction of the time
+
+
+def options(add) -> None:
+    """The folder and the CSV."""
+    add("folder", help="folder of photos, searched with its subfolders")
+    add("--out", required=True, help="the CSV to write, such as my.csv")
 
 
 def run(options) -> int:
@@ -37,12 +33,11 @@ def run(options) -> int:
         name = path.relative_to(folder).as_posix()
         try:
             sources.check_name(name)
-            place = photos.exif_latlon(path)
-            if place is None:
+            if place := photos.exif_latlon(path):
+                sources.decode(path, CHECKED_AT)  # notices a truncated photo now, not in training
+                used.append((name, *place))
+            else:
                 unused.append((name, "no GPS position in its EXIF"))
-                continue
-            sources.decode(path, CHECKED_AT)  # a truncated photo is noticed now, not in training
-            used.append((name, *place))
         except photos.PhotoError as error:
             # for a wrong EXIF value, the error also names the value
             name = sources.printable(name)

@@ -1,34 +1,28 @@
-"""Embed images once with the frozen tower and store the features for training."""
+"""Embed images once with the frozen tower and store the features for training.
+
+Rerun the command to complete an unfinished folder and to replace damaged shards. Photos that cannot be read
+are listed in OUT/unreadable.csv with the reason, and the exit status is then 1.
+"""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
 from jsonargparse.typing import NonNegativeInt, PositiveInt
 
-EPILOG = """
-Rerun the command to complete an unfinished folder and to replace damaged shards. Photos that cannot be read
-are listed in OUT/unreadable.csv with the reason, and the exit status is then 1.
-"""
+from geoclip.commands import say
 
 
-def parser() -> ArgumentParser:
-    """The options of `python -m geoclip embed`."""
-    parser = ArgumentParser(prog="python -m geoclip embed", description=__doc__, epilog=EPILOG)
-    add = parser.add_argument
+def options(add) -> None:
+    """What is embedded, by which tower, and where to."""
     add("source", help="a CSV, tar shards (path or address), a benchmark, or blue_marble:SPLIT")
     add("--out", required=True, help="folder of features; an unfinished one is completed")
     add("--images", help="image folder of a CSV (default: that of the CSV)")
     add("--views", type=PositiveInt, default=8, help="views per photo: the centre crop, then random crops")
     add("--ten-crop", action="store_true", help="the ten crops of the paper's evaluation instead")
     add("--tower", default="ViT-L-14-quickgelu", help="an open_clip model, timm/NAME, or conv")
-    add(
-        "--weights",
-        type=str | None,
-        default="openai",
-        help="open_clip tag or file; for timm, pretrained; null: random",
-    )
+    weights = "open_clip tag or file; for timm, pretrained; null: random"
+    add("--weights", type=str | None, default="openai", help=weights)
     add("--checkpoint", help="use the tower of a trained model")
     add("--batch-size", type=PositiveInt, default=256, help="views that the tower computes at once")
     add("--shard-size", type=PositiveInt, default=4096, help="photos per shard (a tar is always one shard)")
@@ -41,7 +35,6 @@ def parser() -> ArgumentParser:
     add("--allow-pipe", action="store_true", help="accept pipe:COMMAND, which runs a shell command")
     how = "check of shards that exist: hashes of small files and sampled blocks, or every byte"
     add("--verify", choices=["quick", "full"], default="quick", help=how)
-    return parser
 
 
 def run(options) -> int:
@@ -85,7 +78,7 @@ def run(options) -> int:
         f"{report.unreadable:,} unreadable (listed in {features.UNREADABLE})"
     )
     for part, reason in report.failed:
-        print(f"geoclip: shard {part} was not made: {reason}", file=sys.stderr)
+        say(f"shard {part} was not made: {reason}")
     # torchrun ends all processes when one fails, which an unreadable photo does not justify
     return 1 if world == 1 and (report.failed or report.unreadable) else 0
 

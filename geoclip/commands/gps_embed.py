@@ -1,35 +1,25 @@
-"""Embed the places of a CSV, for use in another task."""
+"""Embed the places of a CSV, for use in another task.
+
+PLACES needs columns of latitude and longitude in degrees. OUT has one row for each row of PLACES, in the same order:
+.npy holds the embeddings alone; .csv and .parquet keep all columns of PLACES and add gps_0, gps_1, … (with --levels
+concat: gps_sigma1_0, …). Rows without valid coordinates have NaN for an embedding; they are
+listed in NAME_refused.csv beside OUT, and the exit status is then 1. PLACES is read twice and in parts, so that memory
+does not grow with its length. An interrupted run leaves no file.
+"""
 
 import contextlib
 from pathlib import Path
 
-from jsonargparse import ArgumentParser
-
 ROWS = 1 << 16  # read, embedded and written at once
-EPILOG = """
-PLACES needs columns of latitude and longitude in degrees. OUT has one row for each row of PLACES, in the same order:
-.npy holds the embeddings alone; .csv and .parquet keep all columns of PLACES and add gps_0, gps_1, … (with --levels
-concat: gps_sigma1_0, …). Rows without valid coordinates have NaN for an embedding; they are
-listed in *_refused.csv beside OUT, and the exit status is then 1. PLACES is read twice and in parts, so that memory
-does not grow with its length. An interrupted run leaves no file.
-"""
 
 
-def parser() -> ArgumentParser:
-    """The options."""
-    parser = ArgumentParser(prog="python -m geoclip gps-embed", description=__doc__, epilog=EPILOG)
-    parser.add_argument("places", type=str, help="the CSV of places, such as places.csv")
-    parser.add_argument("--out", type=str, required=True, help="file to write: .parquet, .npy or .csv")
-    parser.add_argument(
-        "--levels",
-        default="sum",
-        choices=["sum", "concat"],
-        help="the sum of the levels, as the model uses it, or the levels side by side",
-    )
-    parser.add_argument(
-        "--encoder", type=str, default="released", help="released, or a checkpoint of a trained model"
-    )
-    return parser
+def options(add) -> None:
+    """The places, the file to write, and the encoder."""
+    add("places", help="the CSV of places, such as places.csv")
+    add("--out", required=True, help="file to write: .parquet, .npy or .csv")
+    levels = "the sum of the levels, as the model uses it, or the levels side by side"
+    add("--levels", default="sum", choices=["sum", "concat"], help=levels)
+    add("--encoder", default="released", help="released, or a checkpoint of a trained model")
 
 
 def run(options) -> int:

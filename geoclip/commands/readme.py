@@ -1,11 +1,8 @@
 """Write the README's first-screen table from the accepted results of notebook 07."""
 
-from jsonargparse import ArgumentParser
 
-
-def parser() -> ArgumentParser:
-    """No options."""
-    return ArgumentParser(prog="python -m geoclip readme", description=__doc__)
+def options(add) -> None:
+    """There are none."""
 
 
 def run(options) -> int:

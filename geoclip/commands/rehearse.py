@@ -1,12 +1,5 @@
-"""Rehearse the paper's path on a miniature world, or check a folder of real data before the first run."""
+"""Rehearse the paper's path on a miniature world, or check a folder of real data before the first run.
 
-import shutil
-from pathlib import Path
-
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import NonNegativeInt, PositiveInt
-
-EPILOG = """
 --out FOLDER writes a world of Blue Marble "photos" in the layouts of MP-16, Im2GPS3k, YFCC26k, YFCC4k, GWS15k,
 OSV-Mini and NUS-WIDE, with the faults of real sets; --run then goes from its addresses to the tables of the
 notebooks, with tiny random towers in place of CLIP's. FOLDER/rehearsal_log.csv lists each step, its images and
@@ -15,42 +8,26 @@ None of its numbers is a result. --check FOLDER reads a folder such as GEOCLIP_D
 exit status is 1 if something in it is damaged.
 """
 
+import shutil
+from pathlib import Path
 
-def parser() -> ArgumentParser:
-    """The options."""
-    parser = ArgumentParser(prog="python -m geoclip rehearse", description=__doc__, epilog=EPILOG)
-    add = parser.add_argument
+from jsonargparse.typing import NonNegativeInt, PositiveInt
+
+
+def options(add) -> None:
+    """Of a rehearsal, then of a check."""
     add("--out", help="folder of the world to write, or to go on with")
     add("--run", action="store_true", help="also run every step of the paper's path over it")
-    add(
-        "--images",
-        type=PositiveInt,
-        default=120,
-        help="photos of each set; MP-16 has twice as many addresses",
-    )
+    photos = "photos of each set; MP-16 has twice as many addresses"
+    add("--images", type=PositiveInt, default=120, help=photos)
     add("--seed", type=NonNegativeInt, default=0, help="seed of the world")
     add("--port", type=PositiveInt, default=8416, help="port of the loopback server behind the addresses")
-    add(
-        "--only",
-        type=str,
-        nargs="*",
-        metavar="NN",
-        help="numbers of the notebooks to run (default: all that can)",
-    )
-    add(
-        "--check", help="folder of data sets to check: what is there, missing, damaged, and what it will cost"
-    )
-    add(
-        "--strict",
-        action="store_true",
-        help="with --check: a set with another number of rows than published is an error",
-    )
-    add(
-        "--tower",
-        help="with --check: also embed the images with this open_clip model (default: CLIP, if it is here)",
-    )
+    add("--only", nargs="*", metavar="NN", help="numbers of the notebooks to run (default: all that can)")
+    add("--check", help="folder of data sets: what is there, missing, damaged, and what it will cost")
+    strict = "with --check: a set with another number of rows than published is an error"
+    add("--strict", action="store_true", help=strict)
+    add("--tower", help="with --check: also embed images with this open_clip model (default: CLIP, if here)")
     add("--weights", type=str | None, help="of the tower: open_clip tag or file; null for random weights")
-    return parser
 
 
 def run(options) -> int:
@@ -82,21 +59,18 @@ def check(options) -> int:
     if not data.is_dir():
         raise FileNotFoundError(f"{data}: no such folder")
     encoder = None
-    if options.tower:
-        encoder = ImageEncoder(ImageEncoderConfig(options.tower, options.weights)).eval()
-    elif pretrained.has_clip_file():
-        encoder = ImageEncoder().eval()
-    table = preflight.check(data, encoder, options.strict)
+    if options.tower or pretrained.has_clip_file():
+        config = ImageEncoderConfig(options.tower, options.weights) if options.tower else None
+        encoder = ImageEncoder(config).eval()
+    table, costs = preflight.check(data, encoder, options.strict), preflight.cost()
     print(table.drop(columns="problems").to_string(index=False))
     if encoder is None:
         print("nothing was embedded: CLIP's weights are not here, and no --tower is named")
-    print("\n" + "\n".join(preflight.uses(data)))
-    costs = preflight.cost()
+    print("", *preflight.uses(data), sep="\n")
     print(f"\nAt the paper's size, with {preflight.PER_SECOND} views a second (one H200):")
     print(costs.round(1).to_string(index=False))
-    free = shutil.disk_usage(data).free / 1e9
-    enough = "" if free > costs["GB"].sum() else ": NOT ENOUGH"
-    print(f"{costs['GB'].sum():,.1f} GB are needed, {free:,.0f} GB are free{enough}")
+    free, needed = shutil.disk_usage(data).free / 1e9, costs["GB"].sum()
+    print(f"{needed:,.1f} GB are needed, {free:,.0f} GB are free{': NOT ENOUGH' * bool(free <= needed)}")
     problems = table[table["problems"] != ""]
     for row in problems.itertuples():
         print(f"PROBLEM {row.set}: {row.problems}")

@@ -1,14 +1,10 @@
 """Run every numbered notebook and print the results beside those that the paper reports."""
 
-from jsonargparse import ArgumentParser
 
-
-def parser() -> ArgumentParser:
+def options(add) -> None:
     """Which notebooks, with which parameters."""
-    parser = ArgumentParser(prog="python -m geoclip reproduce", description=__doc__)
-    parser.add_argument("--only", type=str, default=[], nargs="*", metavar="NN", help="default: all")
-    parser.add_argument("--profile", help="a profile in notebooks/profiles, such as paper, or a YAML file")
-    return parser
+    add("--only", default=[], nargs="*", metavar="NN", help="default: all")
+    add("--profile", help="a profile in notebooks/profiles, such as paper, or a YAML file")
 
 
 def run(options) -> int:

@@ -1,19 +1,15 @@
-"""Run a notebook over a grid of settings and seeds, and assemble the paper's table."""
+"""Run a notebook over a grid of settings and seeds, and assemble the paper's table.
 
-from jsonargparse import ArgumentParser
-from jsonargparse.typing import PositiveInt
-
-EPILOG = """
 Rerun the command to resume an interrupted sweep: finished runs are kept. Exit status 1 if some runs failed.
 Everything is in data/results: runs/NOTEBOOK/ (executed notebooks), NOTEBOOK_sweep.csv (a row for each setting, seed
 and threshold), NOTEBOOK_table.csv|md|tex.
 """
 
+from jsonargparse.typing import PositiveInt
 
-def parser() -> ArgumentParser:
-    """The options; the grid itself is in the profile."""
-    parser = ArgumentParser(prog="python -m geoclip sweep", description=__doc__, epilog=EPILOG)
-    add = parser.add_argument
+
+def options(add) -> None:
+    """Which part of the profile's grid, and on what."""
     add("notebooks", nargs="*", help="paths or numbers (04) (default: all with a grid in the profile)")
     add("--profile", default="paper", help="a profile in notebooks/profiles, or a YAML file")
     add("--seeds", type=PositiveInt, help="train with the seeds 0 to N - 1 (default: the profile's number)")
@@ -23,7 +19,6 @@ def parser() -> ArgumentParser:
     overrides = "a notebook parameter as YAML, which overrides the profile"
     add("--set", action="append", default=[], metavar="NAME=VALUE", dest="changes", help=overrides)
     add("--dry-run", action="store_true", help="print what would run and which data are missing")
-    return parser
 
 
 def run(options) -> int:
@@ -51,8 +46,7 @@ def run(options) -> int:
         if missing := profile.missing(notebooks.declared(notebook) | jobs[0].parameters):
             raise FileNotFoundError(f"{notebook.stem}: {'; '.join(missing)}")
     jobs = sweep.shard([job for planned in plans.values() for job in planned], options.shard)
-    devices = [device for device in options.devices.split(",") if device]
-    failed = batch.run_jobs(jobs, options.jobs, devices)
+    failed = batch.run_jobs(jobs, options.jobs, [device for device in options.devices.split(",") if device])
     for notebook, planned in plans.items():
         done = [job for job in planned if job.out.exists()]
         for path in sweep.write_tables(sweep.collect(done), notebook.stem) if done else ():

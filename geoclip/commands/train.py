@@ -1,4 +1,8 @@
-"""Train a model from a YAML file: --config FILE.yaml [--out FOLDER] [--epochs 20 …]"""
+"""Train a model from a YAML file: --config FILE.yaml [--out FOLDER] [--epochs 20 …]
+
+An interrupted run is resumed. --model geocells or --model context, here or in the file, trains a baseline, which has
+options of its own.
+"""
 
 import argparse
 import shlex
@@ -7,64 +11,47 @@ from pathlib import Path
 from jsonargparse import ArgumentParser
 
 
-class TrainParser(ArgumentParser):
-    """The options of the model that `--model`, or the YAML file of `--config`, names."""
+class Parser(ArgumentParser):
+    """Reads the options of the model that `--model`, or the YAML file of `--config`, names."""
 
     def parse_args(self, args=None, **kwargs):
-        return options_of(model_named(args)).parse_args(args, **kwargs)
+        from geoclip import baselines
+        from geoclip.training import config
+
+        known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        known.add_argument("--config")
+        known.add_argument("--model")
+        named, _ = known.parse_known_args(args)
+        model = named.model or (named.config and config.read_yaml(named.config).get("model")) or "geoclip"
+        parser = config.config_parser(baselines.config_class(model))
+        parser.description, parser.epilog = self.description, self.epilog
+        options(parser.add_argument)
+        return parser.parse_args(args, **kwargs)
 
 
-def parser() -> TrainParser:
-    """Return a parser that chooses the options of the model when it meets the arguments."""
-    return TrainParser(prog="python -m geoclip train")
-
-
-def options_of(model: str) -> ArgumentParser:
-    """Return a parser of the options of one model and of the command."""
-    from geoclip import baselines
-    from geoclip.training.config import config_parser
-
-    parser = config_parser(baselines.config_class(model))
-    parser.description = (
-        "Train a model, or resume an interrupted run. --model geocells or --model context, here or in the file, "
-        "trains a baseline, which has options of its own."
-    )
-    add = parser.add_argument
+def options(add) -> None:
+    """The options of the run, beside the model's."""
     add("--out", type=str | None, default=None, help="Folder of the run; by default in the cache.")
     add("--resume", type=bool, default=True, help="Resume an interrupted run.")
     add("--devices", type=int | str, default="auto", help='Number of devices, or "auto".')
     add("--nodes", type=int, default=1, help="Machines, each started by torchrun or SLURM.")
     add("--accelerator", default="auto", help='Hardware: "auto", "cpu" or "gpu".')
-    return parser
-
-
-def model_named(arguments: list[str] | None) -> str:
-    """Return the model that the arguments or their YAML file name; geoclip if neither does."""
-    from geoclip.training.config import read_yaml
-
-    known = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    known.add_argument("--config")
-    known.add_argument("--model")
-    found, _ = known.parse_known_args(arguments)
-    if found.model or not found.config:
-        return found.model or "geoclip"
-    return read_yaml(found.config).get("model", "geoclip")
 
 
 def run(options) -> int:
+    """Train, and name the checkpoint and the command that evaluates it."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
     from geoclip import baselines
     from geoclip.training import config, runs
 
     kind = baselines.kind(options.model)
-    chosen = config.from_namespace(options, kind.config_class, options_of(options.model))
+    chosen = config.from_namespace(options, kind.config_class, config.config_parser(kind.config_class))
     hardware = {name: options[name] for name in ("devices", "accelerator", "nodes")}
     run = runs.train(chosen, options.out, kind, options.resume, progress=True, **hardware)
     if rank_zero_only.rank > 0:  # the first process reports for all
         return 0
-    result = run.result
-    print(f"{result['steps']} steps in {result['seconds']} s; checkpoint {run.checkpoint}")
+    print(f"{run.result['steps']} steps in {run.result['seconds']} s; checkpoint {run.checkpoint}")
     print(f"evaluate it with: python -m geoclip {shlex.join(evaluation_of(run))}")
     return 0
 

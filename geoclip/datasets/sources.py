@@ -27,8 +27,6 @@ PHOTOS_A_PART = 4096
 TILES_A_CHUNK = 256
 # JPEGs are decoded at 1/2, 1/4 or 1/8 while their short side stays at least this many times the tower's.
 DRAFT_MARGIN = 2
-# Photos with more pixels than this, once reduced, are decoded by one process of the machine at a time.
-LARGE_PIXELS = 25_000_000
 
 
 @dataclass(frozen=True)
