@@ -364,6 +364,13 @@ def test_what_cannot_be_evaluated_is_said_in_a_sentence(
     assert "Traceback" not in error
 
 
+def test_a_calibration_is_fitted_on_a_benchmark(made_benchmark, checkpoint, monkeypatch, capsys):
+    monkeypatch.setenv("GEOCLIP_DATA", str(made_benchmark))
+    asked = ["--checkpoint", str(checkpoint), "--benchmark", "im2gps3k", "--limit", "9"]
+    assert command_line.main(["calibrate", *asked]) == 2
+    assert "Im2GPS3k: 9 images are too few to fit a calibration on" in capsys.readouterr().err
+
+
 def test_a_benchmark_without_its_images_says_where_to_put_them(made_benchmark, tmp_path, monkeypatch, capsys):
     (tmp_path / "im2gps3k_places365.csv").write_bytes(
         (made_benchmark / "im2gps3k_places365.csv").read_bytes()

@@ -1,6 +1,7 @@
 """The commands of `python -m geoclip`, one module each.
 
-The module's docstring is the command's help, `options(add)` adds its options, `run(options)` returns its exit status.
+The module's docstring is the command's help; `options(add)` adds its options, and `run(options)` returns its exit
+status, or None for 0.
 """
 
 import dataclasses

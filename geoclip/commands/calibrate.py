@@ -24,18 +24,18 @@ def options(add) -> None:
     add("--benchmark", help="the images: im2gps3k, … (geoclip.datasets.benchmarks)")
     add("--csv", help="or a CSV of your own photos; default: the validation tiles")
     add("--images", help="the folder of images; default: as of `evaluate`")
-    near = "features of the training images (`embed`): fit answers that compare with them too"
-    add("--neighbours", help=near)
+    add("--neighbours", help="features of the training images (`embed`): fit answers that compare with them")
     prior = "gallery: photos come from where the gallery has many places; divided: evenly from all its land"
     add("--prior", choices=["gallery", "divided"], default="gallery", help=prior)
     add("--limit", type=PositiveInt, default=1000, help="number of images that are used")
 
 
-def run(options) -> int:
+def run(options) -> None:
     """Fit, write and print the calibration, and that with neighbours if they are given."""
     import torch
 
     from geoclip import calibration
+    from geoclip.datasets.blue_marble import LABEL
     from geoclip.neighbours import fit_fused, fused
     from geoclip.posterior import Places
 
@@ -44,7 +44,12 @@ def run(options) -> int:
     model, module = load_model(options, True) if of_tiles else (load_model(options), None)
     if model.gallery is None or not hasattr(model, "scores"):
         raise ValueError(f"{options.checkpoint} is a baseline, which has no posterior to calibrate")
-    name, features, truth = tiles(options, module) if of_tiles else photos(options, model)
+    if of_tiles:
+        from geoclip.studies.decisions import tile_features
+
+        name, (features, truth) = f"{LABEL}, val", tile_features(module, "val", options.limit)
+    else:
+        name, features, truth = photos(options, model)
     if len(truth) < 50:
         raise ValueError(f"{name}: {len(truth)} images are too few to fit a calibration on; 50 are the least")
     places = Places(model.gallery.latlon)
@@ -64,7 +69,6 @@ def run(options) -> int:
         how = calibration.NeighbourFit(source, *scales, least, share=share)
         together = dataclasses.replace(together, neighbours=how)
         report(calibration.with_hits(together, fused(logits, *known, share), truth, places), options)
-    return 0
 
 
 def report(fitted, options) -> None:
@@ -79,14 +83,6 @@ def report(fitted, options) -> None:
         unlike = f"{near.false_alarms:.0%} have a cosine below {near.least / 100:.3f} with all of them"
         print(f", with neighbours in {options.neighbours}; {unlike}", end="")
     print()
-
-
-def tiles(options, module):
-    """Name, tower features and places of validation tiles."""
-    from geoclip.datasets.blue_marble import LABEL
-    from geoclip.studies import decisions
-
-    return f"{LABEL}, val", *decisions.tile_features(module, "val", options.limit)
 
 
 def photos(options, model):

@@ -11,7 +11,7 @@ def options(add) -> None:
     add("--out", default="cells.csv", help="CSV to write the partition to")
 
 
-def run(options) -> int:
+def run(options) -> None:
     """Write the partition and print how many of the coordinates it covers."""
     from geoclip.baselines.partition import PartitionConfig, partition
     from geoclip.datasets import folder
@@ -29,4 +29,3 @@ def run(options) -> int:
     if largest > config.img_max:
         crowded = int((cells.images > config.img_max).sum())
         print(f"{crowded:,} cells of level {config.lvl_max} (lvl_max) hold more than {config.img_max} images")
-    return 0

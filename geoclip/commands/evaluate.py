@@ -22,20 +22,17 @@ SPLITS = ("random", "blocked")
 def options(add) -> None:
     """Photos or tiles, the model and its gallery, and what is scored."""
     add("--benchmark", help="im2gps3k, yfcc26k, gws15k, … (geoclip.datasets.benchmarks)")
-    photos = "or your own photos: any CSV with their names, latitudes and longitudes, or tar shards"
-    add("--csv", help=photos)
+    add("--csv", help="or your photos: any CSV with their names, latitudes and longitudes, or tar shards")
     add("--data", choices=["blue_marble"], help="or the embedded tiles (default with a --checkpoint)")
     add("--split", choices=[*SPLITS, "both"], default="both", help="of the embedded tiles")
-    images = "their folder, or tar shards; default: GEOCLIP_DATA/images/NAME, or the CSV's folder"
-    add("--images", help=images)
+    add("--images", help="their folder or tar shards; default: GEOCLIP_DATA/images/NAME or the CSV's folder")
     add_model_options(add, precision="fp32")
     disjoint = """the CSV of the training images of --neighbours (or mp16), with their photographers: also score answers
         without the neighbours that the photographer of the photo took"""
     add("--photographer-disjoint", metavar="CSV", help=disjoint)
     add("--coordinates-only", action="store_true", help="ceiling, floors and leaks, without a model")
     add("--gallery-size", type=PositiveInt, help="draw that many distinct places of it at random")
-    seed = "of the gallery's draw, random floor and bootstrap"
-    add("--seed", type=NonNegativeInt, default=0, help=seed)
+    add("--seed", type=NonNegativeInt, default=0, help="of the gallery's draw, random floor and bootstrap")
     add("--batch-size", type=PositiveInt, default=64, help="views that the tower processes together")
     workers = "processes that open photos; default: one per core with a GPU, else 0"
     add("--workers", type=NonNegativeInt, help=workers)

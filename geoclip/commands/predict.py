@@ -32,11 +32,9 @@ def options(add) -> None:
     add("--text", nargs="+", default=[], help="texts to locate instead of photos")
     add("--top-k", type=PositiveInt, default=5, help="number of places for each photo")
     add("--format", choices=FORMATS, default="table", help="format of the output")
-    drawn = "also draw a map: OUT.png, .pdf or .svg (default: map.png)"
-    add("--map", nargs="?", const="map.png", help=drawn)
+    add("--map", nargs="?", const="map.png", help="also draw a map: OUT.png, .pdf or .svg (default: map.png)")
     add_model_options(add, precision="auto")
-    index = "search approximately (faiss), for galleries above 2 M places"
-    add("--index", action="store_true", help=index)
+    add("--index", action="store_true", help="search approximately (faiss), for galleries above 2 M places")
 
 
 def run(options) -> int:

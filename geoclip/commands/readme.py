@@ -5,9 +5,8 @@ def options(add) -> None:
     """There are none."""
 
 
-def run(options) -> int:
+def run(options) -> None:
     """Rewrite the table between the README's two marks."""
     from geoclip.reproduce import readme
 
     print("README.md: " + ("written" if readme.write() else "its table was up to date"))
-    return 0

@@ -18,8 +18,7 @@ def options(add) -> None:
     """Of a rehearsal, then of a check."""
     add("--out", help="folder of the world to write, or to go on with")
     add("--run", action="store_true", help="also run every step of the paper's path over it")
-    photos = "photos of each set; MP-16 has twice as many addresses"
-    add("--images", type=PositiveInt, default=120, help=photos)
+    add("--images", type=PositiveInt, default=120, help="photos of a set; MP-16 has twice as many addresses")
     add("--seed", type=NonNegativeInt, default=0, help="seed of the world")
     add("--port", type=PositiveInt, default=8416, help="port of the loopback server behind the addresses")
     add("--only", nargs="*", metavar="NN", help="numbers of the notebooks to run (default: all that can)")

@@ -38,7 +38,7 @@ def options(add) -> None:
     add("--accelerator", default="auto", help='Hardware: "auto", "cpu" or "gpu".')
 
 
-def run(options) -> int:
+def run(options) -> None:
     """Train, and name the checkpoint and the command that evaluates it."""
     from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
@@ -50,10 +50,9 @@ def run(options) -> int:
     hardware = {name: options[name] for name in ("devices", "accelerator", "nodes")}
     run = runs.train(chosen, options.out, kind, options.resume, progress=True, **hardware)
     if rank_zero_only.rank > 0:  # the first process reports for all
-        return 0
+        return
     print(f"{run.result['steps']} steps in {run.result['seconds']} s; checkpoint {run.checkpoint}")
     print(f"evaluate it with: python -m geoclip {shlex.join(evaluation_of(run))}")
-    return 0
 
 
 def evaluation_of(run) -> list[str]:
