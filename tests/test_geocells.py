@@ -25,6 +25,7 @@ from geoclip.datasets import benchmarks, blue_marble
 from geoclip.datasets.blue_marble import SplitConfig, TileConfig
 from geoclip.image_encoder import ImageEncoderConfig, Preprocessing
 from geoclip.training import runs
+from geoclip.training.checkpoints import read_checkpoint
 from geoclip.training.data import seeded, training_places
 
 SMALL = GeocellsConfig(
@@ -529,6 +530,6 @@ def test_a_checkpoint_brings_its_tower_and_asks_for_no_pretrained_weights(tmp_pa
     monkeypatch.setattr(
         timm, "create_model", lambda *args, **options: asked.append(options) or create(*args, **options)
     )
-    loaded = runs.load(tmp_path / "cells.ckpt", GeocellsTraining)
+    loaded = runs.restore(read_checkpoint(tmp_path / "cells.ckpt"), GeocellsTraining, "cells.ckpt")
     assert loaded.config.image.weights == "pretrained" and not any(options["pretrained"] for options in asked)
     assert all(torch.equal(*pair) for pair in shared(module, loaded))
