@@ -6,14 +6,17 @@ import torch
 from torch.nn import functional
 
 from geoclip import earth
+from geoclip.studies import concepts
 from geoclip.studies.concepts import mean_query, ranking, similarity_by_distance
 
 
-def test_similarity_by_distance_is_what_a_plain_loop_gives():
+def test_similarity_by_distance_is_what_a_plain_loop_gives(monkeypatch):
+    monkeypatch.setattr(concepts, "QUERIES", 7)
+    monkeypatch.setattr(concepts, "BOUNDS_KM", (0, 3000, 20_100))
     generator = torch.Generator().manual_seed(0)
     latlon = torch.cat([earth.sample_sphere(40, generator), torch.zeros(2, 2)])  # two places are one
     embeddings = functional.normalize(torch.randn(42, 5, generator=generator), dim=1)
-    table = similarity_by_distance(latlon, embeddings, queries=7, bounds_km=(0, 3000, 20_100))
+    table = similarity_by_distance(latlon, embeddings)
     for row in table.itertuples():
         cosines = []
         for i in range(7):
@@ -29,8 +32,8 @@ def test_similarity_by_distance_is_what_a_plain_loop_gives():
 
 def test_a_class_of_distances_without_pairs_is_left_out():
     latlon = torch.tensor([[0.0, 0.0], [0.0, 90.0]])
-    table = similarity_by_distance(latlon, torch.eye(2), bounds_km=(0, 1, 20_100))
-    assert table["from_km"].tolist() == [1] and table["median"].tolist() == [0.0]
+    table = similarity_by_distance(latlon, torch.eye(2))
+    assert table["from_km"].tolist() == [10_000] and table["median"].tolist() == [0.0]
 
 
 def test_mean_query_is_a_unit_vector_between_its_places():
@@ -44,10 +47,12 @@ def test_ranking():
     score = torch.tensor([4.0, 3.0, 2.0, 1.0, 99.0])
     relevant = torch.tensor([True, False, True, False, False])
     among = torch.tensor([True, True, True, True, False])
+    latlon = torch.tensor([[0.0, 20.0 * i] for i in range(5)])
+    found = ranking(score, relevant, among, latlon)
     # of the four pairs (relevant, other) three are in the right order; the last place does not count
-    assert ranking(score, relevant, among) == {"n": 4, "share": 50.0, "auc": 0.75}
+    assert (found["n"], found["share"], found["auc"]) == (4, 50.0, 0.75)
     with pytest.raises(ValueError, match="both"):
-        ranking(score, torch.zeros(5, dtype=torch.bool), among)
+        ranking(score, torch.zeros(5, dtype=torch.bool), among, latlon)
 
 
 def test_the_interval_of_a_ranking_grows_if_places_of_a_block_stand_together():

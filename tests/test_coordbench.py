@@ -40,7 +40,7 @@ def test_tables_become_tasks_that_are_scored_as_all_others(tmp_path, monkeypatch
     assert set(tasks) == {"SatCLIP country", "soil carbon", "soil pH"} and not set(tasks) & set(reasons)
     assert [len(task) for task in tasks.values()] == [170, 170, 150]
     assert set(tasks["SatCLIP country"].target) == {"7", "8"} and tasks["soil carbon"].measure == "r2"
-    rows = many_tasks.compare(tasks, {"sphere": earth.unit_sphere}, probes.ProbeConfig(seeds=1))
+    rows = many_tasks.compare(tasks, {"sphere": earth.unit_sphere}, probes.ProbeConfig(seeds=1), 5)
     ridge = rows[(rows.probe == "ridge") & (rows.split == "random")].set_index("task").score
     assert ridge["SatCLIP country"] > 85 and ridge["soil carbon"] > 0.9
 

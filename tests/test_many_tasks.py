@@ -95,7 +95,7 @@ def test_what_cannot_be_scored_is_named():
     lonely = OCTANT.copy()
     lonely[5] = "z"
     with pytest.raises(ValueError, match=r"class z has one member \(row 5\)"):
-        many_tasks.compare({"t": task("t", lonely, "accuracy")}, {"h": harmonics}, CONFIG)
+        many_tasks.compare({"t": task("t", lonely, "accuracy")}, {"h": harmonics}, CONFIG, 3)
 
 
 def test_distances_to_the_coast_are_great_circles_and_leave_out_the_edges_of_the_map():

@@ -37,8 +37,11 @@ def test_text_and_code(path):
     assert re.fullmatch(r"# .+\?", title.strip()), "the title is a question"
     answer, needs, makes = (rest.find(f"**{word}") for word in ("Answer", "Needs", "Makes"))
     assert 0 <= answer < needs < makes and re.search(r"\d", rest[answer:needs]), "its answer has a number"
-    if any("blue_marble" in cell.source for cell, _ in code):  # tiles are called a stand-in
-        assert "stand-in" in rest and any("LABEL" in cell.source for cell, _ in code)
+    if any(
+        re.search("blue_marble|open_study", cell.source) for cell, _ in code
+    ):  # tiles are called a stand-in
+        named = re.compile(r"LABEL|\.label|print\(study\)")
+        assert "stand-in" in rest and any(named.search(cell.source) for cell, _ in code)
     assert len(notebook.cells) <= 32
     for cell, tree in code:
         nodes = list(ast.walk(tree))

@@ -28,8 +28,8 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.setattr(paths, name, tmp_path / name.lower())
         monkeypatch.setenv(f"GEOCLIP_{name}", str(tmp_path / name.lower()))  # the kernel is another process
     monkeypatch.setenv("HOME", str(tmp_path / "no_home"))
-    (tmp_path / "notebooks").mkdir()
-    return tmp_path / "notebooks"
+    monkeypatch.setattr(paths, "NOTEBOOKS", paths.make_folder(tmp_path / "notebooks"))
+    return paths.NOTEBOOKS
 
 
 def write(folder, name, *sources):
@@ -55,7 +55,7 @@ def test_reproduce_runs_all_lists_the_failure_and_goes_on(folder, capsys):
     )
     write(folder, "91_good", "VALUE = 1  # a number", TABLE.replace("NUMBER", "91"))
     write(folder, "notes", "VALUE = 1", "raise RuntimeError('not numbered, not run')")
-    assert batch.reproduce(profile=Profile("made", parameters={"VALUE": 61.5}), folder=folder) == 1
+    assert batch.reproduce([], Profile("made", parameters={"VALUE": 61.5})) == 1
     said = capsys.readouterr().out
     assert "[1 of 2] 90_bad · failed" in said and "[2 of 2] 91_good · ran" in said
     assert "FAILED 90_bad.ipynb: RuntimeError: no luck" in said
@@ -72,7 +72,7 @@ def test_accept_keeps_results_and_parameters_and_leaves_no_stamps(folder):
     paths.EXPECTED.mkdir()
     (paths.EXPECTED / "94_old.csv").write_text("model\nfull\n")
     table, parameters = paths.EXPECTED / "94_table.csv", paths.EXPECTED / "94_parameters.json"
-    assert notebooks.accept("94", folder) == [table, parameters, path]
+    assert notebooks.accept("94") == [table, parameters, path]
     assert pd.read_csv(table).acc_25km.tolist() == [48.25]
     assert json.loads(parameters.read_text()) == {"VALUE": 48.25}
     assert not (paths.EXPECTED / "94_old.csv").exists()
@@ -80,7 +80,7 @@ def test_accept_keeps_results_and_parameters_and_leaves_no_stamps(folder):
     text = path.read_text()
     assert "papermill" not in text and "start_time" not in text and str(folder) not in text
     before = [file.read_bytes() for file in (path, table, parameters)]
-    notebooks.accept("94", folder)
+    notebooks.accept("94")
     assert [file.read_bytes() for file in (path, table, parameters)] == before
 
 
@@ -90,7 +90,7 @@ def test_accept_changes_nothing_when_a_cell_fails(folder):
     )
     before = path.read_bytes()
     with pytest.raises(Exception, match="late"):
-        notebooks.accept("95", folder)
+        notebooks.accept("95")
     assert path.read_bytes() == before
     assert not paths.EXPECTED.exists()
 
@@ -100,7 +100,7 @@ def test_unknown_numbers_and_parameters_are_named(folder):
     with pytest.raises(ValueError, match="no parameter VALEU; it has VALUE"):
         notebooks.run(path, {"VALEU": 2})
     with pytest.raises(ValueError, match="no notebook '7'; give a path or a number of 90_one"):
-        notebooks.find("7", folder)
+        notebooks.find("7")
     with pytest.raises(ValueError, match="VALUE is not a literal"):
         notebooks.declared(write(folder, "91_two", "VALUE = int('1')  # a number"))
 

@@ -184,15 +184,17 @@ def test_without_an_expected_table_the_error_says_so(table):
         report.hold_to_expected(table, "03_training", keys=["model"])
 
 
-def test_nothing_is_compared_at_other_parameters_than_the_accepted_ones(table, capsys):
+def test_nothing_is_compared_at_other_parameters_than_the_accepted_ones(table, capsys, monkeypatch):
     accepted(table, "02_table")
     accepted_parameters(PLACE=[37.8, -122.4], SEEDS=[0, 1], VIEWS={"1": "a"})
     same = {"PLACE": (37.8, -122.4), "SEEDS": [0, 1], "VIEWS": {1: "a"}, "OTHER": 1}
-    changed = table.assign(acc_25km=0.0)
+    changed, shell = table.assign(acc_25km=0.0), types.SimpleNamespace(user_ns=same)
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
     with pytest.raises(AssertionError, match="The parameters are those of the accepted run"):
-        report.hold_to_expected(changed, "02_table", keys=["model"], parameters=same)
-    report.hold_to_expected(changed, "02_table", ["model"], parameters=same | {"PLACE": (31.0, 31.0)})
-    report.hold_to_expected(changed, "02_table", ["model"], parameters=same | {"PLACE": 0, "SEEDS": [0]})
+        report.hold_to_expected(changed, "02_table", keys=["model"])
+    for other in ({"PLACE": (31.0, 31.0)}, {"PLACE": 0, "SEEDS": [0]}):
+        shell.user_ns = same | other
+        report.hold_to_expected(changed, "02_table", ["model"])
     assert capsys.readouterr().out == (
         "02_table: not compared: PLACE differs from the accepted run\n"
         "02_table: not compared: PLACE, SEEDS differ from the accepted run\n"

@@ -12,4 +12,5 @@ def run(options) -> int:
     from geoclip.reproduce import batch
     from geoclip.reproduce.profiles import Profile
 
-    return batch.reproduce(options.only, Profile.load(options.profile) if options.profile else None)
+    profile = Profile.load(options.profile) if options.profile else Profile("defaults")
+    return batch.reproduce(options.only, profile)

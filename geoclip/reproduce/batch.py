@@ -5,12 +5,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from geoclip import paths
 from geoclip.reproduce import notebooks, report
 from geoclip.reproduce.profiles import Profile
+from geoclip.studies.processes import end_with_parent
 
 SHOWN = "^(data|benchmark|model|protocol|setting|split|seed|acc_.*|median_km|geoscore|n)$"  # columns
 
@@ -41,7 +42,7 @@ class Job:
         own = {"GEOCLIP_RESULTS": folder, "GEOCLIP_FIGURES": folder} if self.of_sweep else {}
         lock = FileLock(self.out.with_suffix(".lock"), timeout=-1 if wait else 0)
         try:
-            with lock, notebooks.variables(own):
+            with lock, mock.patch.dict(os.environ, own):
                 if self.of_sweep and self.out.exists():
                     return "kept", ""
                 limit_s = None if self.of_sweep else notebooks.CELL_TIMEOUT_S
@@ -74,15 +75,15 @@ def run_jobs(jobs: Sequence[Job], workers: int = 1, devices: Sequence[str] = ())
         for wait in (False, True):  # first the jobs that no other process is running
             running = {pool.submit(job, wait): job for job in left}
             for future in as_completed(running):
-                job, outcome = running[future], future.result()
-                if outcome is None:
+                if (outcome := future.result()) is None:
                     continue
+                job, (said, reason) = running[future], outcome
                 left.remove(job)
-                said, reason = outcome
                 done = len(jobs) - len(left)
                 minutes = len(left) * (time.monotonic() - began) / done / 60
-                left_over = f"about {minutes:.0f} min left"
-                print(f"[{done} of {len(jobs)}] {job.label} · {said} · {left_over}", flush=True)
+                print(
+                    f"[{done} of {len(jobs)}] {job.label} · {said} · about {minutes:.0f} min left", flush=True
+                )
                 if reason:
                     failed.append((job, reason))
                     print(f"    {reason}", flush=True)
@@ -101,22 +102,14 @@ def _start_worker(slots, workers: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = device
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # else it lists what an ended kernel left open
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the kernel is shut down
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent(30)
 
 
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(30)
-    os._exit(143)
-
-
-def reproduce(only: Sequence[str] = (), profile: Profile | None = None, folder: Path | None = None) -> int:
+def reproduce(only: Sequence[str], profile: Profile) -> int:
     """Run all numbered notebooks, or `only` some, in order and print their results; 0 if all went well, else 1."""
-    todo = [notebooks.find(number, folder) for number in only] or notebooks.numbered(folder)
+    todo, jobs, failed = [notebooks.find(number) for number in only] or notebooks.numbered(), [], []
     if not todo:
-        raise ValueError(f"there is no notebook NN_name.ipynb in {folder or paths.NOTEBOOKS}")
-    profile, jobs, failed = profile or Profile("defaults"), [], []
+        raise ValueError(f"there is no notebook NN_name.ipynb in {paths.NOTEBOOKS}")
     for path in todo:
         known = notebooks.declared(path)
         parameters = profile.whole(path, known)

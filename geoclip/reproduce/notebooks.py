@@ -1,14 +1,14 @@
 """Run a numbered notebook with parameters, or run it to accept its results."""
 
 import ast
-import contextlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from unittest import mock
 
 from geoclip import paths
 from geoclip.reproduce import report
@@ -58,12 +58,12 @@ def run(
     if unknown := sorted(set(parameters or {}) - set(known)):
         raise ValueError(f"{path.name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
     failed = out.with_suffix(".failed.ipynb")
-    with paths.atomic(out) as temporary, variables(environment()):
+    how = {"kernel_name": "python3", "language": "python", "cwd": path.parent}
+    how |= {"start_timeout": KERNEL_TIMEOUT_S, "execution_timeout": cell_timeout_s}
+    how |= {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"]}
+    with paths.atomic(out) as temporary, mock.patch.dict(os.environ, environment()):
         try:
-            kernel = {"kernel_name": "python3", "language": "python", "cwd": path.parent}
-            limits = {"start_timeout": KERNEL_TIMEOUT_S, "execution_timeout": cell_timeout_s}
-            quiet = {"progress_bar": False, "extra_arguments": ["--log-level=CRITICAL"]}
-            papermill.execute_notebook(path, temporary, dict(parameters or {}), **kernel, **limits, **quiet)
+            papermill.execute_notebook(path, temporary, dict(parameters or {}), **how)
         except Exception:
             shutil.copyfile(temporary, failed)
             raise
@@ -100,32 +100,31 @@ def without_stamps(notebook):
     return notebook
 
 
-def numbered(folder: Path | None = None) -> list[Path]:
-    """The notebooks NN_name.ipynb of `folder` (default notebooks/), in the order of their numbers."""
-    folder = folder or paths.NOTEBOOKS
-    return sorted(path for path in folder.glob("*.ipynb") if re.fullmatch(r"\d\d_\w+\.ipynb", path.name))
+def numbered() -> list[Path]:
+    """The notebooks notebooks/NN_name.ipynb, in the order of their numbers."""
+    return sorted(p for p in paths.NOTEBOOKS.glob("*.ipynb") if re.fullmatch(r"\d\d_\w+\.ipynb", p.name))
 
 
-def find(name: str | Path, folder: Path | None = None) -> Path:
+def find(name: str | Path) -> Path:
     """The notebook of this path, stem or number ("3" and "03" are the same); raises ValueError if there is none."""
     if Path(name).is_file():
         return Path(name).resolve()
     stem = f"{Path(name).name.removesuffix('.ipynb'):0>2}"
-    found = [path for path in numbered(folder) if path.stem == stem or path.name.startswith(f"{stem}_")]
+    found = [path for path in numbered() if path.stem == stem or path.name.startswith(f"{stem}_")]
     if len(found) != 1:
-        there = ", ".join(path.stem for path in numbered(folder))
+        there = ", ".join(path.stem for path in numbered())
         raise ValueError(f"there is no notebook {str(name)!r}; give a path or a number of {there}")
     return found[0]
 
 
-def accept(number: str, folder: Path | None = None) -> list[Path]:
+def accept(number: str) -> list[Path]:
     """Run notebook `number` and make its results the expected ones; returns the files written.
 
     Its tables and parameters go to data/expected, and the executed notebook replaces the one in notebooks/.
     Nothing changes if a cell fails. Tables in data/expected that the notebook no longer makes are removed.
     """
-    path = find(number, folder)
-    with tempfile.TemporaryDirectory() as offered, variables({report.ACCEPT_VARIABLE: offered}):
+    path, accepting = find(number), report.ACCEPT_VARIABLE
+    with tempfile.TemporaryDirectory() as offered, mock.patch.dict(os.environ, {accepting: offered}):
         executed = run(path)
         sources = {paths.EXPECTED / table.name: table for table in sorted(Path(offered).glob("*.csv"))}
         if sources:
@@ -141,18 +140,6 @@ def accept(number: str, folder: Path | None = None) -> list[Path]:
         old.unlink()
         print(f"removed {short(old)}: the notebook no longer makes it")
     return list(sources)
-
-
-@contextlib.contextmanager
-def variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables within a block, and restore them after it."""
-    before = dict(os.environ)
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
 
 
 def short(path: Path) -> str:

@@ -1,9 +1,11 @@
 """What a folder of real data sets holds, before the first run: what is there, missing or damaged, and what it will cost."""
 
+import os
 import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pandas as pd
 import torch
@@ -26,7 +28,7 @@ def check(data: Path, encoder: ImageEncoder | None = None, strict: bool = False)
     rows: of those expected; images: opened of the first LOOK, and how fast `encoder` embeds them, if it is
     given; problems: what is damaged, or with `strict` incomplete. A set that is absent is no problem.
     """
-    with notebooks.variables({"GEOCLIP_DATA": str(data)}):
+    with mock.patch.dict(os.environ, {"GEOCLIP_DATA": str(data)}):
         rows = [_of_set(card, data, encoder, strict) for card in benchmarks.CARDS.values()]
     for tar in sorted(data.rglob("*.tar")):
         if problem := tar_problem(tar):
@@ -93,28 +95,26 @@ def _open_first(found: folder.Geotagged, encoder: ImageEncoder | None, problems:
 
 def tar_problem(tar: Path) -> str:
     """Why a tar cannot be whole ("" if it can): it ends with two empty blocks of 512 bytes, which a cut one lacks."""
-    size = tar.stat().st_size
-    if size >= 1024:
-        with tar.open("rb") as file:
-            file.seek(size - 1024)
-            if file.read() == bytes(1024):
-                return ""
-    return f"{tar}: the tar is cut off; download it again"
+    with tar.open("rb") as file:
+        file.seek(max(0, tar.stat().st_size - 1024))
+        whole = file.read() == bytes(1024)
+    return "" if whole else f"{tar}: the tar is cut off; download it again"
 
 
 def uses(data: Path) -> Iterator[str]:
     """Lines that say what each notebook that takes real data finds in the folder, then how to make what is missing."""
-    with notebooks.variables({"GEOCLIP_DATA": str(data)}):
+    with mock.patch.dict(os.environ, {"GEOCLIP_DATA": str(data)}):
         profile, make = Profile.load("paper"), {}
         for path in map(notebooks.find, profile.notebooks):
             known = notebooks.declared(path)
             named = profile.samples(known | profile.whole(path, known))
             make |= {name: gone for name, (_, gone) in named.items() if gone}
-            yield f"{path.stem}: " + ", ".join(
-                f"{name}{' (missing)' * bool(gone)}" for name, (_, gone) in named.items()
-            )
-        state = {name: benchmarks.on_disk(name) for name in ("im2gps3k", "yfcc26k", "gws15k", "yfcc4k")}
-        yield "07_benchmarks: " + ", ".join(f"{name} ({found})" for name, found in state.items())
+            there = (f"{name}{' (missing)' * bool(gone)}" for name, (_, gone) in named.items())
+            yield f"{path.stem}: {', '.join(there)}"
+        state = (
+            f"{name} ({benchmarks.on_disk(name)})" for name in ("im2gps3k", "yfcc26k", "gws15k", "yfcc4k")
+        )
+        yield f"07_benchmarks: {', '.join(state)}"
         yield f"16_nus_wide: NUS-WIDE{'' if (data / 'nus-wide').is_dir() else ' (missing)'}"
         yield from (f"{name}: {gone}" for name, gone in make.items())
 
@@ -127,11 +127,7 @@ def cost() -> pd.DataFrame:
             continue
         words = shlex.split(about["make"])
         views = int(words[words.index("--views") + 1]) if "--views" in words else 10  # ten crops
-        size, hours = (
-            about["samples"] * views * PAPER_DIM * 2 / 1e9,
-            about["samples"] * views / PER_SECOND / 3600,
-        )
-        rows.append(
-            {"features": name, "samples": about["samples"], "views": views, "GB": size, "hours": hours}
-        )
+        made = about["samples"] * views
+        row = {"features": name, "samples": about["samples"], "views": views}
+        rows.append(row | {"GB": made * PAPER_DIM * 2 / 1e9, "hours": made / PER_SECOND / 3600})
     return pd.DataFrame(rows)

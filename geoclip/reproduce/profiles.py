@@ -11,6 +11,8 @@ import yaml
 
 from geoclip import paths
 
+REMEDIES = {"make": "make it with:", "without": "without it,"}  # what is said of missing data
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -52,8 +54,9 @@ class Profile:
         """The parameters that the notebook gets, of those that it has (`known`): the shared ones, then its own."""
         own = self.notebooks.get(notebook.stem, {})
         if wrong := sorted((own.get("parameters", {}).keys() | own.get("grid", {}).keys()) - known.keys()):
-            wrong, there = ", ".join(wrong), ", ".join(known)
-            raise ValueError(f"{notebook.name} has no parameter {wrong}; it has {there}")
+            raise ValueError(
+                f"{notebook.name} has no parameter {', '.join(wrong)}; it has {', '.join(known)}"
+            )
         shared = {name: value for name, value in self.parameters.items() if name in known}
         return shared | own.get("parameters", {})
 
@@ -61,8 +64,9 @@ class Profile:
         """As `given`, with all settings of the grid and all seeds, for one run of the notebook."""
         own, given = self.notebooks.get(notebook.stem, {}), self.given(notebook, known)
         given |= {name: values for name, values in own.get("grid", {}).items() if values}
-        listed = own and isinstance(known.get("SEEDS"), list)  # elsewhere SEEDS is their number
-        return given | ({"SEEDS": list(range(self.seeds))} if listed else {})
+        if own and isinstance(known.get("SEEDS"), list):  # elsewhere SEEDS is their number
+            given["SEEDS"] = list(range(self.seeds))
+        return given
 
     def samples(self, given: Mapping[str, Any], fractions=(1,)) -> dict[str, tuple[str, str]]:
         """Name of the data → how many samples, from where; and what is missing ("" if nothing is).
@@ -71,21 +75,19 @@ class Profile:
         """
         found = {}
         for name, about in self.data.items():
-            parameter, keys = about.get("parameter"), str(about.get("key", "")).split("/")
-            if parameter is not None and parameter not in given:
+            parameter = about.get("parameter")
+            if parameter not in (None, *given):
                 continue
-            place = None if parameter is None else given[parameter]
-            for key in keys if "key" in about else ():
+            place = given.get(parameter)
+            for key in str(about["key"]).split("/") if "key" in about else ():
                 inside = place.items() if isinstance(place, dict) else ()
                 place = {str(k): value for k, value in inside}.get(key)
             parts = fractions if parameter == "DATA" else (1,)
             count = ", ".join(f"{round(about['samples'] * part):,}" for part in parts)
-            gone = "" if parameter is None or (place and Path(str(place)).exists()) else f"MISSING: {place}"
-            if gone and "make" in about:
-                gone += f"; make it with: {about['make']}"
-            if gone and "without" in about:
-                gone += f"; without it, {about['without']}"
-            found[name] = f"{count} samples ({about['source']})", gone
+            gone = [f"MISSING: {place}"]
+            gone += [f"{do} {about[what]}" for what, do in REMEDIES.items() if what in about]
+            there = parameter is None or (place and Path(str(place)).exists())
+            found[name] = f"{count} samples ({about['source']})", "" if there else "; ".join(gone)
         return found
 
     def missing(self, given: Mapping[str, Any]) -> list[str]:

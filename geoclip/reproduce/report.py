@@ -79,7 +79,7 @@ def accepted_parameters(name: str) -> Path:
 def changed_parameters(name: str, parameters: Mapping[str, object] | None = None) -> list[str]:
     """Names of the parameters that differ from those of the accepted run of the notebook that owns `name`.
 
-    `parameters`: by default the variables of the running notebook. Empty outside one, while a run is being
+    parameters: by default the variables of the running notebook. Empty outside one, while a run is being
     accepted, and if none has been.
     """
     file, shell = accepted_parameters(name), _notebook()
@@ -102,15 +102,15 @@ def hold_to_expected(
     keys: Sequence[str],
     tolerance: Mapping[str, float | None] | None = None,
     optional: bool | Mapping[str, Sequence[object]] = False,
-    parameters: Mapping[str, object] | None = None,
 ) -> None:
     """Compare `table` with data/expected/NAME.csv row by row and print one line.
+
+    Nothing is compared if a parameter of the notebook differs from the accepted run (changed_parameters).
 
     keys: columns that together identify a row. tolerance: column, or a pattern such as "acc_*" → largest accepted
     absolute difference in the column's unit; None: the column is not compared. The first matching pattern counts;
     columns without a pattern must agree in the six digits that are stored. optional: rows that may be missing on
-    either side, because they need data of the user: True for all, or column → list of values. parameters: see
-    `changed_parameters`; if one of them differs from the accepted run, nothing is compared.
+    either side, because they need data of the user: True for all, or column → list of values.
 
     Raises AssertionError that names row, column and both values.
     """
@@ -119,7 +119,7 @@ def hold_to_expected(
     found = pd.read_csv(io.StringIO(_as_csv(table)))  # both sides of a comparison are rounded alike
     if (twice := found.duplicated(keys)).any():
         raise ValueError(f"{name}: two rows have the keys {_row(found[twice].iloc[0], keys)}; add a key")
-    if changed := changed_parameters(name, parameters):
+    if changed := changed_parameters(name):
         verb = "differs" if len(changed) == 1 else "differ"
         print(f"{name}: not compared: {', '.join(changed)} {verb} from the accepted run")
         return

@@ -8,27 +8,27 @@ import re
 import runpy
 import shlex
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
+from unittest import mock
 
 import pandas as pd
 import yaml
 
 from geoclip import paths
 from geoclip.datasets import benchmarks, features, folder, shards
-from geoclip.reproduce import notebooks, rehearsal
-from geoclip.studies.runner import end_with_parent, merged
+from geoclip.reproduce import rehearsal
+from geoclip.studies.processes import end_with_parent
+from geoclip.studies.runner import merged
+from geoclip.training.config import read_yaml
 
 PLAN = Path(__file__).with_name("rehearsal.yaml")
 LOG, PROFILE = "rehearsal_log.csv", "rehearsal.yaml"
-SHARD_SIZE = 100  # addresses
 FAILED = "FAILED"  # what the reason of a failed step starts with
-FEW_LINES = 4  # of a failed step's output, that its reason quotes
 # Imported once, by the process that all steps are forked from.
 IMPORTS = ["geoclip.studies.runner", "geoclip.datasets.shards", "open_clip", "papermill"]
 LEFT_OUT = "not rehearsed: notebooks 00, 02, 11, 15 and 17, which read no photos"
@@ -59,8 +59,8 @@ def run(world: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
     places = {"GEOCLIP_DATA": str(world), "GEOCLIP_RESULTS": results, "GEOCLIP_FIGURES": results}
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
-    rows: list[dict] = []
-    with rehearsal.addresses(world), notebooks.variables(places):
+    rows = []
+    with rehearsal.addresses(world), mock.patch.dict(os.environ, places):
         for number, step in enumerate(steps(world, only), start=1):
             log = paths.make_folder(world / "logs") / f"{number:02d}.txt"
             log.write_text("")  # in case the step ends before it can write
@@ -72,19 +72,16 @@ def run(world: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
             except BaseException:
                 process.terminate()
                 raise
-            row = {"step": step.name, "images": 0, "seconds": round(time.monotonic() - began, 1)}
+            seconds, images, dropped = time.monotonic() - began, 0, reasons(step.drops)
             with contextlib.suppress(OSError, ValueError):  # what a failed step did not find or make
-                row["images"] = count(step.reads)
-            dropped = reasons(step.drops)
-            said = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+                images = count(step.reads)
+            said = "; ".join(f"{number} {reason}" for reason, number in dropped.items())
             if process.exitcode not in (0, int(step.drops is not None)):
-                last = " ".join(log.read_text(errors="replace").splitlines()[-FEW_LINES:])
+                last = " ".join(log.read_text(errors="replace").splitlines()[-4:])
                 said = f"{FAILED} with exit status {process.exitcode}: {last} (whole: {log})"
+            row = {"step": step.name, "images": images, "seconds": round(seconds, 1)}
             rows.append(row | {"dropped": sum(dropped.values()), "why": said})
-            print(
-                f"rehearsal: {step.name}: {row['images']:,} images, {row['seconds']:.0f} s. {said}",
-                flush=True,
-            )
+            print(f"rehearsal: {step.name}: {images:,} images, {seconds:.0f} s. {said}", flush=True)
             with paths.atomic(world / LOG) as temporary:
                 pd.DataFrame(rows).to_csv(temporary, index=False)
     return pd.DataFrame(rows)
@@ -92,7 +89,7 @@ def run(world: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
 
 def _run_step(command: list[str], log: Path) -> None:
     """Run a command in this process, which ends with its exit status, or with the rehearsal if that is killed."""
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
     with log.open("w") as file:
         for descriptor in (1, 2):
             os.dup2(file.fileno(), descriptor)
@@ -103,8 +100,10 @@ def _run_step(command: list[str], log: Path) -> None:
 
 def plan(world: Path) -> dict[str, Any]:
     """The content of PLAN for a rehearsal in the folder `world`."""
-    tars = -(-len(shards.read_urls(world / rehearsal.ADDRESSES)) // SHARD_SIZE)
+    tars = -(-len(shards.read_urls(world / rehearsal.ADDRESSES)) // 100)  # addresses of a shard
     names = {"WORLD": str(world), "TARS": f"{world}/rehearsal_shards/{{00000..{tars - 1:05d}}}.tar"}
+    names["OURS"] = f"--checkpoint {world}/runs/rehearsal/last.ckpt --gallery official"
+    names["SCORES"] = f"{world}/results/evaluate"
     return yaml.safe_load(Template(PLAN.read_text(encoding="utf-8")).substitute(names))
 
 
@@ -112,14 +111,12 @@ def steps(world: Path, only: Sequence[str] | None = None) -> list[Step]:
     """Shards, the features that the profile names, the other steps of the plan, and the notebooks `only`."""
     planned = plan(world)
     towers = {folder: shlex.split(words) for folder, words in planned["towers"].items()}
-    profile = yaml.safe_load((world / PROFILE).read_text(encoding="utf-8"))
+    profile = read_yaml(world / PROFILE)
     commands = {name: shlex.split(words) for name, words in planned["first"].items()}
     for about in profile["data"].values():
         words = shlex.split(about["make"].replace("$GEOCLIP_DATA", str(world)))[3:]
-        out = Path(words[words.index("--out") + 1])
-        commands[f"embed {out.relative_to(world)}"] = [
-            planned["tars"] if word == "mp16" else word for word in words
-        ]
+        name = Path(words[words.index("--out") + 1]).relative_to(world)
+        commands[f"embed {name}"] = [planned["tars"] if word == "mp16" else word for word in words]
     commands |= {name: shlex.split(words) for name, words in planned["steps"].items()}
     found = []
     for name, words in commands.items():
@@ -135,42 +132,36 @@ def steps(world: Path, only: Sequence[str] | None = None) -> list[Step]:
 
 def _step(name: str, words: list[str], world: Path) -> Step:
     """The step of a command, with what it reads and what it lists as unusable."""
-    given = dict(itertools.pairwise(words))
+    given, reads, drops = dict(itertools.pairwise(words)), Path(words[1]), None
     out = Path(given["--out"])
-    if words[0] == "shards":
-        return Step(name, words, Path(words[1]), out / shards.UNAVAILABLE)
-    if words[0] == "embed":
-        return Step(name, words, out, out / features.UNREADABLE)
-    if words[0] == "evaluate":
-        csv = benchmarks.find_csv(benchmarks.card(given["--benchmark"]), world)
-        return Step(name, words, csv, out.with_name(f"{out.stem}_unreadable.csv"))
-    if words[0] == "cells":
-        return Step(name, words, Path(words[1]))
-    data = given.get("--data") or yaml.safe_load(Path(given["--config"]).read_text(encoding="utf-8"))["data"]
-    return Step(name, words, Path(data))
+    match words[0]:
+        case "shards":
+            drops = out / shards.UNAVAILABLE
+        case "embed":
+            reads, drops = out, out / features.UNREADABLE
+        case "evaluate":
+            reads = benchmarks.find_csv(benchmarks.card(given["--benchmark"]), world)
+            drops = out.with_name(f"{out.stem}_unreadable.csv")
+        case "train":
+            reads = Path(given.get("--data") or read_yaml(given["--config"])["data"])
+    return Step(name, words, reads, drops)
 
 
 def write_profile(world: Path) -> None:
     """Write the paper's profile and training configurations to the world, changed as the plan says."""
     planned = plan(world)
     text = paths.profile("paper").read_text(encoding="utf-8")
-    profile = yaml.safe_load(re.sub(r"\b(Im2GPS3k|YFCC26k)\b", r"\1 rehearsal", text))
-    contents = {PROFILE: merged(profile, planned["profile"])}
+    paper = yaml.safe_load(re.sub(r"\b(Im2GPS3k|YFCC26k)\b", r"\1 rehearsal", text))
     for tower in planned["not rehearsed"]:
-        del contents[PROFILE]["notebooks"]["18_towers"]["parameters"]["TOWERS"][tower]
-    contents[PROFILE]["data"] = {
-        name: about
-        for name, about in profile["data"].items()
-        if name.partition(",")[0] not in planned["not rehearsed"]
-    }
+        del paper["notebooks"]["18_towers"]["parameters"]["TOWERS"][tower]
+        paper["data"] = {name: of for name, of in paper["data"].items() if not name.startswith(f"{tower},")}
+    contents = {PROFILE: merged(paper, planned["profile"])}
     for name, changes in planned["configurations"].items():
-        config = yaml.safe_load(paths.profile(name).read_text(encoding="utf-8"))
-        contents[f"{name}.yaml"] = merged(config, changes)
+        contents[f"{name}.yaml"] = merged(read_yaml(paths.profile(name)), changes)
     for name, content in contents.items():
+        text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False)
         with paths.atomic(world / name) as temporary:
-            temporary.write_text(
-                yaml.safe_dump(content, allow_unicode=True, sort_keys=False), encoding="utf-8"
-            )
+            temporary.write_text(text, encoding="utf-8")
 
 
 def count(source: Path) -> int:

@@ -45,11 +45,12 @@ def plan(
     for name, values in grid.items():
         if not isinstance(values, dict | list):
             raise ValueError(f"the grid's {name} is {values!r}; give a list or a mapping of values")
+        if name in changes:
+            continue
         if isinstance(values, dict):
             axes.append([(str(key), name, {key: value}) for key, value in values.items()])
         else:
             axes.append([(f"{name} {value}", name, value) for value in values])
-    axes = [axis for axis in axes if axis[0][1] not in changes]
     if isinstance(known.get("SEEDS"), list):
         count = profile.seeds if seeds is None else seeds
         if count < 1:

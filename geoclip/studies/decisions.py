@@ -1,8 +1,7 @@
 """Better answers from the same weights: what the notebooks on decisions and on uncertainty share."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -16,7 +15,6 @@ from geoclip.datasets import blue_marble
 from geoclip.datasets.features import FeatureData
 from geoclip.gallery import Gallery
 from geoclip.model import GeoCLIP
-from geoclip.neighbours import Neighbours, fit_fused, fused  # noqa: F401, for the notebooks
 from geoclip.posterior import Places, Posterior
 from geoclip.studies.runner import Study
 from geoclip.training import runs
@@ -80,7 +78,7 @@ def photo_case(study: Study, split: str, seed: int, n: int) -> Case:
 
     The posterior is fitted on each half of the blocks of 1° in turn, and answers for the other.
     """
-    module = runs.train(dataclasses.replace(study.reference, seed=seed)).load(with_tower=False)
+    module = runs.train(replace(study.reference, seed=seed)).load(with_tower=False)
     module.model.use_gallery(Gallery(study.gallery, "study"))
     features, latlon = study.tests[split]
     rows = torch.randperm(len(latlon), generator=seeded("decisions", split))[:n]
@@ -129,12 +127,12 @@ def collect(
 
 
 def paired(
-    error_km: Float[Tensor, " n"], reference_km: Float[Tensor, " n"], clusters: Sequence | None = None
+    error_km: Float[Tensor, " n"], reference_km: Float[Tensor, " n"], clusters: Sequence
 ) -> dict[str, float]:
     """Difference of accuracies, in points, of two answers to the same images, with its 95 % bootstrap interval."""
-    ends = evaluation.bootstrap(error_km, clusters) - evaluation.bootstrap(reference_km, clusters)
+    draws = evaluation.bootstrap(error_km, clusters) - evaluation.bootstrap(reference_km, clusters)
     row = {}
-    for i, (name, km) in enumerate(evaluation.named_thresholds()):
+    for (name, km), drawn in zip(evaluation.named_thresholds(), draws.T, strict=True):
         row[name] = 100 * ((error_km <= km).double() - (reference_km <= km).double()).mean().item()
-        row[f"{name}_low"], row[f"{name}_high"] = np.quantile(ends[:, i], [0.025, 0.975]).tolist()
+        row[f"{name}_low"], row[f"{name}_high"] = np.quantile(drawn, [0.025, 0.975])
     return row

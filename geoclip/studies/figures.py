@@ -16,7 +16,8 @@ from geoclip.studies.probes import blocks
 
 # One colour and one marker for each distance; the colours are Okabe and Ito's, safe for colour-blind readers.
 COLOURS = ("#000000", "#0072B2", "#009E73", "#E69F00", "#CC79A7")
-DISTANCES = list(zip(evaluation.named_thresholds(), COLOURS, ("o", "s", "^", "D", "v"), strict=True))
+DISTANCES = list(zip(evaluation.named_thresholds(), COLOURS, "os^Dv", strict=True))
+BARS = {"markersize": 4, "capsize": 2}
 
 
 def draw_differences(summary: pd.DataFrame, splits: Sequence[str]) -> Figure:
@@ -28,11 +29,9 @@ def draw_differences(summary: pd.DataFrame, splits: Sequence[str]) -> Figure:
         for axis, split in zip(axes[0], splits, strict=True):
             part = summary[summary["split"] == split].set_index("setting").loc[names]
             for number, ((column, km), colour, marker) in enumerate(DISTANCES):
-                mean = part[column].to_numpy()
-                ends = np.abs(part[[f"{column}_low", f"{column}_high"]].to_numpy().T - mean)
-                style = {"fmt": marker, "markersize": 4, "linestyle": "none", "color": colour, "capsize": 2}
+                style = {"marker": marker, "linestyle": "none", "color": colour} | BARS
                 rows = np.arange(len(names)) + 0.13 * (2 - number)  # the nearest distance on top
-                axis.errorbar(mean, rows, xerr=np.nan_to_num(ends), label=f"≤ {km:,} km", **style)
+                axis.errorbar(part[column], rows, xerr=_ends(part, column), label=f"≤ {km:,} km", **style)
             axis.axvline(0, color="#999999", linewidth=0.8)
             axis.set(title=split, xlabel="points below (left) or above the reference")
             axis.set_yticks(range(len(names)), names)
@@ -54,10 +53,8 @@ def draw_by_split(summary: pd.DataFrame, settings: Sequence[str], columns: Seque
         for setting, (colour, marker, line) in zip(there, lines, strict=False):
             part = summary[summary["setting"] == setting].set_index("split").loc[splits]
             for axis, column in zip(axes[0], columns, strict=True):
-                ends = part[[f"{column}_low", f"{column}_high"]].to_numpy().T
-                yerr = np.nan_to_num(np.abs(ends - part[column].to_numpy()))
-                style = {"color": colour, "marker": marker, "linestyle": line, "markersize": 4, "capsize": 2}
-                axis.errorbar(range(len(splits)), part[column], yerr=yerr, label=setting, **style)
+                style = {"marker": marker, "linestyle": line, "color": colour} | BARS
+                axis.errorbar(range(len(splits)), part[column], _ends(part, column), label=setting, **style)
         for axis, column in zip(axes[0], columns, strict=True):
             names = [split.replace(" km", "").replace("beyond", ">") for split in splits]
             axis.set_xticks(range(len(splits)), names, fontsize=7)
@@ -83,10 +80,9 @@ def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str]
             part = part.sort_values(x)
             values = part[x].to_numpy(float)
             for (column, km), colour, marker in DISTANCES:
-                style = {"color": colour, "marker": marker, "markersize": 4}
-                axis.plot(values, part[column], label=f"≤ {km:,} km", **style)
-                low, high = (part[f"{column}_{end}"].to_numpy(float) for end in ("low", "high"))
-                axis.fill_between(values, low, high, color=colour, alpha=0.25, linewidth=0)
+                axis.plot(values, part[column], marker, ls="-", ms=4, color=colour, label=f"≤ {km:,} km")
+                ends = part[f"{column}_low"], part[f"{column}_high"]
+                axis.fill_between(values, *ends, color=colour, alpha=0.25, linewidth=0)
             if (values == 0).any():  # linear below the smallest value that is not 0
                 axis.set_xscale("symlog", linthresh=float(values[values > 0].min()), linscale=0.6)
             else:
@@ -99,6 +95,12 @@ def draw_curves(summary: pd.DataFrame, x: str, label: str, panels: Sequence[str]
             axis.set_ylabel("found within the distance, %")
         _finish(figure, axes, summary)
     return figure
+
+
+def _ends(part: pd.DataFrame, column: str) -> np.ndarray:
+    """Lengths (2, n) of the bars below and above the means of a column; 0 where one seed has no interval."""
+    ends = part[[f"{column}_low", f"{column}_high"]].to_numpy().T
+    return np.nan_to_num(np.abs(ends - part[column].to_numpy()))
 
 
 def _finish(figure: Figure, axes: np.ndarray, summary: pd.DataFrame) -> None:

@@ -11,14 +11,12 @@ import numpy as np
 import pandas as pd
 from joblib import delayed
 from sklearn.linear_model import RidgeCV
-from sklearn.metrics import r2_score
 from sklearn.neighbors import NearestNeighbors
 from sklearn.preprocessing import StandardScaler
 
 from geoclip.datasets.geography import Task
 from geoclip.studies import probes
 
-NEIGHBOURS = 5
 ALPHAS = (1.0, 10.0, 100.0, 1e3, 1e4)  # penalties of ridge, chosen for each target by leave-one-out
 
 
@@ -26,7 +24,7 @@ def compare(
     tasks: Mapping[str, Task],
     embeddings: Mapping[str, Callable],
     config: probes.ProbeConfig,
-    neighbours: int = NEIGHBOURS,
+    neighbours: int,
 ) -> pd.DataFrame:
     """Return the rows of `probes.compare` for both predictors, "neighbours" and "ridge" in the column probe.
 
@@ -40,7 +38,7 @@ def compare(
     for group in groups.values():
         latlon, outer = group[0].latlon, replace(config, block_deg=group[0].block_deg)
         truths = [_targets(task) for task in group]
-        jobs = [(how, *job) for how in ("random", "blocked") for job in probes.splits(latlon, how, outer)]
+        jobs = [(how, *job) for how in probes.SPLITS for job in probes.splits(latlon, how, outer)]
         for name, embedding in embeddings.items():
             x = probes.embed(embedding, latlon)
             for task in group:
@@ -80,11 +78,6 @@ def _one(group, truths, x, neighbours: int, split: str, seed: int, train, test) 
     for probe, answer in answers.items():
         for task, (_, truth), own in zip(group, truths, np.split(answer, edges, axis=1), strict=True):
             row = {"task": task.name, "measure": task.measure, "split": split, "probe": probe, "seed": seed}
-            row |= {"n_train": len(train), "n_test": len(test), "reachable": 100.0}
-            if task.measure == "r2":
-                row["score"] = r2_score(truth[test], own[:, 0])
-            else:
-                row["score"] = 100 * np.mean(own.argmax(1) == truth[test])
-                row["reachable"] = 100 * np.isin(truth[test], truth[train]).mean()
-            rows.append(row)
+            own = own[:, 0] if task.measure == "r2" else own.argmax(1)
+            rows.append(row | probes.scored(own, truth, train, test, task.measure))
     return rows

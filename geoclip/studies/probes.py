@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 from joblib import Parallel, delayed
-from scipy import linalg, sparse
+from scipy import linalg
 from sklearn.compose import TransformedTargetRegressor
 from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import r2_score
+from sklearn.metrics import accuracy_score, r2_score
 from sklearn.model_selection import GroupShuffleSplit, KFold, ShuffleSplit, StratifiedKFold
 from sklearn.neural_network import MLPClassifier, MLPRegressor
 from sklearn.pipeline import make_pipeline
@@ -31,6 +31,8 @@ from geoclip.datasets.geography import Task
 from geoclip.studies.statistics import t_interval
 
 Measure = Literal["accuracy", "r2"]
+SCORES = {"accuracy": accuracy_score, "r2": r2_score}
+SPLITS = ("random", "blocked")
 JOBS = 2  # splits at a time; each holds its own scaled copy of the training rows
 # RANGE's: ridge penalties to choose from, and the inner folds that choose one
 ALPHAS = (0.1, 1.0, 10.0)
@@ -59,12 +61,12 @@ class HiddenLayerConfig:
     standardize: bool = True  # each column of the input
 
 
-def embed(embedding: Callable, latlon, batch: int = 8192) -> np.ndarray:
+def embed(embedding: Callable, latlon) -> np.ndarray:
     """Return the embedding (n, d), float32, of n places in degrees; `embedding` maps (n, 2) → (n, d)."""
     latlon = earth.check_latlon(latlon).float().reshape(-1, 2)
     parts = []
     with torch.inference_mode():
-        for places in latlon.split(batch):
+        for places in latlon.split(8192):
             part = torch.as_tensor(embedding(places)).float().cpu()
             if part.ndim != 2 or len(part) != len(places):
                 raise ValueError(f"the embedding of {len(places)} places has the shape {tuple(part.shape)}")
@@ -112,62 +114,43 @@ class RidgeProbe:
     def fit(self, x: np.ndarray, y: np.ndarray) -> "RidgeProbe":
         """Fit features x (n, d) and classes or numbers y (n,); the penalty that was chosen is `alpha_`."""
         self._scaler = MinMaxScaler().fit(x)
-        x = self._scaler.transform(x)
-        self._centre = x.mean(0, dtype=np.float64)
+        self._centre = self._scaler.transform(x).mean(0, dtype=np.float64)
         if self.measure == "accuracy":
-            self.classes_, y = np.unique(y, return_inverse=True)
-            largest = int(np.bincount(y).max())  # scikit-learn requires a class with a member in each fold
-            folds = StratifiedKFold(max(2, min(CLASS_FOLDS, largest)))
-            precision = np.float32  # of the inner folds' answers, of which only the largest counts
+            self.classes_, members = np.unique(y, return_counts=True)
+            targets = np.where(y[:, None] == self.classes_, 1.0, -1.0)
+            # scikit-learn requires a class with a member in each fold
+            folds = StratifiedKFold(max(2, min(CLASS_FOLDS, members.max())))
         else:
-            y = np.asarray(y, dtype=np.float64)
-            folds, precision = KFold(NUMBER_FOLDS), np.float64
+            targets, folds = np.asarray(y, dtype=np.float64)[:, None], KFold(NUMBER_FOLDS)
+        x = self._columns(x)
         held_out = [rows for _, rows in folds.split(x, y)]
-        parts = [self._products(x[rows], y[rows]) for rows in held_out]
-        total = [sum(both) for both in zip(*parts, strict=True)]
-        scores = np.zeros((len(parts), len(ALPHAS)))
-        for part, rows, row in zip(parts, held_out, scores, strict=True):
-            system = _centred(*(all_rows - own for all_rows, own in zip(total, part, strict=True)))
-            features = (x[rows] - self._centre).astype(precision)
+        parts = [(x[rows].T @ x[rows], x[rows].T @ targets[rows]) for rows in held_out]
+        xx, xy = (sum(of_folds) for of_folds in zip(*parts, strict=True))
+        scores = np.empty((len(parts), len(ALPHAS)))
+        for row, rows, (own_xx, own_xy) in zip(scores, held_out, parts, strict=True):
             for column, alpha in enumerate(ALPHAS):
-                weights, bias = _solve(*system, alpha)
-                answer = features @ weights.astype(precision) + bias
-                if self.measure == "accuracy":
-                    row[column] = (answer.argmax(1) == y[rows]).mean()
-                else:
-                    row[column] = r2_score(y[rows], answer[:, 0])
+                answer = self._decide(x[rows] @ _solve(xx - own_xx, xy - own_xy, alpha))
+                row[column] = SCORES[self.measure](y[rows], answer)
         self.alpha_ = ALPHAS[int(scores.mean(0).argmax())]
-        self._weights, self._bias = _solve(*_centred(*total), self.alpha_)
+        self._weights = _solve(xx, xy, self.alpha_)
         return self
 
     def predict(self, x: np.ndarray) -> np.ndarray:
         """Return the predicted classes or numbers (n,)."""
-        answer = (self._scaler.transform(x) - self._centre) @ self._weights + self._bias
+        return self._decide(self._columns(x) @ self._weights)
+
+    def _columns(self, x: np.ndarray) -> np.ndarray:
+        """The scaled and centred columns, and one of ones, whose weight is the intercept: (n, d + 1)."""
+        return np.column_stack([self._scaler.transform(x) - self._centre, np.ones(len(x))])
+
+    def _decide(self, answer: np.ndarray) -> np.ndarray:
         return self.classes_[answer.argmax(1)] if self.measure == "accuracy" else answer[:, 0]
 
-    def _products(self, x: np.ndarray, y: np.ndarray) -> tuple:
-        """All that ridge needs of some rows, for k targets: their number, Σx (d,), Σy (k,), XᵀX and XᵀY."""
-        x = x - self._centre
-        if self.measure == "r2":
-            return len(x), x.sum(0), y.sum(keepdims=True), x.T @ x, x.T @ y[:, None]
-        ones = sparse.csr_array((np.ones(len(y)), (np.arange(len(y)), y)), (len(y), len(self.classes_)))
-        # targets are ±1, that is 2 · ones − 1
-        return len(x), x.sum(0), 2 * ones.sum(0) - len(x), x.T @ x, 2 * (ones.T @ x).T - x.sum(0)[:, None]
 
-
-def _centred(n, x, y, xx, xy) -> tuple:
-    """Means, XᵀX and XᵀY about the means: ridge does not penalise the intercept."""
-    x, y = x / n, y / n
-    return x, y, xx - n * np.outer(x, x), xy - n * np.outer(x, y)
-
-
-def _solve(x, y, xx, xy, alpha: float) -> tuple[np.ndarray, np.ndarray]:
-    """Weights (d, k) and intercepts (k,) of ridge with the penalty `alpha`, from _centred."""
-    matrix = xx.copy()
-    matrix[np.diag_indices_from(matrix)] += alpha
-    factor = linalg.cho_factor(matrix, lower=True, overwrite_a=True, check_finite=False)
-    weights = linalg.cho_solve(factor, xy, check_finite=False)
-    return weights, y - x @ weights
+def _solve(xx: np.ndarray, xy: np.ndarray, alpha: float) -> np.ndarray:
+    """Weights (d + 1, k) of ridge for XᵀX and XᵀY; the penalty `alpha` is on all but the last, the intercept."""
+    penalty = np.append(np.full(len(xx) - 1, alpha), 0.0)
+    return linalg.solve(xx + np.diag(penalty), xy, assume_a="pos")
 
 
 def hidden_layer(measure: Measure | Literal["labels"], config: HiddenLayerConfig, seed: int):
@@ -203,29 +186,28 @@ def probe(
     target = np.asarray(target)
     check_rows(embedding, target, latlon, measure)
 
-    def jobs():
-        for seed, train, test in splits(latlon, split, config):
-            if sizes is None:
-                yield seed, train, test
-                continue
-            order = np.random.default_rng(seed).permutation(train)
-            for size in sizes:
-                if size > len(train):
-                    raise ValueError(f"{size} training places were asked for; split {seed} has {len(train)}")
-                yield seed, order[:size], test
-
     def one(seed, train, test):
         fitted = (model(seed) if model else RidgeProbe(measure)).fit(embedding[train], target[train])
-        answer, truth, reachable = fitted.predict(embedding[test]), target[test], 100.0
-        if measure == "accuracy":
-            score, reachable = 100 * np.mean(answer == truth), 100 * np.isin(truth, target[train]).mean()
-        else:
-            score = r2_score(truth, answer)
-        row = {"seed": seed, "score": float(score), "n_train": len(train), "n_test": len(test)}
-        return row | {"reachable": float(reachable), "alpha": getattr(fitted, "alpha_", np.nan)}
+        row = scored(fitted.predict(embedding[test]), target, train, test, measure)
+        return {"seed": seed} | row | {"alpha": getattr(fitted, "alpha_", np.nan)}
 
+    jobs = []
+    for seed, train, test in splits(latlon, split, config):
+        if sizes is not None and max(sizes) > len(train):
+            raise ValueError(f"{max(sizes)} training places were asked for; split {seed} has {len(train)}")
+        order = np.random.default_rng(seed).permutation(train)
+        parts = [train] if sizes is None else [order[:size] for size in sizes]
+        jobs += [delayed(one)(seed, part, test) for part in parts]
     with expected_warnings():
-        return pd.DataFrame(in_threads([delayed(one)(*rows) for rows in jobs()]))
+        return pd.DataFrame(in_threads(jobs))
+
+
+def scored(answer: np.ndarray, target: np.ndarray, train, test, measure: Measure) -> dict[str, float]:
+    """Return score, n_train, n_test and reachable, as `probe` does, of the answers for the test rows."""
+    score, reachable = SCORES[measure](target[test], answer), 100.0
+    if measure == "accuracy":
+        score, reachable = 100 * score, 100 * np.isin(target[test], target[train]).mean()
+    return {"score": score, "n_train": len(train), "n_test": len(test), "reachable": reachable}
 
 
 def in_threads(jobs: Iterable) -> list:
@@ -237,11 +219,10 @@ def in_threads(jobs: Iterable) -> list:
 def compare(
     tasks: Mapping[str, Task],
     embeddings: Mapping[str, Callable],
-    splits: tuple[str, ...] = ("random", "blocked"),
-    config: ProbeConfig = ProbeConfig(),
+    config: ProbeConfig,
     hidden: HiddenLayerConfig | None = None,
 ) -> pd.DataFrame:
-    """Probe every embedding for every task in every split: the rows of `probe`, with what they belong to.
+    """Probe every embedding for every task in both kinds of split: the rows of `probe`, with what they belong to.
 
     hidden: probe with one hidden layer instead of ridge. Places that tasks share are embedded once.
     """
@@ -254,7 +235,7 @@ def compare(
             x = embed(embedding, union)
             for task, own in zip(group, rows, strict=True):
                 model = partial(hidden_layer, task.measure, hidden) if hidden else None
-                for split in splits:
+                for split in SPLITS:
                     blocked = replace(config, block_deg=task.block_deg)
                     table = probe(x[own], task.target, task.latlon, task.measure, split, blocked, model)
                     keys = {"task": task.name, "embedding": name, "d": x.shape[1], "split": split}
@@ -299,24 +280,16 @@ def readable(summary: pd.DataFrame, rows: list[str], columns: list[str]) -> pd.D
 
 
 def held_out_prediction(
-    embedding: np.ndarray,
-    target,
-    latlon,
-    places: np.ndarray,
-    at,
-    measure: Measure,
-    block_deg: float = 10.0,
+    embedding: np.ndarray, target: np.ndarray, latlon, places: np.ndarray, at, measure: Measure
 ) -> np.ndarray:
     """Predict new places (m,), each with a ridge probe that saw no training place of the new place's block.
 
     embedding, target, latlon: training places. places (m, d), at (m, 2): embedding and coordinates of the new
     ones. Blocks are assigned to folds at random; a fold's model is fitted on the places of the others.
     """
-    own, new = blocks(latlon, block_deg), blocks(at, block_deg)
-    names = np.unique(np.concatenate([own, new]))
-    fold_of = np.random.default_rng(0).permutation(len(names)) % 5
-    own, new = (fold_of[np.searchsorted(names, block)] for block in (own, new))
-    target = np.asarray(target)
+    names, block = np.unique(np.concatenate([blocks(latlon), blocks(at)]), return_inverse=True)
+    fold = (np.random.default_rng(0).permutation(len(names)) % 5)[block]
+    own, new = np.split(fold, [len(target)])
     answer = np.empty(len(places), dtype=target.dtype)
     with expected_warnings(), threadpool_limits(1):
         for fold in range(5):

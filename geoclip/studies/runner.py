@@ -4,17 +4,15 @@ The ablations train on features of a frozen tower, as the paper does: for photos
 that of a model trained as in notebook 03. Notebook 12 trains each model whole, on tiles or photos.
 """
 
-import dataclasses
 import hashlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,6 +27,7 @@ from geoclip import baselines, earth, evaluation, gallery, paths, predictor
 from geoclip.datasets import benchmarks, blue_marble, embedding, features, folder, sources
 from geoclip.datasets.folder import Geotagged
 from geoclip.image_encoder import ImageEncoder
+from geoclip.studies.processes import end_with_parent
 from geoclip.training import runs
 from geoclip.training.config import RunConfig, TrainConfig, plain
 from geoclip.training.data import seeded
@@ -39,6 +38,10 @@ BATCH = 256  # images scored at once
 SPLITS = ("random", "blocked")  # of the tiles
 # Bands in km of a blocked tile's distance from the nearest training place: one test split each in the ablations.
 BANDS_KM = (0, 50, 100, 200, math.inf)
+# Largest accepted differences between two processors, whose arithmetic differs in the last digits, which training
+# multiplies, in the frozen tower too. Between two of them the means moved by up to 6 points, and within 25 km by 1 on
+# the random split and by 6 (differences: 12) elsewhere. Ends of intervals rest on few seeds and are not compared.
+TOLERANCE = {"*_low": None, "*_high": None, "acc_1km": 1.5, "acc_25km": 12.0, "acc_*": 8.0}
 RESULTS = ("steps", "samples", "seconds", "parameters")  # columns from a run's result.json
 
 Tests = Mapping[str, tuple[Float[Tensor, "n v c"], Float[Tensor, "n 2"]]]
@@ -73,6 +76,23 @@ class Study:
             digest.update(repr((split, rows, photos.missing())).encode())
         return digest.hexdigest()[:16]
 
+    def __str__(self) -> str:
+        """Return what a notebook prints of an ablation: data, size and splits."""
+        used, places = self.reference, len(self.gallery)
+        size = f"batch {used.batch_size}, queue {used.queue}, {used.epochs} epochs, gallery of {places:,}"
+        images = [f"{split}: {len(tests):,} test images" for split, (tests, _) in self.tests.items()]
+        return "\n".join([f"data: {self.label}", size, *images])
+
+    @property
+    def drawn(self) -> list[str]:
+        """The splits that figures show: two of the tiles', all of others."""
+        return [split for split in self.tests if split in ("random", "50 to 100 km")] or list(self.tests)
+
+    @property
+    def data_hash(self) -> str | None:
+        """The hash of the embedded tiles, if the study is of tiles."""
+        return blue_marble.data_hash() if self.label == blue_marble.LABEL else None
+
 
 def run(
     study: Study,
@@ -92,30 +112,35 @@ def run(
 
     Returns the columns data, setting, split, seed, RESULTS and those of evaluation.summarize.
     """
-    key = study.key()
-    jobs = []
-    for name, changes in settings.items():
-        for seed in seeds:
-            config = changed(study.reference, {**changes, "seed": seed})
-            jobs.append((name, config, runs.run_folder(config) / f"errors-{key}.npz"))
+    jobs, tests = [], study.key()
+    for (name, changes), seed in itertools.product(settings.items(), seeds):
+        config = changed(study.reference, {**changes, "seed": seed})
+        jobs.append((name, config, runs.run_folder(config) / f"errors-{tests}.npz"))
     missing = {file: config for _, config, file in jobs if not file.is_file()}
-    workers = workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
-    if workers == 1:
+    workers = min(workers or (1 if torch.cuda.is_available() else os.cpu_count() or 1), len(missing))
+    if workers > 1:
+        context = multiprocessing.get_context("forkserver")  # a server without threads imports torch once
+        context.set_forkserver_preload([__name__])
+        with ProcessPoolExecutor(workers, context, _start_worker, (study,)) as pool:
+            list(pool.map(_train_and_score, missing, missing.values()))
+    else:
         for file, config in missing.items():
-            _train_and_score(study, config, file)
-    elif missing:
-        _in_processes(study, missing, min(workers, len(missing)))
+            _train_and_score(file, config, study)
     rows, errors = [], {}
     for name, config, file in jobs:
         result = runs.Run(file.parent, config).result
+        about = {column: result[column] for column in RESULTS}
         with np.load(file) as scored:
             for answer_and_split, error_km in scored.items():
                 answer, split = answer_and_split.split("/", 1)
-                setting = f"{name}, {answer}" if answer else name
-                errors[setting, split, config.seed] = error_km
-                row = {"data": study.label, "setting": setting, "split": split, "seed": config.seed}
-                row |= {column: result[column] for column in RESULTS}
-                rows.append(row | evaluation.summarize(torch.from_numpy(error_km)))
+                key = {
+                    "setting": f"{name}, {answer}" if answer else name,
+                    "split": split,
+                    "seed": config.seed,
+                }
+                errors[*key.values()] = error_km
+                score = evaluation.summarize(torch.from_numpy(error_km))
+                rows.append({"data": study.label} | key | about | score)
     table = pd.DataFrame(rows)
     return (table, errors) if return_errors else table
 
@@ -126,7 +151,7 @@ def changed(config: RunConfig, changes: Mapping[str, Any]) -> RunConfig:
     If `model` changes, the fields that the two models share are kept.
     """
     config_class = baselines.config_class(changes.get("model", config.model))
-    shared = {field.name for field in dataclasses.fields(config_class)} - {"model"}
+    shared = {field.name for field in fields(config_class)} - {"model"}
     values = {name: value for name, value in plain(config).items() if name in shared}
     return baselines.as_config(merged({"model": config.model} | values, changes))
 
@@ -140,18 +165,6 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
     return found
 
 
-def _in_processes(study: Study, missing: Mapping[Path, RunConfig], workers: int) -> None:
-    """Train and score in processes, which end when this one ends, however it ends."""
-    context = multiprocessing.get_context("forkserver")  # a server without threads imports torch once for all
-    context.set_forkserver_preload([__name__])
-    pool = ProcessPoolExecutor(workers, context, _start_worker, (study,))
-    try:
-        for job in [pool.submit(_train_and_score, None, config, file) for file, config in missing.items()]:
-            job.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 _study: Study | None = None  # of a worker process: sent once, not with every job
 
 
@@ -159,22 +172,16 @@ def _start_worker(study: Study) -> None:
     global _study
     _study = study
     torch.set_num_threads(1)
-    threading.Thread(target=end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def end_with_parent() -> None:
-    """End this process once its parent has ended; for a thread of a worker."""
-    multiprocessing.parent_process().join()
-    os._exit(1)  # checkpoints are written whole, so that the next run resumes from the last epoch
-
-
-def _train_and_score(study: Study | None, config: RunConfig, file: Path) -> None:
+def _train_and_score(file: Path, config: RunConfig, study: Study | None = None) -> None:
     """Train a model, unless it is kept, and write the errors of its answers as "ANSWER/SPLIT" to `file`."""
     study = study or _study
     trained = runs.train(config, kind=baselines.kind(config.model))
     found = errors_km(trained.load(with_tower=study.tests is None), study)
     with paths.atomic(file) as temporary:
-        np.savez(temporary, **{f"{answer}/{split}": error_km for (answer, split), error_km in found.items()})
+        np.savez(temporary, **{"/".join(key): error_km for key, error_km in found.items()})
 
 
 @torch.inference_mode()
@@ -188,7 +195,7 @@ def errors_km(module: TrainingModule, study: Study) -> dict[tuple[str, str], np.
         elif study.tests is None:
             images, latlon = module.test_tiles(split)
             parts = [module.answers(part) for part in images.split(BATCH)]
-            answers = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            answers = {name: torch.cat([part[name] for part in parts]) for name in module.ways}
         else:
             views, latlon = study.tests[split]
             answers = {"": answer_features(module, views, study.gallery)}
@@ -239,39 +246,30 @@ def answer_features(
 
 
 def open_study(
-    reference: Path | str,
-    data: Path | str | None = None,
-    tests: Mapping[str, Path | str] | None = None,
+    reference: Path | str, data: Path | str | None = None, tests: Mapping[str, Path | str] | None = None
 ) -> Study:
     """Open the study that a notebook's parameters name.
 
-    reference: YAML file of the fields of TrainConfig. data: folder of the training photos' features, scored on
-    the authors' 100 K gallery; None stands for Blue Marble tiles, four augmented views of each, through a tower
+    reference: profile or YAML file of the fields of TrainConfig. data: folder of the training photos' features,
+    scored on the authors' 100 K gallery; None: Blue Marble tiles, four augmented views of each, through a tower
     trained as in notebook 03. tests: split → folder of features; required with `data`.
     """
-    config = baselines.as_config(Path(reference))
+    config = baselines.as_config(paths.profile(reference))
     if data is None:
         tower = baselines.as_config(paths.profile("train_embedded"))
-        splits = dataclasses.replace(config.splits, gallery=tower.splits.gallery)
-        trained = runs.train(dataclasses.replace(tower, splits=splits))
-        image = dataclasses.replace(config.image, weights=str(trained.checkpoint))
-        config = dataclasses.replace(config, image=image)
-        config = dataclasses.replace(config, data=str(tile_folder(config, views=4)))
+        trained = runs.train(replace(tower, splits=replace(config.splits, gallery=tower.splits.gallery)))
+        config = replace(config, image=replace(config.image, weights=str(trained.checkpoint)))
+        config = replace(config, data=str(tile_folder(config, views=4)))
         places = blue_marble.splits(config.splits)["gallery"]
         return Study(blue_marble.LABEL, config, tile_tests(config), places)
     if not tests:
         raise ValueError("a folder of training features needs folders of test features too (split → folder)")
-    config = dataclasses.replace(config, data=str(data))
-    label = _label(features.FeatureData(data, config.image))
+    config = replace(config, data=str(data))
+    trained_on = features.FeatureData(data, config.image)
+    label, folder = trained_on.info.source, trained_on.folder.absolute().parent
+    if card := benchmarks.CARDS.get(folder.name):  # of mp16/features: "MP-16, 4,123,456 of 4,723,695"
+        label = benchmarks.called(benchmarks.marked(card.title, folder.parent), trained_on)
     return Study(label, config, folder_tests(tests, config), gallery.Gallery.official().latlon)
-
-
-def _label(trained_on: features.FeatureData) -> str:
-    """What the features are of: for GEOCLIP_DATA/mp16/features "MP-16, 4,123,456 of 4,723,695", else the source."""
-    folder = trained_on.folder.absolute().parent
-    if (card := benchmarks.CARDS.get(folder.name)) is None:
-        return trained_on.info.source
-    return benchmarks.called(benchmarks.marked(card.title, folder.parent), trained_on)
 
 
 def open_photos(reference: RunConfig, names: Sequence[str]) -> Study:
@@ -279,10 +277,9 @@ def open_photos(reference: RunConfig, names: Sequence[str]) -> Study:
 
     names: cards of the benchmarks to answer; those without photos in GEOCLIP_DATA are left out, and named.
     """
-    absent = [name for name in names if benchmarks.on_disk(name) != "photos"]
-    there = [benchmarks.load(name) for name in names if name not in absent]
-    if absent:
+    if absent := [name for name in names if benchmarks.on_disk(name) != "photos"]:
         print(f"left out, because GEOCLIP_DATA has no photos of it: {', '.join(absent)}")
+    there = [benchmarks.load(name) for name in names if name not in absent]
     if not there:
         raise FileNotFoundError(f"GEOCLIP_DATA has the photos of none of {', '.join(names)}")
     csv = Path(reference.data)
@@ -302,14 +299,13 @@ def folder_tests(tests: Mapping[str, Path | str], config: TrainConfig) -> Tests:
         print(f"left out, because their features are missing: {', '.join(absent)}")
     if len(absent) == len(tests):
         raise FileNotFoundError(f"no features to test on: {', '.join(map(str, tests.values()))}")
-    trained_on = features.FeatureData(config.data, config.image).info.tower_hash
-    opened = {
-        split: features.FeatureData(tests[split], config.image) for split in tests if split not in absent
-    }
-    for split, test in opened.items():
-        if test.info.tower_hash != trained_on:
+    tower, found = features.FeatureData(config.data, config.image).info.tower_hash, {}
+    for split in [split for split in tests if split not in absent]:
+        test = features.FeatureData(tests[split], config.image)
+        if test.info.tower_hash != tower:
             raise ValueError(f"{test.folder} ({split}) holds features of another tower: embed it again")
-    return {benchmarks.called(split, test): (test.tensor(), test.latlon) for split, test in opened.items()}
+        found[benchmarks.called(split, test)] = (test.tensor(), test.latlon)
+    return found
 
 
 def gallery_of(study: Study, size: int) -> Float[Tensor, "m 2"]:
@@ -319,7 +315,7 @@ def gallery_of(study: Study, size: int) -> Float[Tensor, "m 2"]:
     part; otherwise from the study's gallery.
     """
     if study.label == blue_marble.LABEL:
-        return blue_marble.splits(dataclasses.replace(study.reference.splits, gallery=size))["gallery"]
+        return blue_marble.splits(replace(study.reference.splits, gallery=size))["gallery"]
     places = study.gallery.unique(dim=0)
     if size > len(places):
         raise ValueError(f"a gallery of {size:,} places was asked for; there are {len(places):,}")
@@ -329,9 +325,8 @@ def gallery_of(study: Study, size: int) -> Float[Tensor, "m 2"]:
 def tile_folder(config: TrainConfig, views: int) -> Path:
     """Return the folder of the training tiles' features, `views` augmented views of each; make it if needed."""
     encoder = ImageEncoder(config.image).eval()
-    source = sources.Tiles("train", config.tiles, sizes=config.splits)
-    how = sources.Views(number=views)
-    info = dataclasses.asdict(features.FeatureInfo.of(source, encoder, how))
+    source, how = sources.Tiles("train", config.tiles, sizes=config.splits), sources.Views(number=views)
+    info = asdict(features.FeatureInfo.of(source, encoder, how))
     key = hashlib.sha256(json.dumps(info, sort_keys=True).encode()).hexdigest()[:16]
     folder = paths.make_folder(paths.CACHE / "features") / key
     with FileLock(folder.with_suffix(".lock")):
@@ -352,7 +347,7 @@ def tile_tests(config: TrainConfig, crops: Literal["one", "five", "ten"] = "one"
 
     encoder, tiles, side = ImageEncoder(config.image).eval(), config.tiles, config.tiles.pixels
     if crops != "one":
-        tiles = dataclasses.replace(tiles, pixels=side * 256 // 224)
+        tiles = replace(tiles, pixels=side * 256 // 224)
     cuts = {"one": lambda images, side: [images], "five": transforms.five_crop, "ten": transforms.ten_crop}
     tests = {}
     for split in SPLITS:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from geoclip import evaluation
 
-ACCURACY = ("acc_1km", "acc_25km", "acc_200km", "acc_750km", "acc_2500km")
+ACCURACY = tuple(evaluation.ACCURACY_COLUMNS)
 
 
 def t_interval(values: Iterable[float], overlap: float = 0.0) -> tuple[float, float, float]:
@@ -21,15 +21,11 @@ def t_interval(values: Iterable[float], overlap: float = 0.0) -> tuple[float, fl
     for one seed. overlap: n_test / n_train where each seed draws its own split of the same data: such scores are
     correlated, and the variance between seeds counts 1 / n + overlap times (Nadeau and Bengio, 2003).
     """
-    values = np.array(list(values), dtype=np.float64)
-    if values.size == 0 or not np.isfinite(values).all():
+    values = pd.Series(values, dtype=float)
+    if values.empty or not np.isfinite(values).all():
         raise ValueError(f"an interval needs at least one value, all of them finite; got {values.tolist()}")
-    mean = values.mean()
-    if values.size == 1:
-        return float(mean), float("nan"), float("nan")
-    deviation = values.std(ddof=1) * np.sqrt(1 / values.size + overlap)
-    half = stats.t.ppf(0.975, values.size - 1) * deviation
-    return float(mean), float(mean - half), float(mean + half)
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std() * np.sqrt(1 / len(values) + overlap)
+    return float(values.mean()), float(values.mean() - half), float(values.mean() + half)
 
 
 def over_seeds(runs: pd.DataFrame, by: Sequence[str], columns: Sequence[str] = ACCURACY) -> pd.DataFrame:
@@ -37,17 +33,14 @@ def over_seeds(runs: pd.DataFrame, by: Sequence[str], columns: Sequence[str] = A
 
     runs: one row for each group and seed, with a column `seed`. Groups keep their order; `seeds` counts them.
     """
-    _check(runs, by)
-    if runs.empty:
-        ends = [name + end for name in columns for end in ("", "_low", "_high")]
-        return pd.DataFrame(columns=[*by, "seeds", *ends])
+    twice = runs[runs.duplicated([*by, "seed"])]
+    if len(twice):
+        raise ValueError(f"the table of runs has {twice.iloc[0][[*by, 'seed']].to_dict()} more than once")
     rows = []
     for key, group in runs.groupby(list(by), sort=False):
-        row = dict(zip(by, key, strict=True)) | {"seeds": len(group)}
-        for column in columns:
-            row[column], row[f"{column}_low"], row[f"{column}_high"] = t_interval(group[column])
-        rows.append(row)
-    return pd.DataFrame(rows)
+        rows.append([*key, len(group), *(end for column in columns for end in t_interval(group[column]))])
+    ends = [column + end for column in columns for end in ("", "_low", "_high")]
+    return pd.DataFrame(rows, columns=[*by, "seeds", *ends])
 
 
 def paired_differences(
@@ -63,7 +56,6 @@ def paired_differences(
     Seeds that only one of the two has are left out. The intervals are not corrected for multiple comparisons.
     name: the column of the settings. share: return percent of the reference's score, not the difference.
     """
-    _check(runs, [*by, name])
     if reference not in set(runs[name]):
         known = ", ".join(map(repr, runs[name].unique()))
         raise ValueError(f"no run has {name} = {reference!r}; there are {known}")
@@ -75,13 +67,6 @@ def paired_differences(
             raise ValueError(f"{column} of {reference!r} is 0 for a seed: there is no share of it")
         pairs[column] = 100 * pairs[column] / base_score if share else pairs[column] - base_score
     return over_seeds(pairs, [name, *by], columns)
-
-
-def _check(runs: pd.DataFrame, by: Sequence[str]) -> None:
-    keys = [*by, "seed"]
-    twice = runs[runs.duplicated(keys)]
-    if len(twice):
-        raise ValueError(f"the table of runs has {twice.iloc[0][keys].to_dict()} more than once")
 
 
 def plus_minus(mean: float, low: float, high: float) -> str:
@@ -134,10 +119,13 @@ def ceiling_by_size(
             error_km = evaluation.ceiling(truth, unique[order[:size]])
             errors.append(evaluation.summarize(error_km))
             scores.append(evaluation.bootstrap(error_km, authors, draws, np.random.default_rng(number)))
-        low, high = np.percentile(np.concatenate(scores), [2.5, 97.5], axis=0)
-        row: dict[str, float] = {"gallery_n": size, "n": len(truth), "galleries": len(errors)}
-        for i, name in enumerate(evaluation.ACCURACY_COLUMNS):
-            row[name] = float(np.mean([error[name] for error in errors]))
-            row |= {f"{name}_low": float(low[i]), f"{name}_high": float(high[i])}
+        ends = np.percentile(np.concatenate(scores), [2.5, 97.5], axis=0).T
+        row = {"gallery_n": size, "n": len(truth), "galleries": len(errors)}
+        for name, (low, high) in zip(ACCURACY, ends, strict=True):
+            row |= {
+                name: np.mean([error[name] for error in errors]),
+                f"{name}_low": low,
+                f"{name}_high": high,
+            }
         rows.append(row)
     return pd.DataFrame(rows)
