@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from geoclip import earth
 from geoclip.studies import concepts
-from geoclip.studies.concepts import mean_query, ranking, similarity_by_distance
+from geoclip.studies.concepts import ranking, similarity_by_distance
 
 
 def test_similarity_by_distance_is_what_a_plain_loop_gives(monkeypatch):
@@ -34,13 +34,6 @@ def test_a_class_of_distances_without_pairs_is_left_out():
     latlon = torch.tensor([[0.0, 0.0], [0.0, 90.0]])
     table = similarity_by_distance(latlon, torch.eye(2))
     assert table["from_km"].tolist() == [10_000] and table["median"].tolist() == [0.0]
-
-
-def test_mean_query_is_a_unit_vector_between_its_places():
-    query = mean_query(torch.eye(3), torch.tensor([True, True, False]))
-    assert torch.allclose(query, torch.tensor([0.5**0.5, 0.5**0.5, 0.0]))
-    with pytest.raises(ValueError, match="no place"):
-        mean_query(torch.eye(3), torch.zeros(3, dtype=torch.bool))
 
 
 def test_ranking():

@@ -1,5 +1,7 @@
 """Many tasks at once: the answers of scikit-learn task by task, ranks by hand, and facts of known places."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -72,6 +74,14 @@ def test_an_embedding_without_information_scores_and_ranks_last(rows):
     ranks = many_tasks.mean_ranks(rows).set_index(["embedding", "split", "probe"])
     assert (ranks.score["harmonics"] == 1).all() and (ranks.score["noise"] == 2).all()
     assert len(ranks) == 8 and (ranks.seeds == 2).all()
+
+
+def test_a_task_without_blocks_of_its_own_takes_those_of_the_study():
+    config = probes.ProbeConfig(1, 45.0)
+    tasks = {"octant": replace(task("octant", OCTANT, "accuracy"), block_deg=None)}
+    rows = many_tasks.compare(tasks, {"harmonics": harmonics}, config, 3)
+    ((_, train, _),) = probes.splits(AT, "blocked", config)
+    assert rows.n_train[rows.split == "blocked"].eq(len(train)).all()
 
 
 def test_mean_ranks_by_hand():

@@ -1,4 +1,4 @@
-"""notebooks.py and batch.py: small notebooks run, fail, are accepted and end with their processes."""
+"""notebooks.py: small notebooks run, fail, are accepted and end with their processes."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from geoclip import paths
-from geoclip.reproduce import batch, notebooks
+from geoclip.reproduce import notebooks
 from geoclip.reproduce.profiles import Profile
 
 TABLE = """import pandas
@@ -55,7 +55,7 @@ def test_reproduce_runs_all_lists_the_failure_and_goes_on(folder, capsys):
     )
     write(folder, "91_good", "VALUE = 1  # a number", TABLE.replace("NUMBER", "91"))
     write(folder, "notes", "VALUE = 1", "raise RuntimeError('not numbered, not run')")
-    assert batch.reproduce([], Profile("made", parameters={"VALUE": 61.5})) == 1
+    assert notebooks.reproduce([], Profile("made", parameters={"VALUE": 61.5})) == 1
     said = capsys.readouterr().out
     assert "[1 of 2] 90_bad · failed" in said and "[2 of 2] 91_good · ran" in said
     assert "FAILED 90_bad.ipynb: RuntimeError: no luck" in said

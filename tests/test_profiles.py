@@ -5,7 +5,7 @@ import yaml
 
 from geoclip import __main__ as command_line
 from geoclip import baselines, paths
-from geoclip.reproduce import batch, notebooks
+from geoclip.reproduce import notebooks
 from geoclip.reproduce.profiles import Profile
 
 SHIPPED = sorted(file.stem for file in (paths.NOTEBOOKS / "profiles").glob("*.yaml"))
@@ -45,7 +45,7 @@ def test_sweep_plans_it_and_says_what_is_missing(name, capsys):
 def test_reproduce_runs_what_has_its_data_and_lists_the_rest(name, capsys, monkeypatch):
     started = []
 
-    monkeypatch.setattr(batch, "run_jobs", lambda jobs: started.extend(jobs) or [])
+    monkeypatch.setattr(notebooks, "run_jobs", lambda jobs: started.extend(jobs) or [])
     reproduce, parser = command_line.load("reproduce")
     options = parser.parse_args(["--profile", name])
     read_features = {

@@ -9,8 +9,8 @@ def options(add) -> None:
 
 def run(options) -> int:
     """Run them; 1 if one failed."""
-    from geoclip.reproduce import batch
+    from geoclip.reproduce import notebooks
     from geoclip.reproduce.profiles import Profile
 
     profile = Profile.load(options.profile) if options.profile else Profile("defaults")
-    return batch.reproduce(options.only, profile)
+    return notebooks.reproduce(options.only, profile)

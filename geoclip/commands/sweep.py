@@ -25,7 +25,7 @@ def run(options) -> int:
     """Plan, run what is not there yet, write the tables; 1 if a run failed."""
     import yaml
 
-    from geoclip.reproduce import batch, notebooks, sweep
+    from geoclip.reproduce import notebooks, sweep
     from geoclip.reproduce.profiles import Profile
 
     changes = {}
@@ -46,7 +46,8 @@ def run(options) -> int:
         if missing := profile.missing(notebooks.declared(notebook) | jobs[0].parameters):
             raise FileNotFoundError(f"{notebook.stem}: {'; '.join(missing)}")
     jobs = sweep.shard([job for planned in plans.values() for job in planned], options.shard)
-    failed = batch.run_jobs(jobs, options.jobs, [device for device in options.devices.split(",") if device])
+    devices = [device for device in options.devices.split(",") if device]
+    failed = notebooks.run_jobs(jobs, options.jobs, devices)
     for notebook, planned in plans.items():
         done = [job for job in planned if job.out.exists()]
         for path in sweep.write_tables(sweep.collect(done), notebook.stem) if done else ():

@@ -46,7 +46,7 @@ class Task:
     places: str  # name of the set of places, shared by tasks with the same ones
     source: str  # of the target
     sampling: str  # how the places were drawn
-    block_deg: float = 10.0  # side of the blocks that the spatially blocked split holds out
+    block_deg: float | None = None  # side of the blocks that are held out, if it is not the study's
 
     def __len__(self) -> int:
         return len(self.target)

@@ -16,7 +16,6 @@ from geoclip.photos import PhotoError
 from geoclip.reproduce import notebooks
 from geoclip.reproduce.profiles import Profile
 
-COLUMNS = ("set", "rows", "images", "features", "problems")
 LOOK = 64  # images of each set that are opened
 PAPER_DIM = 768  # of a ViT-L/14 feature, kept in two bytes each
 PER_SECOND = 720  # views: one H200 and 16 decoding processes (data/measured/11_bench_gpu.csv)
@@ -31,9 +30,12 @@ def check(data: Path, encoder: ImageEncoder | None = None, strict: bool = False)
     with mock.patch.dict(os.environ, {"GEOCLIP_DATA": str(data)}):
         rows = [_of_set(card, data, encoder, strict) for card in benchmarks.CARDS.values()]
     for tar in sorted(data.rglob("*.tar")):
-        if problem := tar_problem(tar):
-            rows.append({"set": str(tar.relative_to(data)), "problems": problem})
-    return pd.DataFrame([dict.fromkeys(COLUMNS, "") | row for row in rows])
+        with tar.open("rb") as file:  # it ends with two empty blocks of 512 bytes, which a cut one lacks
+            file.seek(max(0, tar.stat().st_size - 1024))
+            if file.read() != bytes(1024):
+                problem = f"{tar}: the tar is cut off; download it again"
+                rows.append({"set": str(tar.relative_to(data)), "problems": problem})
+    return pd.DataFrame(rows, columns=["set", "rows", "images", "features", "problems"]).fillna("")
 
 
 def _of_set(card: benchmarks.Card, data: Path, encoder: ImageEncoder | None, strict: bool) -> dict[str, str]:
@@ -91,14 +93,6 @@ def _open_first(found: folder.Geotagged, encoder: ImageEncoder | None, problems:
         problems.append("the tower's features of the first images are not finite")
     rate = len(opened) / (time.perf_counter() - began)
     return f"{len(opened)} of the first {first} opened, embedded at {rate:,.0f} a second"
-
-
-def tar_problem(tar: Path) -> str:
-    """Why a tar cannot be whole ("" if it can): it ends with two empty blocks of 512 bytes, which a cut one lacks."""
-    with tar.open("rb") as file:
-        file.seek(max(0, tar.stat().st_size - 1024))
-        whole = file.read() == bytes(1024)
-    return "" if whole else f"{tar}: the tar is cut off; download it again"
 
 
 def uses(data: Path) -> Iterator[str]:

@@ -59,7 +59,11 @@ def make(out: Path | str, images: int = 120, seed: int = 0, port: int = PORT) ->
     _mp16(part, _photos(places, 2 * images, rng), port, rng)
     for name in BENCHMARKS:
         _benchmark(part, name, _photos(places, images, rng), rng)
-    _nus_wide(part, images, seed, rng)
+    root = nus_wide_synthetic.write(part / "nus-wide", images, seed=seed, with_features=False)
+    data = nus_wide.read(root)
+    photos = data.table.rename(columns={"file": "IMG_ID", "lat": "LAT", "lon": "LON"})
+    _write_photos(part / "images" / "nus-wide", photos.assign(AUTHOR="unknown"), rng)
+    nus_wide.write_csv(data, part / NUS_WIDE_CSV)
     for split in ("train", "test"):
         _osv_mini(part / OSV_MINI, split, _photos(places, images, rng), rng)
     stations = gallery[rng.choice(len(gallery), 400, replace=False)]
@@ -179,14 +183,6 @@ def _benchmark(out: Path, name: str, photos: pd.DataFrame, rng: np.random.Genera
     if not csv.endswith("_places365.csv"):
         photos = photos[["IMG_ID", "LAT", "LON"]].rename(columns={"IMG_ID": "IMG_FILE"})
     photos.to_csv(out / csv, index=False)
-
-
-def _nus_wide(out: Path, images: int, seed: int, rng: np.random.Generator) -> None:
-    root = nus_wide_synthetic.write(out / "nus-wide", images, seed=seed, with_features=False)
-    data = nus_wide.read(root)
-    photos = data.table.rename(columns={"file": "IMG_ID", "lat": "LAT", "lon": "LON"})
-    _write_photos(out / "images" / "nus-wide", photos.assign(AUTHOR="unknown"), rng)
-    nus_wide.write_csv(data, out / NUS_WIDE_CSV)
 
 
 def _osv_mini(root: Path, split: str, photos: pd.DataFrame, rng: np.random.Generator) -> None:

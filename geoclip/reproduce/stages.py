@@ -72,9 +72,12 @@ def run(world: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
             except BaseException:
                 process.terminate()
                 raise
-            seconds, images, dropped = time.monotonic() - began, 0, reasons(step.drops)
+            seconds, images, dropped = time.monotonic() - began, 0, {}
             with contextlib.suppress(OSError, ValueError):  # what a failed step did not find or make
                 images = count(step.reads)
+            if step.drops and step.drops.is_file():  # without what differs from file to file, in brackets
+                why = pd.read_csv(step.drops)["reason"].str.replace(r" \(.*", "", regex=True)
+                dropped = why.value_counts().to_dict()
             said = "; ".join(f"{number} {reason}" for reason, number in dropped.items())
             if process.exitcode not in (0, int(step.drops is not None)):
                 last = " ".join(log.read_text(errors="replace").splitlines()[-4:])
@@ -171,10 +174,3 @@ def count(source: Path) -> int:
     if source.name == rehearsal.ADDRESSES:
         return len(shards.read_urls(source))
     return len(folder.read_places(source))
-
-
-def reasons(listed: Path | None) -> dict[str, int]:
-    """How many images a list of unusable ones names, by reason, without what differs from file to file."""
-    if listed is None or not listed.is_file():
-        return {}
-    return pd.read_csv(listed)["reason"].str.replace(r" \(.*", "", regex=True).value_counts().to_dict()

@@ -16,7 +16,7 @@ import pandas as pd
 from geoclip import paths
 from geoclip.datasets import features
 from geoclip.reproduce import notebooks
-from geoclip.reproduce.batch import Job
+from geoclip.reproduce.notebooks import Job
 from geoclip.reproduce.profiles import Profile
 from geoclip.studies import runner, statistics
 from geoclip.training import runs
@@ -36,13 +36,12 @@ def plan(
     Each run has a folder named after the hash of all that it depends on, and is not repeated once it is there.
     """
     known, changes = notebooks.declared(notebook), dict(changes or {})
-    own = profile.notebooks.get(notebook.stem, {})
     given = profile.given(notebook, known) | changes
-    grid = own.get("grid", {})
-    if "grid" in own and not grid and "SETTINGS" in known:
+    grid = profile.notebooks.get(notebook.stem, {}).get("grid")
+    if grid == {} and "SETTINGS" in known:
         grid = {"SETTINGS": known["SETTINGS"]}
     axes = []  # of (label, parameter, value)
-    for name, values in grid.items():
+    for name, values in (grid or {}).items():
         if not isinstance(values, dict | list):
             raise ValueError(f"the grid's {name} is {values!r}; give a list or a mapping of values")
         if name in changes:
@@ -56,13 +55,12 @@ def plan(
         if count < 1:
             raise ValueError(f"a sweep needs at least one seed, not {count}")
         axes.append([(f"seed {seed}", "SEEDS", [seed]) for seed in range(count)])
-    jobs = []
+    jobs, runs_folder = [], paths.RESULTS / "runs" / notebook.stem
     for point in itertools.product(*axes):
         label = " · ".join(text for text, _, _ in point) or "defaults"
         parameters = given | {name: value for _, name, value in point}
         slug = re.sub(r"[^\w.,-]+", "_", label).strip("_")[:60]
-        folder = f"{slug}-{run_hash(notebook, known | parameters)}"
-        out = paths.RESULTS / "runs" / notebook.stem / folder / notebook.name
+        out = runs_folder / f"{slug}-{run_hash(notebook, known | parameters)}" / notebook.name
         jobs.append(Job(notebook, label, parameters, out, of_sweep=True))
     return jobs
 
@@ -134,15 +132,15 @@ def write_tables(results: pd.DataFrame, stem: str) -> list[Path]:
     table = statistics.readable(statistics.over_seeds(results, by, accuracies), by, accuracies)
     table = table.rename(columns={name: f"{int(name[4:-2]):,} km" for name in accuracies})
     texts = {
-        "sweep.csv": tidy.to_csv(index=False),
-        "table.csv": table.to_csv(index=False),
-        "table.md": table.to_markdown(index=False) + "\n",
-        "table.tex": _latex(table, stem),
+        paths.RESULTS / f"{stem}_sweep.csv": tidy.to_csv(index=False),
+        paths.RESULTS / f"{stem}_table.csv": table.to_csv(index=False),
+        paths.RESULTS / f"{stem}_table.md": table.to_markdown(index=False) + "\n",
+        paths.RESULTS / f"{stem}_table.tex": _latex(table, stem),
     }
-    for name, text in texts.items():
-        with paths.atomic(paths.RESULTS / f"{stem}_{name}") as temporary:
+    for path, text in texts.items():
+        with paths.atomic(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
-    return [paths.RESULTS / f"{stem}_{name}" for name in texts]
+    return list(texts)
 
 
 def _accuracies(table: pd.DataFrame) -> list[str]:

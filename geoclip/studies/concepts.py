@@ -7,7 +7,6 @@ import pandas as pd
 from jaxtyping import Bool, Float
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
-from torch.nn import functional
 
 from geoclip import earth
 from geoclip.studies.probes import blocks
@@ -30,13 +29,6 @@ def similarity_by_distance(latlon: Float[Tensor, "n 2"], embeddings: Float[Tenso
             quantiles = zip(("p5", "median", "p95"), np.quantile(inside, [0.05, 0.5, 0.95]), strict=True)
             rows.append({"from_km": low, "to_km": high, "pairs": inside.size} | dict(quantiles))
     return pd.DataFrame(rows)
-
-
-def mean_query(embeddings: Float[Tensor, "n d"], chosen: Bool[Tensor, " n"]) -> Float[Tensor, " d"]:
-    """Return the mean of the chosen embeddings with unit norm; raises ValueError if none is chosen."""
-    if not chosen.any():
-        raise ValueError("no place was chosen for the query")
-    return functional.normalize(embeddings[chosen].mean(0), dim=0)
 
 
 def ranking(

@@ -118,8 +118,7 @@ def collect(
     kept: dict[str, list[Tensor]] = {name: [] for name in measures}
     start = 0
     for batch in logits:
-        rows = slice(start, start := start + len(batch))
-        posterior = fitted.posterior(places, batch)
+        rows, posterior = slice(start, start := start + len(batch)), fitted.posterior(places, batch)
         for name, measure in measures.items():
             found = posterior.answer(measure) if isinstance(measure, str) else measure(posterior, rows)
             kept[name].append(found)

@@ -28,10 +28,9 @@ def mean_average_precision(labels: np.ndarray, scores: np.ndarray) -> dict[str, 
     seen = labels.any(0)
     if not seen.any():
         raise ValueError(f"none of the {labels.shape[1]} concepts has a positive image to score")
-    labels, scores, found = labels[:, seen], scores[:, seen], {"chance": labels[:, seen].mean()}
-    for how in ("macro", "micro"):
-        found[f"map_{how}"] = average_precision_score(labels, scores, average=how)
-    return {name: float(value) for name, value in found.items()} | {"concepts": int(seen.sum())}
+    labels, scores = labels[:, seen], scores[:, seen]
+    macro, micro = (average_precision_score(labels, scores, average=how) for how in ("macro", "micro"))
+    return {"chance": labels.mean(), "map_macro": macro, "map_micro": micro, "concepts": int(seen.sum())}
 
 
 def probe_labels(
@@ -54,13 +53,11 @@ def probe_labels(
     kept = config.unlabelled | data.labels.any(1)
     train, test = data.rows("train") & kept, data.rows("test") & kept
 
-    def one(name: str, seed: int) -> dict:
-        x = inputs[name]
+    def one(name: str, x: np.ndarray, seed: int) -> dict:
         fitted = probes.hidden_layer("labels", config, seed).fit(x[train], data.labels[train])
-        row = {"input": name, "seed": seed, "d": x.shape[1], "n_train": int(train.sum())}
-        row |= {"n_test": int(test.sum())}
+        row = {"input": name, "seed": seed, "d": x.shape[1], "n_train": train.sum(), "n_test": test.sum()}
         return row | mean_average_precision(data.labels[test], fitted.predict_proba(x[test]))
 
     with probes.expected_warnings():
-        jobs = (delayed(one)(name, seed) for name in inputs for seed in range(seeds))
+        jobs = (delayed(one)(*named, seed) for named in inputs.items() for seed in range(seeds))
         return pd.DataFrame(probes.in_threads(jobs))

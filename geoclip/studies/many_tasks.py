@@ -31,12 +31,13 @@ def compare(
     neighbours: how many training places, nearest in the embedding as it is, answer by their mean or vote.
     Ridge standardises the columns; classes are targets of 0 and 1.
     """
-    groups: dict[bytes, list[Task]] = {}
+    groups: dict[tuple, list[Task]] = {}
     for task in tasks.values():
-        groups.setdefault(task.latlon.tobytes() + np.float64(task.block_deg).tobytes(), []).append(task)
+        side = task.block_deg or config.block_deg
+        groups.setdefault((task.latlon.tobytes(), side), []).append(task)
     rows = []
-    for group in groups.values():
-        latlon, outer = group[0].latlon, replace(config, block_deg=group[0].block_deg)
+    for (_, side), group in groups.items():
+        latlon, outer = group[0].latlon, replace(config, block_deg=side)
         truths = [_targets(task) for task in group]
         jobs = [(how, *job) for how in probes.SPLITS for job in probes.splits(latlon, how, outer)]
         for name, embedding in embeddings.items():

@@ -45,7 +45,7 @@ class ProbeConfig:
     """The outer splits that probes are scored on."""
 
     seeds: int = 5  # number of splits
-    block_deg: float = 10.0  # side of a block, in degrees of a great circle
+    block_deg: float = 10.0  # side of a block, in degrees of a great circle; a task may have its own
 
 
 @dataclass(frozen=True)
@@ -235,9 +235,9 @@ def compare(
             x = embed(embedding, union)
             for task, own in zip(group, rows, strict=True):
                 model = partial(hidden_layer, task.measure, hidden) if hidden else None
+                outer = replace(config, block_deg=task.block_deg or config.block_deg)
                 for split in SPLITS:
-                    blocked = replace(config, block_deg=task.block_deg)
-                    table = probe(x[own], task.target, task.latlon, task.measure, split, blocked, model)
+                    table = probe(x[own], task.target, task.latlon, task.measure, split, outer, model)
                     keys = {"task": task.name, "embedding": name, "d": x.shape[1], "split": split}
                     keys |= {"probe": "hidden layer" if hidden else "ridge", "measure": task.measure}
                     found.append(table.assign(**keys)[[*keys, *table.columns]])

@@ -100,7 +100,6 @@ def ceiling_by_size(
     sizes: Sequence[int],
     authors=None,
     galleries: int = 5,
-    draws: int = 200,
     seed: int = 0,
 ) -> pd.DataFrame:
     """The ceiling of galleries drawn from the distinct `places`: a tidy table, a row per size.
@@ -118,7 +117,7 @@ def ceiling_by_size(
             order = torch.randperm(len(unique), generator=torch.Generator().manual_seed(number))
             error_km = evaluation.ceiling(truth, unique[order[:size]])
             errors.append(evaluation.summarize(error_km))
-            scores.append(evaluation.bootstrap(error_km, authors, draws, np.random.default_rng(number)))
+            scores.append(evaluation.bootstrap(error_km, authors, 200, np.random.default_rng(number)))
         ends = np.percentile(np.concatenate(scores), [2.5, 97.5], axis=0).T
         row = {"gallery_n": size, "n": len(truth), "galleries": len(errors)}
         for name, (low, high) in zip(ACCURACY, ends, strict=True):
