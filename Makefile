@@ -37,7 +37,7 @@ reproduce: weights  ## run all notebooks, write figures/ and data/results/, prin
 
 rehearse: weights  ## the paper's path, from addresses to tables, over a miniature world in REHEARSAL (N=120 images a set, ONLY="04 07" notebooks)
 	@$(BIN) -m geoclip rehearse --out '$(or $(REHEARSAL),data/rehearsal)' --images $(or $(N),120) --run \
-	  $(if $(ONLY),--only $(ONLY))
+	  --jobs $(JOBS) $(if $(ONLY),--only $(ONLY))
 
 # Threads that wait must not spin while another process needs their core.
 test: export OMP_WAIT_POLICY := PASSIVE

@@ -74,6 +74,21 @@ def test_towers_without_features_are_named_and_not_missed(tmp_path, monkeypatch)
     assert profile.missing(given)[0].startswith("ViT-L-14, mp16 MISSING")
 
 
+def test_a_benchmark_without_features_is_named_and_the_notebook_runs(tmp_path, monkeypatch, capsys):
+    for folder in ("mp16", "im2gps3k"):
+        (tmp_path / "data" / folder / "features").mkdir(parents=True)
+    monkeypatch.setenv("GEOCLIP_DATA", "data")
+    started = []
+    monkeypatch.setattr(batch, "run_jobs", lambda jobs: started.extend(jobs) or [])
+    assert batch.reproduce(["04"], Profile.load("paper")) == 0 and len(started) == 1
+    said = capsys.readouterr().out
+    assert "04_ablation_location_encoder: YFCC26k features MISSING" in said
+    assert "without it, the benchmark is left out" in said and "Im2GPS3k features" not in said
+    (tmp_path / "data/im2gps3k/features").rmdir()
+    assert batch.reproduce(["04"], Profile.load("paper")) == 1
+    assert "FAILED 04_ablation_location_encoder.ipynb: Im2GPS3k features MISSING" in capsys.readouterr().out
+
+
 def test_with_its_data_the_paper_s_profile_reaches_the_ablations_whole(tmp_path, monkeypatch):
     for folder in ("mp16", "im2gps3k", "yfcc26k"):
         for kind in ("features", "features_one_view", "features_ten_crops"):

@@ -129,7 +129,10 @@ class Maps:
     directory: Path | None = None
 
     def find(self, photo: str) -> Path:
-        """Return the path of a photo's map, which may lie below some of the photo's folders; raises PhotoError."""
+        """Return the path of a photo's map; raises PhotoError if there is none.
+
+        It may lie below some of the photo's folders, or in a folder beside `directory`, named as the photo's own.
+        """
         if self.directory is None:
             advice = (
                 "name their folder with seg_images (--seg-images); `python -m geoclip segment` makes them"
@@ -137,7 +140,9 @@ class Maps:
             raise ValueError(f"this classifier sees a segmentation map with each photo: {advice}")
         parts = Path(photo).with_suffix(".png").parts[Path(photo).is_absolute() :]
         below = [self.directory.joinpath(*parts[first:]) for first in range(len(parts))]
-        found = next(filter(Path.is_file, below), None)
+        beside = [self.directory.parent.joinpath(*parts[-2:])] if len(parts) > 1 else []
+        own = Path(photo).resolve()  # which may be a PNG in such a folder
+        found = next((path for path in [*below, *beside] if path.is_file() and path.resolve() != own), None)
         if found is None:
             raise PhotoError(photo, f"no segmentation map {below[-1]}")
         return found

@@ -21,6 +21,7 @@ def options(add) -> None:
     add("--images", type=PositiveInt, default=120, help="photos of a set; MP-16 has twice as many addresses")
     add("--seed", type=NonNegativeInt, default=0, help="seed of the world")
     add("--port", type=PositiveInt, default=8416, help="port of the loopback server behind the addresses")
+    add("--jobs", type=PositiveInt, default=1, help="steps at a time, which share the cores")
     add("--only", nargs="*", metavar="NN", help="numbers of the notebooks to run (default: all that can)")
     add("--check", help="folder of data sets: what is there, missing, damaged, and what it will cost")
     strict = "with --check: a set with another number of rows than published is an error"
@@ -42,9 +43,10 @@ def run(options) -> int:
     if not options.run:
         print(f"GEOCLIP_DATA={world} makes every command read it")
         return 0
-    table = stages.run(world, options.only)
+    began = time.monotonic()
+    table = stages.run(world, options.only, options.jobs)
     print(f"\nRehearsal: no number of it is a result\n{table.to_string(index=False)}\n{stages.LEFT_OUT}")
-    print(f"{table['seconds'].sum() / 60:.1f} min; the table is {world / stages.LOG}")
+    print(f"{(time.monotonic() - began) / 60:.1f} min; the table is {world / stages.LOG}")
     return int(table["why"].str.startswith(stages.FAILED).any())
 
 
@@ -66,8 +68,8 @@ def check(options) -> int:
     if encoder is None:
         print("nothing was embedded: CLIP's weights are not here, and no --tower is named")
     print("", *preflight.uses(data), sep="\n")
-    print(f"\nAt the paper's size, with {preflight.PER_SECOND} views a second (one H200):")
-    print(costs.round(1).to_string(index=False))
+    print(f"\nAt the paper's size, with {preflight.PER_SECOND} views a second (one H200) and 1 Gbit/s:")
+    print(costs.round(1).fillna("").to_string(index=False))
     free, needed = shutil.disk_usage(data).free / 1e9, costs["GB"].sum()
     print(f"{needed:,.1f} GB are needed, {free:,.0f} GB are free{': NOT ENOUGH' * bool(free <= needed)}")
     problems = table[table["problems"] != ""]

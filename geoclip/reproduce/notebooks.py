@@ -259,6 +259,8 @@ def reproduce(only: Sequence[str], profile: Profile) -> int:
             failed.append((job, "; ".join(missing)))
         else:
             jobs.append(job)
+            for line in profile.left_out(known | parameters):
+                print(f"{path.stem}: {line}", flush=True)
     failed += run_jobs(jobs)
     print(f"\n{len(todo) - len(failed)} of {len(todo)} notebooks ran")
     found = [path for nb in todo for path in sorted(paths.RESULTS.glob(f"{nb.name[:2]}_*.csv"))]

@@ -19,6 +19,9 @@ from geoclip.reproduce.profiles import Profile
 LOOK = 64  # images of each set that are opened
 PAPER_DIM = 768  # of a ViT-L/14 feature, kept in two bytes each
 PER_SECOND = 720  # views: one H200 and 16 decoding processes (data/measured/11_bench_gpu.csv)
+PHOTO_MB = 0.18  # of 1024 × 768 pixels, as in the same measurement
+RUN_HOURS = 342 / 3600  # of a training on features, ten epochs, in the same measurement
+RUN_GB = 2 * 3 * 10_432_257 * 4 / 1e9  # two checkpoints, of the parameters and Adam's two moments
 
 
 def check(data: Path, encoder: ImageEncoder | None = None, strict: bool = False) -> pd.DataFrame:
@@ -114,14 +117,21 @@ def uses(data: Path) -> Iterator[str]:
 
 
 def cost() -> pd.DataFrame:
-    """For each folder of CLIP's features in the paper's profile: samples, views, GB, hours at PER_SECOND views."""
-    rows = []
-    for name, about in Profile.load("paper").data.items():
-        if about["parameter"] == "TOWERS":  # CLIP's are listed already, and others have another speed
-            continue
+    """For each step of the paper's profile with CLIP: samples, views, GB on disk, hours.
+
+    The rates are PER_SECOND views, a network of 1 Gbit/s, and RUN_HOURS of training for each setting and seed.
+    """
+    profile = Profile.load("paper")
+    made = {name: about for name, about in profile.data.items() if about["parameter"] != "TOWERS"}
+    photos = max(about["samples"] for about in made.values())
+    rows = [("shards", photos, None, photos * PHOTO_MB / 1e3, photos * PHOTO_MB * 8 / 1e3 / 3600)]
+    for name, about in made.items():  # the towers' CLIP is among them, and others have another speed
         words = shlex.split(about["make"])
         views = int(words[words.index("--views") + 1]) if "--views" in words else 10  # ten crops
-        made = about["samples"] * views
-        row = {"features": name, "samples": about["samples"], "views": views}
-        rows.append(row | {"GB": made * PAPER_DIM * 2 / 1e9, "hours": made / PER_SECOND / 3600})
-    return pd.DataFrame(rows)
+        n = about["samples"] * views
+        row = (f"embed {name}", about["samples"], views, n * PAPER_DIM * 2 / 1e9, n / PER_SECOND / 3600)
+        rows.append(row)
+    for stem, own in profile.notebooks.items():
+        if runs := len(own.get("grid", {}).get("SETTINGS", ())) * profile.seeds:
+            rows.append((f"{stem}, {runs} runs", photos, None, runs * RUN_GB, runs * RUN_HOURS))
+    return pd.DataFrame(rows, columns=["step", "samples", "views", "GB", "hours"])

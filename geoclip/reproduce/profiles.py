@@ -1,7 +1,7 @@
 """Profiles of notebook parameters (notebooks/profiles): what `reproduce` and `sweep` give to which notebook."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
@@ -22,7 +22,7 @@ class Profile:
     values. data: name of what the notebooks read → `parameter` that names its folder (and `key`, such as
     `outer/inner`, if that is a mapping), number of `samples`, their `source`, and `make`, the command that
     makes the folder. An entry without `parameter` is always there, and one that says what happens `without`
-    it is not missed.
+    it is not missed as long as another one of its parameter is there.
     """
 
     name: str
@@ -92,8 +92,20 @@ class Profile:
 
     def missing(self, given: Mapping[str, Any]) -> list[str]:
         """What of the data is missing, and how to make it."""
-        found = self.samples(given).items()
-        return [f"{name} {gone}" for name, (_, gone) in found if gone and "without" not in self.data[name]]
+        return [f"{name} {gone}" for name, gone, needed in self._gone(given) if needed]
+
+    def left_out(self, given: Mapping[str, Any]) -> list[str]:
+        """What is missing and not needed, and what the notebook does without it."""
+        return [f"{name} {gone}" for name, gone, needed in self._gone(given) if not needed]
+
+    def _gone(self, given: Mapping[str, Any]) -> Iterator[tuple[str, str, bool]]:
+        """Name, reason and whether it is needed, of what is missing."""
+        found = {name: gone for name, (_, gone) in self.samples(given).items()}
+        there = {self.data[name].get("parameter") for name, gone in found.items() if not gone}
+        for name, gone in found.items():
+            if gone:
+                about = self.data[name]
+                yield name, gone, "without" not in about or about["parameter"] not in there
 
 
 def _check(content: Any, kinds: Mapping[str, type], what: str, needed: Sequence[str] = ()) -> None:

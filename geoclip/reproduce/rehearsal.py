@@ -40,13 +40,13 @@ def make(out: Path | str, images: int = 120, seed: int = 0, port: int = PORT) ->
     """Write the world to `out`, in the layout of GEOCLIP_DATA, and return it; the same world is kept.
 
     images: photos of each set, twice as many addresses of MP-16. port: of the loopback server behind the
-    addresses. Raises ValueError for fewer than 40 images, and if `out` holds anything else.
+    addresses. Raises ValueError for fewer than 20 images, and if `out` holds anything else.
     """
     out = Path(out).absolute()
     about = {"what": "a rehearsal, no data set", "images": images, "seed": seed, "port": port}
     text, mark = json.dumps(about) + "\n", out / benchmarks.REHEARSAL
-    if images < 40:
-        raise ValueError(f"a rehearsal needs at least 40 images, so that every fault occurs, not {images}")
+    if images < 20:
+        raise ValueError(f"a rehearsal needs at least 20 images, so that every fault occurs, not {images}")
     if mark.is_file() and mark.read_text() == text:
         return out
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -55,7 +55,7 @@ def make(out: Path | str, images: int = 120, seed: int = 0, port: int = PORT) ->
     shutil.rmtree(part, ignore_errors=True)  # of a killed run
     rng = np.random.default_rng(seed)
     gallery = np.unique(pretrained.official_gallery(), axis=0)
-    places = gallery[rng.choice(len(gallery), max(2, images // 4), replace=False)]
+    places = gallery[rng.choice(len(gallery), min(len(gallery), max(2, images // 4)), replace=False)]
     _mp16(part, _photos(places, 2 * images, rng), port, rng)
     for name in BENCHMARKS:
         _benchmark(part, name, _photos(places, images, rng), rng)

@@ -1,6 +1,7 @@
 """The paper's path over a rehearsal's world, from the first address to the last table: each step, and what it drops."""
 
 import contextlib
+import functools
 import itertools
 import multiprocessing
 import os
@@ -8,9 +9,12 @@ import re
 import runpy
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import connection
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -28,6 +32,8 @@ from geoclip.training.config import read_yaml
 
 PLAN = Path(__file__).with_name("rehearsal.yaml")
 LOG, PROFILE = "rehearsal_log.csv", "rehearsal.yaml"
+# What commands do first, next, …: those of one phase do not read what another of it makes, and run side by side.
+PHASES = (("shards",), ("embed", "cells"), ("train",), ("evaluate",), ("reproduce",))
 FAILED = "FAILED"  # what the reason of a failed step starts with
 # Imported once, by the process that all steps are forked from.
 IMPORTS = ["geoclip.studies.runner", "geoclip.datasets.shards", "open_clip", "papermill"]
@@ -39,7 +45,7 @@ class Step:
     """A command of `python -m geoclip`.
 
     reads: a list, or a folder of features, to count the images. drops: the list of unusable ones, with the
-    column `reason`, which makes exit status 1, some items failed, the expected one.
+    column `reason`, which explains exit status 1, some items failed, unless it is empty.
     """
 
     name: str
@@ -48,46 +54,66 @@ class Step:
     drops: Path | None = None
 
 
-def run(world: Path, only: Sequence[str] | None = None) -> pd.DataFrame:
+def run(world: Path, only: Sequence[str] | None = None, jobs: int = 1) -> pd.DataFrame:
     """Run every step, and keep what it printed in logs/ and the table of all steps in LOG, which is returned.
 
-    only: numbers of the notebooks to run; None runs all of the plan. A rerun resumes, because every command
-    does. A step that fails is listed with why it did, and the others go on.
+    only: numbers of the notebooks to run; None runs all of the plan. jobs: steps at a time, which share the
+    cores. A rerun resumes, because every command does. A step that fails is listed with why it did, and the
+    others go on.
     """
     write_profile(world)
     results = str(world / "results")
     places = {"GEOCLIP_DATA": str(world), "GEOCLIP_RESULTS": results, "GEOCLIP_FIGURES": results}
+    if jobs > 1:
+        places["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
-    rows = []
-    with rehearsal.addresses(world), mock.patch.dict(os.environ, places):
-        for number, step in enumerate(steps(world, only), start=1):
-            log = paths.make_folder(world / "logs") / f"{number:02d}.txt"
-            log.write_text("")  # in case the step ends before it can write
-            began = time.monotonic()
-            process = context.Process(target=_run_step, args=(list(step.command), log))
-            process.start()
-            try:
-                process.join()
-            except BaseException:
+    planned, rows, lock = list(enumerate(steps(world, only), start=1)), [], threading.Lock()
+    with rehearsal.addresses(world), mock.patch.dict(os.environ, places), ThreadPoolExecutor(jobs) as pool:
+        try:
+            for commands in PHASES:
+                phase = [numbered for numbered in planned if numbered[1].command[0] in commands]
+                for row in pool.map(functools.partial(_row, world, context, lock), phase):
+                    rows.append(row)
+                    about = f"{row['images']:,} images, {row['seconds']:.0f} s. {row['why']}"
+                    print(f"rehearsal: {row['step']}: {about}", flush=True)
+                    with paths.atomic(world / LOG) as temporary:
+                        pd.DataFrame(rows).to_csv(temporary, index=False)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
                 process.terminate()
-                raise
-            seconds, images, dropped = time.monotonic() - began, 0, {}
-            with contextlib.suppress(OSError, ValueError):  # what a failed step did not find or make
-                images = count(step.reads)
-            if step.drops and step.drops.is_file():  # without what differs from file to file, in brackets
-                why = pd.read_csv(step.drops)["reason"].str.replace(r" \(.*", "", regex=True)
-                dropped = why.value_counts().to_dict()
-            said = "; ".join(f"{number} {reason}" for reason, number in dropped.items())
-            if process.exitcode not in (0, int(step.drops is not None)):
-                last = " ".join(log.read_text(errors="replace").splitlines()[-4:])
-                said = f"{FAILED} with exit status {process.exitcode}: {last} (whole: {log})"
-            row = {"step": step.name, "images": images, "seconds": round(seconds, 1)}
-            rows.append(row | {"dropped": sum(dropped.values()), "why": said})
-            print(f"rehearsal: {step.name}: {images:,} images, {seconds:.0f} s. {said}", flush=True)
-            with paths.atomic(world / LOG) as temporary:
-                pd.DataFrame(rows).to_csv(temporary, index=False)
+            raise
     return pd.DataFrame(rows)
+
+
+def _row(world: Path, context, lock: threading.Lock, numbered: tuple[int, Step]) -> dict[str, Any]:
+    """Run a step in a process of its own, and return its row of the table.
+
+    lock: held while a process starts or its exit status is read; both look at the processes of all threads.
+    """
+    number, step = numbered
+    log = paths.make_folder(world / "logs") / f"{number:02d}.txt"
+    log.write_text("")  # in case the step ends before it can write
+    began = time.monotonic()
+    process = context.Process(target=_run_step, args=(list(step.command), log))
+    with lock:
+        process.start()
+    connection.wait([process.sentinel])
+    with lock:
+        process.join()
+    row = {"step": step.name, "images": 0, "seconds": round(time.monotonic() - began, 1)}
+    with contextlib.suppress(OSError, ValueError):  # what a failed step did not find or make
+        row["images"] = count(step.reads)
+    dropped = {}
+    if step.drops and step.drops.is_file():  # without what differs from file to file, in brackets
+        why = pd.read_csv(step.drops)["reason"].str.replace(r" \(.*", "", regex=True)
+        dropped = why.value_counts().to_dict()
+    said = "; ".join(f"{count} {reason}" for reason, count in dropped.items())
+    if process.exitcode not in (0, int(bool(dropped))):
+        last = " ".join(log.read_text(errors="replace").splitlines()[-4:])
+        said = f"{FAILED} with exit status {process.exitcode}: {last} (whole: {log})"
+    return row | {"dropped": sum(dropped.values()), "why": said}
 
 
 def _run_step(command: list[str], log: Path) -> None:
@@ -102,11 +128,15 @@ def _run_step(command: list[str], log: Path) -> None:
 
 
 def plan(world: Path) -> dict[str, Any]:
-    """The content of PLAN for a rehearsal in the folder `world`."""
-    tars = -(-len(shards.read_urls(world / rehearsal.ADDRESSES)) // 100)  # addresses of a shard
-    names = {"WORLD": str(world), "TARS": f"{world}/rehearsal_shards/{{00000..{tars - 1:05d}}}.tar"}
+    """The content of PLAN for a rehearsal in the folder `world`, with shards and batches that fit its size."""
+    addresses = len(shards.read_urls(world / rehearsal.ADDRESSES))
+    shard_size = min(10_000, max(100, addresses // 40))
+    tars, batch = -(-addresses // shard_size), min(512, max(2, addresses // 64 * 2))
+    names = {"WORLD": world, "TARS": f"{world}/rehearsal_shards/{{00000..{tars - 1:05d}}}.tar"}
     names["OURS"] = f"--checkpoint {world}/runs/rehearsal/last.ckpt --gallery official"
     names["SCORES"] = f"{world}/results/evaluate"
+    names |= {"SHARD_SIZE": shard_size, "BATCH": batch}
+    names |= {"PHOTO_BATCH": max(16, batch), "QUEUE": max(64, 8 * batch)}
     return yaml.safe_load(Template(PLAN.read_text(encoding="utf-8")).substitute(names))
 
 
