@@ -83,12 +83,13 @@ def constant_floor(truth: Float[Tensor, "n 2"], candidates: Float[Tensor, "m 2"]
 
     The constant is chosen by the candidates, which are training places, and never by the truth.
     """
-    return earth.haversine_km(truth, candidates[_most_crowded(candidates)].expand_as(truth))
+    most = _most_crowded(candidates.double().numpy().tobytes())
+    return earth.haversine_km(truth, candidates[most].expand_as(truth))
 
 
-@functools.lru_cache(maxsize=1)  # a gallery is asked for each benchmark and split
-def _most_crowded(candidates: Float[Tensor, "m 2"]) -> int:
-    tree = _tree(candidates)
+@functools.lru_cache(maxsize=1)  # by value: one gallery is asked about for each benchmark and split
+def _most_crowded(places: bytes) -> int:
+    tree = _tree(torch.from_numpy(np.frombuffer(places).reshape(-1, 2).copy()))
     return int(np.argmax(tree.query_ball_point(tree.data, _chord(25), return_length=True)))
 
 

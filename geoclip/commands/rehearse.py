@@ -69,7 +69,7 @@ def check(options) -> int:
         print("nothing was embedded: CLIP's weights are not here, and no --tower is named")
     print("", *preflight.uses(data), sep="\n")
     print(f"\nAt the paper's size, with {preflight.PER_SECOND} views a second (one H200) and 1 Gbit/s:")
-    print(costs.round(1).fillna("").to_string(index=False))
+    print(costs.round(1).to_string(index=False, na_rep=""))
     free, needed = shutil.disk_usage(data).free / 1e9, costs["GB"].sum()
     print(f"{needed:,.1f} GB are needed, {free:,.0f} GB are free{': NOT ENOUGH' * bool(free <= needed)}")
     problems = table[table["problems"] != ""]
