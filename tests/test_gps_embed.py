@@ -1,6 +1,9 @@
 """python -m geoclip gps-embed: rows in order, all columns kept, refused rows listed."""
 
 import builtins
+import os
+import subprocess
+import sys
 import weakref
 
 import numpy as np
@@ -8,6 +11,7 @@ import pandas as pd
 import pytest
 
 from geoclip import __main__ as command_line
+from geoclip import gps_embedding, paths
 from geoclip.commands import gps_embed
 from geoclip.datasets import folder
 from geoclip.gps_embedding import embed_places
@@ -77,6 +81,96 @@ def test_what_cannot_be_embedded_is_named_and_nothing_is_written(places, capsys,
     places.write_text(text)
     status, out = embed(places, name)
     assert status == 2 and message in capsys.readouterr().err and list(out.parent.iterdir()) == [places]
+
+
+def test_a_single_row(places):
+    places.write_text("lat,lon\n1,2\n")
+    status, out = embed(places, "out.npy")
+    assert status == 0
+    np.testing.assert_allclose(np.load(out), embed_places([[1, 2]]), atol=1e-6)
+
+
+TEN = "lat,lon\n" + "".join(f"{i},{i}\n" for i in range(8)) + "nan,8\n9,9\n"
+
+
+@pytest.mark.parametrize("kind", ["npy", "csv"])
+def test_an_interrupted_run_is_continued_but_not_with_other_places(places, kind, monkeypatch, capsys):
+    monkeypatch.setattr(gps_embed, "ROWS", 2)
+    places.write_text(TEN)
+    _, whole = embed(places, f"whole.{kind}")
+    calls = []
+
+    def interrupted(latlon, **options):
+        calls.append(len(latlon))
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return embed_places(latlon, **options)
+
+    monkeypatch.setattr(gps_embedding, "embed_places", interrupted)
+    status, out = embed(places, f"out.{kind}")
+    [partial] = out.parent.glob("*.partial")
+    assert status == 130 and not out.exists()
+    with partial.open("ab") as file:
+        file.write(b"\0" * 1000)  # of a row that was being written
+
+    places.write_text(TEN.replace("3,3", "3,4"))
+    capsys.readouterr()
+    assert embed(places, f"out.{kind}")[0] == 1 and len(calls) == 4 + 5
+    assert f"{partial} is from other places or options and is not continued" in capsys.readouterr().err
+    assert partial.exists() and out.read_bytes() != whole.read_bytes()
+
+    places.write_text(TEN)
+    assert embed(places, f"out.{kind}")[0] == 1 and len(calls) == 4 + 5 + 3  # the third part is made again
+    assert not partial.exists() and out.read_bytes() == whole.read_bytes()
+    lists = [places.with_name(f"{name}_refused.csv").read_text() for name in ("out", "whole")]
+    assert lists[0] == lists[1] and "line" in lists[0] and ",10,lat,nan\n" in lists[0]
+
+
+# Run number i is killed when it syncs, renames or removes a file for the i-th time, until one comes to its end.
+KILLED = """
+import os, sys
+from geoclip import __main__, gps_embedding
+from geoclip.commands import gps_embed
+gps_embed.ROWS = 2
+
+def deadly(original):
+    def call(*arguments, **options):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        return original(*arguments, **options)
+    return call
+
+for left in range(1, 100):
+    if not (child := os.fork()):
+        os.fsync, os.replace, os.unlink = map(deadly, (os.fsync, os.replace, os.unlink))
+        os._exit(__main__.main(["gps-embed", *sys.argv[1:]]))
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status != -9:
+        break
+print(left, status)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["npy", "csv", "parquet"])
+def test_killed_at_any_moment_and_run_again_it_leaves_the_same_file(places, kind, monkeypatch):
+    if kind == "parquet":
+        pytest.importorskip("pyarrow")
+    monkeypatch.setattr(gps_embed, "ROWS", 2)
+    places.write_text(TEN)
+    _, whole = embed(places, f"whole.{kind}")
+    out = places.with_name(f"out.{kind}")
+    search = os.pathsep.join([str(paths.ROOT), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, "-c", KILLED, str(places), "--out", str(out)]
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": search}, capture_output=True, text=True)
+    runs, status = map(int, done.stdout.split()[-2:])
+    assert status == 1 and runs > 5, done.stderr
+    assert out.read_bytes() == whole.read_bytes() and not list(out.parent.glob("*.partial"))
+    assert (
+        places.with_name("out_refused.csv").read_bytes() == places.with_name("whole_refused.csv").read_bytes()
+    )
 
 
 def test_parquet_without_pyarrow_says_what_to_install(places, capsys, monkeypatch):
