@@ -67,8 +67,7 @@ class Decider:
         encoded = self.model.encode_features(flat).unflatten(0, features.shape[:2])
         scores, near = self.model.scores(encoded.mean(1)).cpu(), features.mean(1).cpu().float()
         found = neighbours.find(near, authors=authors)
-        alone, gallery = Calibration(fit.temperature, fit.kernel_km), Calibration(fit.gallery_temperature)
-        return next(fused([scores], self.places, gallery, found, alone, fit.share)), found[0][:, 0]
+        return next(fused([scores], self.places, found, fit)), found[0][:, 0]
 
     @torch.inference_mode()
     def by_others(self, authors: Sequence) -> Float[Tensor, "n 2"]:
@@ -91,12 +90,17 @@ class Decider:
     ) -> tuple[Float[Tensor, "n k 2"], Float[Tensor, "n k"]]:
         """The k best places that are 25 km apart, and the probability of being within 25 km of each.
 
-        query: as in `posterior`. Where a posterior has fewer such places, the rest is NaN.
+        The first is the decision's; the others follow in the order of their probability. query: as in `posterior`.
+        Where a posterior has fewer such places, the rest is NaN.
         """
         logits, nearest = self._logits(query)
         posterior = self.calibration.posterior(self.places, logits)
         latlon = posterior.answers(self.decision, k, APART_KM)
         mass = posterior.mass_within(latlon.nan_to_num(), APART_KM)
+        rank = mass.masked_fill(latlon.isnan().any(-1), -1)
+        rank[:, 0] = math.inf
+        order = rank.argsort(dim=1, descending=True, stable=True)
+        latlon, mass = latlon.take_along_dim(order[..., None], 1), mass.take_along_dim(order, 1)
         first, others = mass[:, :1], mass[:, 1:]
         # The hit rate was fitted to first answers; what it leaves is shared out in proportion to the others' mass.
         hit = self.calibration.hit_rate(first)

@@ -27,7 +27,6 @@ def log_kernel(h: Tensor, kernel_km: float) -> Tensor:
 def density(kernel_km: float) -> Profile:
     """The kernel itself: its expectation is the density."""
     kappa = (EARTH_RADIUS_KM / kernel_km) ** 2
-
     top = float(log_kernel(torch.zeros(()), kernel_km))
 
     def profile(h, gradient=True):

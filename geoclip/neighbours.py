@@ -1,5 +1,6 @@
 """Training images as a second gallery: where the images most like a query were taken."""
 
+import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from geoclip import earth
-from geoclip.calibration import Calibration, fit
+from geoclip.calibration import FALSE_ALARMS, Calibration, NeighbourFit, fit, fit_neighbours
 from geoclip.kernels import log_kernel
 from geoclip.posterior import Places
 
@@ -61,38 +62,45 @@ class Neighbours:
 def fused(
     logits: Iterable[Float[Tensor, "_ m"]],
     places: Places,
-    by_gallery: Calibration,
-    neighbours: tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]],
-    by_neighbours: Calibration,
-    share: float = 1.0,
+    near: tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]],
+    how: NeighbourFit,
 ) -> Iterator[Float[Tensor, "_ m"]]:
-    """The product of both: logits of all gallery places plus `share` × the neighbours' log density there.
+    """The product of both: logits of all gallery places plus a share of the neighbours' log density there.
 
-    Both say the same in part, so the sum needs a calibration of its own.
+    near: as `Neighbours.find` returns them, for the images of all batches of `logits`. Both say the same in part,
+    so the sum needs a calibration of its own.
     """
-    near = iter(zip(*neighbours, strict=True))
+    found = iter(zip(*near, strict=True))
+    uniform = FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
     for batch in logits:
         rows = []
-        for scores, (cosine, latlon) in zip(batch, near, strict=False):
+        for scores, (cosine, latlon) in zip(batch, found, strict=False):
             h = (1 - places.xyz @ earth.unit_sphere(latlon).T).clamp_min(0).float()
-            weight = (cosine / by_neighbours.temperature).softmax(0).nan_to_num()  # 0 if all are −inf
-            density = log_kernel(h, by_neighbours.kernel_km).exp() @ weight
-            uniform = FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
-            rows.append(scores / by_gallery.temperature + share * (density + uniform).log())
+            weight = (cosine / how.temperature).softmax(0).nan_to_num()  # 0 if all are −inf
+            density = log_kernel(h, how.kernel_km).exp() @ weight
+            rows.append(scores / how.gallery_temperature + how.share * (density + uniform).log())
         yield torch.stack(rows)
 
 
 def fit_fused(
     logits: Sequence[Float[Tensor, "_ m"]],
     places: Places,
-    by_gallery: Calibration,
-    neighbours: tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]],
-    by_neighbours: Calibration,
+    alone: Calibration,
+    near: tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]],
     truth: Float[Tensor, "n 2"],
-    fitted_on: str,
-    prior: str = "gallery",
-) -> tuple[float, Calibration]:
-    """The share of the neighbours, one of SHARES, and the calibration of the product that make `truth` most likely."""
-    known = places, by_gallery, neighbours, by_neighbours
-    fits = {share: fit(fused(logits, *known, share), truth, places, fitted_on, prior) for share in SHARES}
-    return max(fits.items(), key=lambda found: found[1].nats)
+    features: str = "",
+) -> Calibration:
+    """The calibration of the product, with the share of the neighbours, one of SHARES, that makes `truth` most likely.
+
+    alone: the calibration without neighbours, fitted to the same images. features: as in NeighbourFit.
+    """
+    fitted_on = alone.fitted_on or ""
+    by_near, least = fit_neighbours(*near, truth, fitted_on), near[0][:, 0].quantile(FALSE_ALARMS).item()
+    fits = []
+    for share in SHARES:
+        how = NeighbourFit(
+            features, alone.temperature, by_near.temperature, by_near.kernel_km, least, share=share
+        )
+        fitted = fit(fused(logits, places, near, how), truth, places, fitted_on, alone.prior)
+        fits.append(dataclasses.replace(fitted, neighbours=how))
+    return max(fits, key=lambda fitted: fitted.nats or -math.inf)

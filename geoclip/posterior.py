@@ -25,7 +25,7 @@ from geoclip.earth import EARTH_RADIUS_KM
 from geoclip.kernels import Profile, density, log_kernel, table
 
 PAIRS = 1 << 17  # pairs of a place and a kernel that are computed at once; they fit in a CPU's cache
-HEAVIEST, STARTS, ASCENTS, STEPS = 512, 128, 4, 12  # of a search, see _search
+HEAVIEST, STARTS, ASCENTS, STEPS = 512, 128, 4, 12  # of a search, see Posterior.answers
 ROWS = 16  # images whose weights of all places are held at once
 GROUP = 8  # places that are compared as one at first, see _largest
 CROWD_KM = 25.0  # a prior that is divided out counts the places within this distance
@@ -106,7 +106,25 @@ class Posterior:
         Each is a local maximum, so that the second is another possibility and not a neighbour of the first.
         Raises ValueError for an unknown rule.
         """
-        return self._search(self._profiles(decision), k, apart_km)
+        profiles = self._profiles(decision)
+
+        def ascend(steps):
+            return lambda place, layers: _ascend(place, layers, profiles, steps)
+
+        # The places of the heaviest kernels are compared; the best of them ascend, among the heaviest kernels
+        # at first, then the k best among all.
+        h_apart = 1 - math.cos(min(apart_km / EARTH_RADIUS_KM, math.pi))
+        heavy = Posterior([heaviest(layer, HEAVIEST) for layer in self.layers])
+        starts = torch.cat([heaviest(layer, STARTS).xyz for layer in heavy.layers], 1)
+        value = heavy._each(starts, lambda place, layers: _utility(place, layers, profiles)[:1])[0]
+        place, value = _distinct(starts, value, ASCENTS + 2 * (k - 1), h_apart)
+        place, value = heavy._each(place, ascend(STEPS))
+        place, value = _distinct(place, value, k, h_apart)
+        none = value.isneginf()
+        place, value = self._each(place, ascend(STEPS // 2))
+        place, value = _distinct(place, value.masked_fill(none, -math.inf), k, h_apart)
+        place = earth.from_unit_sphere(place).masked_fill(value.isneginf()[..., None], math.nan)
+        return pad(place, (0, 0, 0, k - place.shape[1]), value=math.nan)
 
     def _profiles(self, decision: str) -> list[Profile]:
         rule, _, km = decision.partition(":")
@@ -190,31 +208,6 @@ class Posterior:
         parts = [compute(vector[rows], self[rows].layers) for rows in slices]
         return [torch.cat(part) for part in zip(*parts, strict=True)]
 
-    def _search(self, profiles: list[Profile], k: int = 1, apart_km: float = 0.0) -> Tensor:
-        """The k best places (n, k, 2) that are apart_km apart.
-
-        The places of the heaviest kernels are compared; the best of them ascend, among the heaviest kernels
-        at first, then the k best among all.
-        """
-
-        def ascend(steps):
-            return lambda place, layers: _ascend(place, layers, profiles, steps)
-
-        h_apart = 1 - math.cos(min(apart_km / EARTH_RADIUS_KM, math.pi))
-        heavy = Posterior([heaviest(layer, HEAVIEST) for layer in self.layers])
-        starts = torch.cat([heaviest(layer, STARTS).xyz for layer in heavy.layers], 1)
-        value = heavy._each(starts, lambda place, layers: _utility(place, layers, profiles)[:1])[0]
-        place, value = _distinct(starts, value, ASCENTS + 2 * (k - 1), h_apart)
-        place, value = heavy._each(place, ascend(STEPS))
-        place, value = _distinct(place, value, k, h_apart)
-        none = value.isneginf()
-        place, value = self._each(place, ascend(STEPS // 2))
-        place, value = _distinct(place, value.masked_fill(none, -math.inf), k, h_apart)
-        found = torch.full((len(self), k, 2), math.nan, dtype=torch.double)
-        place = earth.from_unit_sphere(place).masked_fill(value.isneginf()[..., None], math.nan)
-        found[:, : place.shape[1]] = place
-        return found
-
 
 class Places:
     """Gallery places, prepared for posteriors.
@@ -273,8 +266,8 @@ class Places:
         if logits.shape[1] != len(self.xyz):
             raise ValueError(f"{logits.shape[1]} scores for {len(self.xyz)} places")
         _check_positive(temperature=temperature, kernel_km=kernel_km)
-        expected = 0.0 if prior == "gallery" else self.counts(prior).log().float()
-        parts = [self._weights(part / temperature + expected) for part in logits.split(ROWS)]
+        expected = self.counts(prior).log().float()  # 0 for the gallery's
+        parts = [self._weights(expected.add(part, alpha=1 / temperature)) for part in logits.split(ROWS)]
         kept, index, pooled = (torch.cat(part) for part in zip(*parts, strict=True))
         total = kept.double().sum(1, keepdim=True) + pooled.sum(1, keepdim=True)
         pooled = (1 - background) * pooled / total + background * self.share(prior)

@@ -91,12 +91,28 @@ def test_conformal_levels_cover_exchangeable_images():
     assert calibration.conformal_level(0.9, level[:5]) == 1.0  # too few to say
 
 
-def test_a_decider_answers_with_distinct_places_and_their_probability():
+def small_model(places):
     generator = torch.Generator().manual_seed(0)
     images = ImageEncoder(ImageEncoderConfig("conv", None, False, 16, 8), generator)
     locations = LocationEncoder(LocationEncoderConfig((1.0,), 8, 16, 1, 8), generator)
-    places = torch.tensor([[0.0, 0.0], [0.0, 0.1], [40.0, 5.0], [-40.0, 5.0]])
-    model = GeoCLIP(images, locations, Gallery(places)).eval()
+    return GeoCLIP(images, locations, Gallery(torch.tensor(places))).eval()
+
+
+def test_alternatives_follow_in_the_order_of_the_probability_that_is_shown():
+    crowd = [[-40.1, 5.0], [-39.9, 5.0], [-40.0, 4.88], [-40.0, 5.12]]  # four low peaks within 25 km
+    model = small_model([[0.0, 0.0], [40.0, 5.0], *crowd])
+    model.scores = lambda query: query
+    decider = Decider(model, "mode", Calibration(kernel_km=4.0))
+    logits = torch.tensor([[3.0, 2.0, 0.9, 0.9, 0.9, 0.9]]).log()
+    by_density = decider.posterior(logits).answers("mode", 3)[0]
+    latlon, mass = decider.locate(logits, 4)
+    torch.testing.assert_close(latlon[0, :3], by_density[[0, 2, 1]])
+    assert mass[0, 0] > 0.3 and mass[0, 1] > mass[0, 2]
+    assert latlon[0, 3].isnan().all() and mass[0, 3].isnan()
+
+
+def test_a_decider_answers_with_distinct_places_and_their_probability():
+    model = small_model([[0.0, 0.0], [0.0, 0.1], [40.0, 5.0], [-40.0, 5.0]])
     decider = Decider(
         model, "mode", Calibration(kernel_km=10.0), lambda p: [{"entropy": e} for e in p.entropy.tolist()]
     )

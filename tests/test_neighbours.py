@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from geoclip import earth
-from geoclip.calibration import Calibration
+from geoclip.calibration import Calibration, NeighbourFit
 from geoclip.neighbours import FLOOR, SHARES, Neighbours, fit_fused, fused
 from geoclip.posterior import Places
 
@@ -45,10 +45,10 @@ def test_the_querys_own_photographer_is_left_out(neighbours):
 def test_neighbours_add_the_log_of_their_density():
     places = Places(torch.tensor([[0.0, 0.0], [0.0, 1.0], [50.0, 50.0]]))
     near = torch.tensor([[2.0, 1.0]]), torch.tensor([[[0.0, 0.0], [0.0, 1.0]]]).double()
-    [half] = fused([torch.zeros(1, 3)], places, Calibration(), near, Calibration(0.5, 40.0), 0.5)
-    [whole] = fused([torch.zeros(1, 3)], places, Calibration(), near, Calibration(0.5, 40.0))
+    [half] = fused([torch.zeros(1, 3)], places, near, NeighbourFit("", 1.0, 0.5, 40.0, 0.0, share=0.5))
+    [whole] = fused([torch.zeros(1, 3)], places, near, NeighbourFit("", 1.0, 0.5, 40.0, 0.0))
     torch.testing.assert_close(half, whole / 2)
-    [found] = fused([torch.tensor([[3.0, 2.0, 1.0]])], places, Calibration(2.0), near, Calibration(0.5, 40.0))
+    [found] = fused([torch.tensor([[3.0, 2.0, 1.0]])], places, near, NeighbourFit("", 2.0, 0.5, 40.0, 0.0))
     weight = torch.tensor([4.0, 2.0]).softmax(0).double()
     for i, logit in enumerate((1.5, 1.0, 0.5)):
         km = earth.haversine_km(places.latlon[i], near[1][0])
@@ -66,9 +66,8 @@ def test_neighbours_count_less_the_less_they_tell():
     )
     logits[torch.arange(n), index] += 6
     truth = earth.destination(places.latlon[index], *(30 * torch.randn(2, n, generator=generator).double()))
-    for near, share in ((truth, max(SHARES)), (earth.sample_sphere(n, generator).double(), min(SHARES))):
+    around = earth.destination(truth, *(200 * torch.randn(2, n, generator=generator).double()))
+    for near, share in ((around, max(SHARES)), (earth.sample_sphere(n, generator).double(), min(SHARES))):
         known = torch.full((n, 1), 50.0), near[:, None]
-        found, fitted = fit_fused(
-            [logits], places, Calibration(), known, Calibration(1.0, 300.0), truth, "mine"
-        )
-        assert (found, fitted.fitted_on, fitted.images) == (share, "mine", n)
+        fitted = fit_fused([logits], places, Calibration(fitted_on="mine"), known, truth)
+        assert (fitted.neighbours.share, fitted.fitted_on, fitted.images) == (share, "mine", n)

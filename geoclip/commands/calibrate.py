@@ -7,7 +7,6 @@ With --neighbours, CHECKPOINT.neighbours.json is written too, for `predict` and 
 it says how like its nearest training image a photo must be: 5 % of these images are called unfamiliar.
 """
 
-import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -61,14 +60,9 @@ def run(options) -> None:
     if options.neighbours:
         neighbours, source = read_neighbours(options.neighbours, model)
         near = neighbours.find(features.cpu().float())
-        by_near = calibration.fit_neighbours(*near, truth, name)
-        known = places, alone, near, by_near
-        share, together = fit_fused(logits, *known, truth, name, options.prior)
-        least = near[0][:, 0].quantile(calibration.FALSE_ALARMS).item()
-        scales = alone.temperature, by_near.temperature, by_near.kernel_km
-        how = calibration.NeighbourFit(source, *scales, least, share=share)
-        together = dataclasses.replace(together, neighbours=how)
-        report(calibration.with_hits(together, fused(logits, *known, share), truth, places), options)
+        together = fit_fused(logits, places, alone, near, truth, source)
+        both = fused(logits, places, near, together.neighbours)
+        report(calibration.with_hits(together, both, truth, places), options)
 
 
 def report(fitted, options) -> None:

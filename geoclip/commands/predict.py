@@ -4,8 +4,9 @@ Photos that cannot be used are listed on stderr with the reason; the others are 
 is 1. If EXIF records where a photo was taken, the output shows that position and the error of each answer in
 km; the model never sees it. With --decision argmax, probabilities are shares of the gallery's places and are
 not calibrated. With another decision the answers are distinct places, 25 km apart, each with the probability
-of being within 25 km of it, and the output tells the areas that hold 50 and 90 % and the likely countries; json and
-geojson carry the outlines of these areas, and the map of a single photo draws them.
+of being within 25 km of it: first the decision's own, then the others in the order of that probability. The output
+also tells the areas that hold 50 and 90 % and the likely countries; json and geojson carry the outlines of these
+areas, and the map of a single photo draws them.
 """
 
 import functools
