@@ -4,6 +4,7 @@ Coordinates are (lat, lon) in degrees on WGS84, on the last axis, with longitude
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float
@@ -53,12 +54,22 @@ def equal_earth(latlon: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n 2"]:
     the dtype. The released weights were trained in float32, and the highest frequencies resolve its rounding,
     so the order of operations is part of the model.
     """
-    lat, lon = (latlon * (math.pi / 180)).unbind(-1)
-    theta = torch.asin(math.sqrt(3) / 2 * torch.sin(lat))
-    slope = 3 * (9 * A4 * theta**8 + 7 * A3 * theta**6 + 3 * A2 * theta**2 + A1)
-    x = 2 * math.sqrt(3) * lon * torch.cos(theta) / slope
-    y = A4 * theta**9 + A3 * theta**7 + A2 * theta**3 + A1 * theta
-    return torch.stack([x, y], -1) * EQUAL_EARTH_SCALE / 180
+    numbers: Sequence[float | Tensor] = [math.pi / 180, math.sqrt(3) / 2, 2 * math.sqrt(3), EQUAL_EARTH_SCALE]
+    numbers = [*numbers, A1, A2, A3, A4, 3 * A2, 7 * A3, 9 * A4]
+    if latlon.dtype == torch.float64:  # torch.onnx would round them to float32, unless they are tensors
+        numbers = latlon.new_tensor(numbers).unbind()
+    radian, half_root, two_roots, scale, a1, a2, a3, a4, b2, b3, b4 = numbers
+    lat, lon = (latlon * radian).unbind(-1)
+    sine = half_root * torch.sin(lat)
+    if latlon.dtype == torch.float64:  # ONNX Runtime has no asin in float64, so a step of Newton's method
+        theta = torch.asin(sine.float()).double()
+        theta = theta + (sine - torch.sin(theta)) / torch.cos(theta)
+    else:
+        theta = torch.asin(sine)
+    slope = 3 * (b4 * theta**8 + b3 * theta**6 + b2 * theta**2 + a1)
+    x = two_roots * lon * torch.cos(theta) / slope
+    y = a4 * theta**9 + a3 * theta**7 + a2 * theta**3 + a1 * theta
+    return torch.stack([x, y], -1) * scale / 180
 
 
 def unit_sphere(latlon: Float[Tensor, "*n 2"]) -> Float[Tensor, "*n 3"]:

@@ -216,14 +216,14 @@ def test_torch_export_gives_the_same_embedding(tmp_path):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_onnx_gives_the_same_embedding(tmp_path):
-    """To the rounding of the phase, which differs between libraries."""
+    """In all values, because the phase is in float64; with PyTorch's in float32, 1 % differ by up to 4e-5."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     places, expected = (part.numpy() for part in exported(tmp_path, "onnx.export"))
     session = runtime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     (found,) = session.run(None, {name: places})
-    np.testing.assert_allclose(found, expected, rtol=0, atol=4e-5)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     wrapped = places[:, 1] != 180  # embed_places takes 180° for -180°, whose embedding differs
     rounded = embed_places(torch.from_numpy(places[wrapped]))
     np.testing.assert_allclose(found[wrapped], rounded, rtol=0, atol=4e-5)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -80,6 +81,20 @@ def test_the_phase_stays_in_single_precision_under_autocast():
     assert destroyed.mean() < 0.5
 
 
+@pytest.mark.parametrize("sigmas", [(1.0, 256.0), ()])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_phase_stays_in_single_precision_in_an_encoder_of_another_dtype(sigmas, dtype):
+    config = LocationEncoderConfig(sigmas=sigmas, width=64, dim=32)
+    encoder, latlon = LocationEncoder(config, seeded()), earth.sample_sphere(500, seeded())
+    with torch.no_grad():
+        exact, found = encoder(latlon), encoder.to(dtype)(latlon)
+    assert found.dtype == dtype and torch.cosine_similarity(exact, found.float()).min() > 0.999
+    assert all(
+        level.frequencies is None or level.frequencies.dtype == torch.float32 for level in encoder.levels
+    )
+    assert encoder.float()(latlon).dtype == torch.float32
+
+
 def test_released_weights_are_level_by_level_what_was_trained():
     encoder = LocationEncoder.pretrained()
     assert not encoder.training
@@ -90,3 +105,17 @@ def test_released_weights_are_level_by_level_what_was_trained():
     near, far = torch.cosine_similarity(paris, lyon, 0), torch.cosine_similarity(paris, sydney, 0)
     assert near > far
     assert math.exp(pretrained.logit_scale()) == pytest.approx(39.69, abs=0.01)
+
+
+def test_a_phase_in_double_is_the_exact_one():
+    config = LocationEncoderConfig(sigmas=(256.0,), frequencies=32, width=16, dim=8)
+    encoder = LocationEncoder(config, torch.Generator().manual_seed(0)).eval()
+    latlon = torch.tensor([[48.8566, 2.3522], [-33.8688, 151.2093], [90.0, 0.0], [0.0, -180.0]])
+    rounded = encoder.levels[0].features(encoder.project(latlon))
+    encoder.double_phase = True
+    turns = encoder.project(latlon).numpy() @ encoder.levels[0].frequencies.double().numpy().T
+    exact = np.concatenate([np.cos(2 * np.pi * turns), np.sin(2 * np.pi * turns)], 1)
+    features = encoder.levels[0].features(encoder.project(latlon))
+    assert features.dtype == encoder(latlon).dtype == torch.float32
+    np.testing.assert_allclose(features, exact, rtol=0, atol=1e-6)
+    assert 1e-5 < np.abs(rounded.numpy() - exact).max() < 1e-2  # what the default, float32, loses
