@@ -1,6 +1,7 @@
 """Embeddings to take away: embed_places, GPSEmbedding in scikit-learn, and the encoder outside Python."""
 
 import doctest
+import importlib.util
 import os
 import pickle
 import subprocess
@@ -178,36 +179,40 @@ import torch
 from geoclip import earth, gps_embedding
 from geoclip.location_encoder import LocationEncoder
 lines = [line.strip() for line in gps_embedding.__doc__.splitlines() if line.startswith("    ")]
-exec("\\n".join(line for line in lines if sys.argv[1] in line or line.startswith(("encoder", "n ="))))
+exec("\\n".join(line for line in lines if line.startswith(("encoder", "n =", *sys.argv[1:]))))
 edges = [[90.0, 0], [-90, 0], [90, -180], [0, 180], [0, -180], [45, 180], [-45, -180], [0, 0]]
-places = torch.cat([torch.tensor(edges), earth.sample_sphere(20_000, torch.Generator().manual_seed(0))])
+places = torch.cat([torch.tensor(edges), earth.sample_sphere(5_000, torch.Generator().manual_seed(0))])
 with torch.no_grad():
     torch.save([places, encoder(places)], "expected.pt")
 """
 
 
-def exported(folder, word):
-    """Export the released encoder into `folder`; returns places, also poles and ±180°, and their embeddings."""
-    command = [sys.executable, "-c", EXPORT, word]
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """A folder of the released encoder, exported in all ways; places, also poles and ±180°; their embeddings."""
+    folder, ways = tmp_path_factory.mktemp("exported"), ["torch.jit", "torch.export"]
+    if importlib.util.find_spec("onnxscript"):
+        ways.append("torch.onnx")
     search = os.pathsep.join([str(paths.ROOT), os.environ.get("PYTHONPATH", "")])
-    subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": search}, check=True)
-    return torch.load(folder / "expected.pt", weights_only=True)
+    environment = os.environ | {"PYTHONPATH": search}
+    subprocess.run([sys.executable, "-c", EXPORT, *ways], cwd=folder, env=environment, check=True)
+    return folder, *torch.load(folder / "expected.pt", weights_only=True)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*is deprecated:DeprecationWarning")
-def test_torchscript_gives_the_same_embedding(tmp_path):
-    places, expected = exported(tmp_path, "jit.trace")
+def test_torchscript_gives_the_same_embedding(exported):
+    folder, places, expected = exported
     with torch.no_grad():
-        found = torch.jit.load(tmp_path / "encoder.pt")(places)
+        found = torch.jit.load(folder / "encoder.pt")(places)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_torch_export_gives_the_same_embedding(tmp_path):
-    places, expected = exported(tmp_path, "torch.export.save")
-    loaded = torch.export.load(tmp_path / "encoder.pt2").module()
+def test_torch_export_gives_the_same_embedding(exported):
+    folder, places, expected = exported
+    loaded = torch.export.load(folder / "encoder.pt2").module()
     with torch.no_grad():
         torch.testing.assert_close(loaded(places), expected, rtol=0, atol=1e-5)
         assert loaded(places[:1]).shape == (1, 512)
@@ -215,12 +220,13 @@ def test_torch_export_gives_the_same_embedding(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
-def test_onnx_gives_the_same_embedding(tmp_path):
+def test_onnx_gives_the_same_embedding(exported):
     """In all values, because the phase is in float64; with PyTorch's in float32, 1 % differ by up to 4e-5."""
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    places, expected = (part.numpy() for part in exported(tmp_path, "onnx.export"))
-    session = runtime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    folder, *given = exported
+    places, expected = (part.numpy() for part in given)
+    session = runtime.InferenceSession(folder / "encoder.onnx", providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     (found,) = session.run(None, {name: places})
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
