@@ -1,5 +1,6 @@
 """Shared by all tests: shapes checked at run time, few threads, and the user's benchmark data."""
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -17,6 +18,10 @@ install_import_hook("geoclip", "typechecker.checked")
 def pytest_configure():
     from geoclip import paths
 
+    # Tests that kill processes fork them from one server, which imports once what each of them would for seconds.
+    multiprocessing.set_forkserver_preload(
+        ["geoclip.studies.runner", "geoclip.datasets.shards", "webdataset"]
+    )
     try:
         paths.make_variables_absolute()
         paths.geoclip_data()

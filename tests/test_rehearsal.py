@@ -2,14 +2,20 @@
 
 import io
 import json
+import multiprocessing
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
+import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -262,6 +268,69 @@ def test_shards_and_batches_grow_with_the_world(moved, monkeypatch):
 
     assert planned(39) == ("00000}.tar", 2, 64, 100)
     assert planned(399_999) == ("00040}.tar", 512, 4096, 9999)
+
+
+def drive(world, names):
+    """Go through the named steps of a rehearsal, in a process of its own."""
+    planned, rehearsal.SLOW_S = stages.steps, 4
+    stages.steps = lambda *_: [step for step in planned(world, ()) if step.name in names]
+    stages.run(world)
+
+
+def driven(world, names):
+    """The process of `drive`, started."""
+    process = multiprocessing.get_context("forkserver").Process(target=drive, args=(world, names))
+    process.start()
+    return process
+
+
+def drive_to_the_end(world, names):
+    process = driven(world, names)
+    process.join()
+    assert process.exitcode == 0
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_goes_on_to_the_same_tables(tmp_path):
+    names = ["shards", "embed mp16/features", "embed im2gps3k/features", "train", "evaluate im2gps3k"]
+    worlds = [tmp_path / name / "world" for name in ("whole", "killed")]
+    shutil.copytree(rehearsal.make(worlds[0], N, port=free_port()), worlds[1])
+    began = time.monotonic()
+    drive_to_the_end(worlds[0], names)
+    lasts, kills = time.monotonic() - began, 0
+    moments = np.random.default_rng(int(os.environ.get("SEED", 0))).uniform(0.1, 0.9, 2) * lasts
+    for seconds in moments:
+        process = driven(worlds[1], names)
+        process.join(seconds)
+        kills += process.is_alive()
+        process.kill()  # this process alone: its own follow it
+        process.join()
+    drive_to_the_end(worlds[1], names)
+    assert kills
+    log = pd.read_csv(worlds[0] / stages.LOG, index_col="step")
+    # 79 addresses, one without a place, twice gone, slow, cut, a page, and (in the tar) truncated
+    assert log["images"].tolist() == [79, 78 - 8 - 2, 38, 68, 40] and log["dropped"].tolist() == [
+        8,
+        2,
+        2,
+        0,
+        2,
+    ]
+    scores = pd.read_csv(worlds[0] / "results/evaluate/rehearsal_im2gps3k.csv")
+    assert set(scores["data"]) == {"Im2GPS3k rehearsal, 40 of 2,997"} and scores["acc_2500km"].notna().all()
+    logs = [pd.read_csv(world / stages.LOG).drop(columns="seconds") for world in worlds]
+    pd.testing.assert_frame_equal(*logs)
+    tables = {path.relative_to(worlds[0]) for path in (worlds[0] / "results").rglob("*.csv")}
+    kept = [*tables, *(path.relative_to(worlds[0]) for path in worlds[0].rglob("features.npy"))]
+    assert tables and len(kept) > len(tables)
+    for path in kept:
+        assert (worlds[1] / path).read_bytes() == (worlds[0] / path).read_bytes(), path
 
 
 def test_evaluate_counts_a_part_and_refuses_it_if_it_has_to_be_whole(world, tmp_path, monkeypatch, capsys):

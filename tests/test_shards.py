@@ -189,7 +189,6 @@ def test_several_processes_and_machines_leave_the_same_photos(tmp_path):
 @pytest.mark.slow
 def test_kills_at_random_moments_end_in_the_bytes_of_an_unbroken_download(tmp_path):
     context, draw = multiprocessing.get_context("forkserver"), random.Random(0)
-    context.set_forkserver_preload(["geoclip.datasets.shards", "webdataset"])
     limits = Limits(connections=3, retries=0, allow_private=True)
     with server() as (address, _):
         table = listed(*(f"{address}/{'404' if i % 9 == 4 else f'{i % 8}.jpg'}" for i in range(40)))

@@ -1,6 +1,7 @@
 """Training: the loss by hand, order of samples, exact resume after SIGKILL, bad configurations."""
 
 import dataclasses
+import functools
 import json
 import multiprocessing
 import os
@@ -9,7 +10,6 @@ import resource
 import shlex
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -51,6 +51,22 @@ def weights_of(path):
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     return runs.train(TINY, tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two_epochs")
+    run = runs.train(TINY, folder / "run", epochs=2)
+    return run, shutil.copytree(run.directory, folder / "kept")
+
+
+@pytest.fixture
+def stopped(two_epochs):
+    """A run that was stopped after two of its three epochs; Lightning wants it where it was made."""
+    run, kept = two_epochs
+    shutil.rmtree(run.directory)
+    shutil.copytree(kept, run.directory)
+    return run
 
 
 def test_loss_in_five_lines():
@@ -104,14 +120,6 @@ def test_each_epoch_sees_each_sample_once_in_another_order():
     assert {epoch for epoch, _ in second} == {1}
 
 
-def test_ranks_share_out_each_global_batch():
-    alone = [i for _, i in EpochSampler(110, 20, seed=3)]
-    ranks = [[i for _, i in EpochSampler(110, 20, 3, rank, ranks=2)] for rank in range(2)]
-    assert len(alone) == 100 and len(ranks[0]) == 50
-    for b in range(5):
-        assert alone[20 * b : 20 * b + 20] == ranks[0][10 * b : 10 * b + 10] + ranks[1][10 * b : 10 * b + 10]
-
-
 def test_tiles_do_not_depend_on_their_batch():
     data = training_set(TINY)
     one = data.__getitems__([(2, 7)])["image"][0]
@@ -154,12 +162,10 @@ def test_a_run_that_ended_is_not_repeated(unbroken):
 
 
 @pytest.mark.slow
-def test_stopped_early_and_resumed_is_the_same(unbroken, tmp_path):
-    stopped = runs.train(TINY, tmp_path / "stopped", epochs=1)
-    assert not (stopped.directory / "result.json").exists()
+def test_stopped_early_and_resumed_is_the_same(unbroken, stopped):
+    assert not stopped.result_file.exists()
     resumed = runs.train(TINY, stopped.directory)
-    kept, ours = weights_of(unbroken.checkpoint), weights_of(resumed.checkpoint)
-    assert all(torch.equal(kept[name], ours[name]) for name in kept)
+    assert same_weights(unbroken, resumed)
     pd.testing.assert_frame_equal(resumed.metrics(), unbroken.metrics())  # the curves have no gap and no seam
 
 
@@ -320,29 +326,29 @@ def test_a_checkpoint_of_nan_is_refused(unbroken, tmp_path):
         load_checkpoint(tmp_path / "nan.ckpt")
 
 
-def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    run = runs.train(TINY, tmp_path / "run", epochs=1)
-    before = run.checkpoint.read_bytes()
+def test_a_loss_of_nan_ends_training_and_keeps_the_last_good_checkpoint(stopped, monkeypatch):
+    before = stopped.checkpoint.read_bytes()
     view_loss = GeoCLIPTraining.view_loss
     monkeypatch.setattr(
         GeoCLIPTraining, "view_loss", lambda *args: tuple(value * float("nan") for value in view_loss(*args))
     )
-    with pytest.raises(ValueError, match=r"the loss is nan in epoch 2, step 11: lower learning_rate"):
-        runs.train(TINY, run.directory)
-    assert run.checkpoint.read_bytes() == before and not run.result_file.exists()
+    with pytest.raises(ValueError, match=r"the loss is nan in epoch 3, step 21: lower learning_rate"):
+        runs.train(TINY, stopped.directory)
+    assert stopped.checkpoint.read_bytes() == before and not stopped.result_file.exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", ["evil", "half", "empty", "text"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_used(unbroken, tmp_path, damage, capfd):
-    run = runs.train(TINY, tmp_path / "run", epochs=2)
-    assert runs.previous(run.checkpoint).is_file()
-    content = run.checkpoint.read_bytes()
+def test_a_damaged_checkpoint_is_set_aside_and_the_previous_one_used(
+    unbroken, stopped, tmp_path, damage, capfd
+):
+    assert runs.previous(stopped.checkpoint).is_file()
+    content = stopped.checkpoint.read_bytes()
     evil = tmp_path / "evil.ckpt"
     torch.save({"state_dict": Evil(tmp_path / "executed")}, evil)
     bad = {"evil": evil.read_bytes(), "half": content[: len(content) // 2], "empty": b"", "text": b"hello"}
-    run.checkpoint.write_bytes(bad[damage])
-    resumed = runs.train(TINY, run.directory)
+    stopped.checkpoint.write_bytes(bad[damage])
+    resumed = runs.train(TINY, stopped.directory)
     said = capfd.readouterr().err
     assert "last.ckpt is not a checkpoint" in said and "it was renamed to last.ckpt.damaged" in said
     assert "weights_only" not in said and not (tmp_path / "executed").exists()
@@ -385,11 +391,10 @@ def test_a_checkpoint_that_cannot_be_written_leaves_a_good_one(unbroken, tmp_pat
 
 
 @pytest.mark.parametrize(("name", "text"), [("config.yaml", "queue: ["), ("result.json", '{"steps": ')])
-def test_a_broken_file_of_a_run_is_named(tmp_path, name, text):
-    run = runs.train(TINY, tmp_path / "run", epochs=1)
-    (run.directory / name).write_text(text)
+def test_a_broken_file_of_a_run_is_named(stopped, name, text):
+    (stopped.directory / name).write_text(text)
     with pytest.raises(ValueError, match=name):
-        _ = runs.train(TINY, run.directory).result
+        _ = runs.train(TINY, stopped.directory).result
 
 
 def test_yaml_names_the_wrong_field(tmp_path):
@@ -410,17 +415,13 @@ def test_too_few_samples_and_data_that_are_not_there(tmp_path):
         runs.train(dataclasses.replace(TINY, data="mine.csv"), tmp_path / "none")
 
 
-@pytest.mark.slow
-def test_the_command_line_trains_and_says_where(unbroken, tmp_path):
-    command = [sys.executable, "-m", "geoclip", "train", "--config", str(unbroken.directory / "config.yaml")]
-    done = subprocess.run(
-        [*command, "--epochs", "1", "--out", str(tmp_path / "run")], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert "10 steps" in done.stdout and str(tmp_path / "run" / "last.ckpt") in done.stdout
-    wrong = subprocess.run([*command, "--queue", "3"], capture_output=True, text=True)
-    assert wrong.returncode == 2 and "larger than the queue of 3" in wrong.stderr
-    assert "Traceback" not in wrong.stderr
+def test_the_command_line_trains_and_says_where(unbroken, tmp_path, capsys):
+    command = ["train", "--config", str(unbroken.directory / "config.yaml")]
+    assert command_line.main([*command, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr().out
+    assert "10 steps" in said and str(tmp_path / "run" / "last.ckpt") in said
+    assert command_line.main([*command, "--queue", "3"]) == 2
+    assert "larger than the queue of 3" in capsys.readouterr().err
 
 
 @pytest.fixture
@@ -514,17 +515,29 @@ def test_a_hold_out_needs_photos():
         training_set(dataclasses.replace(TINY, holdout=0.1))
 
 
-def started(config, directory, **options):
-    """A process of `python -m geoclip train`, once it has written a checkpoint."""
-    directory.mkdir(exist_ok=True)
-    file = directory.with_suffix(".yaml")
-    file.write_text(json.dumps(plain(config)))
-    command = [sys.executable, "-m", "geoclip", "train", "--config", str(file), "--out", str(directory)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+def train_command(directory, prepare):
+    """`geoclip train` in a process of its own, which calls `prepare` first."""
+    os.dup2(os.open(directory.with_suffix(".txt"), os.O_WRONLY | os.O_CREAT), sys.stderr.fileno())
+    prepare()
+    sys.exit(command_line.main(["train", "--config", f"{directory}.yaml", "--out", str(directory)]))
+
+
+def started(config, directory, prepare):
+    """The process of such a command, once it has written a checkpoint."""
+    directory.with_suffix(".yaml").write_text(json.dumps(plain(config)))
+    context = multiprocessing.get_context("forkserver")
+    process = context.Process(target=train_command, args=(directory, prepare))
+    process.start()
     deadline = time.monotonic() + 120
-    while not (directory / "last.ckpt").is_file() and process.poll() is None and time.monotonic() < deadline:
+    while not (directory / "last.ckpt").is_file() and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.01)
     return process
+
+
+def ended(process, directory):
+    """Its exit status, and what it said on stderr."""
+    process.join(120)
+    return process.exitcode, directory.with_suffix(".txt").read_text()
 
 
 @pytest.mark.slow
@@ -532,37 +545,40 @@ def started(config, directory, **options):
 def test_a_signal_ends_training_with_a_line_and_its_status(tmp_path, sent, status):
     config = dataclasses.replace(TINY, epochs=1000)
     # a process that a shell put into the background ignores SIGINT, and so would what it starts
-    process = started(config, tmp_path / "run", preexec_fn=lambda: signal.signal(sent, signal.SIG_DFL))
-    process.send_signal(sent)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == status, error
+    prepare = functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    process = started(config, tmp_path / "run", prepare)
+    os.kill(process.pid, sent)
+    found, error = ended(process, tmp_path / "run")
+    assert found == status, error
     assert "training stopped before its end" in error and "holds its last whole epoch" in error
     assert "Traceback" not in error and not (tmp_path / "run" / "result.json").exists()
     assert runs.last_good(tmp_path / "run" / "last.ckpt", set_aside=False) is not None
 
 
 @pytest.mark.slow
-def test_a_full_disk_names_the_file_and_loses_nothing(unbroken, tmp_path):
-    run = runs.train(TINY, tmp_path / "run", epochs=1)
-    limit = run.checkpoint.stat().st_size // 2
-    process = started(
-        TINY, run.directory, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    )
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 2 and "last.ckpt" in error and "Traceback" not in error, error
-    assert same_weights(unbroken, runs.train(TINY, run.directory))
+def test_a_full_disk_names_the_file_and_loses_nothing(unbroken, stopped):
+    limit = stopped.checkpoint.stat().st_size // 2
+    prepare = functools.partial(resource.setrlimit, resource.RLIMIT_FSIZE, (limit, limit))
+    status, error = ended(started(TINY, stopped.directory, prepare), stopped.directory)
+    assert status == 2 and "last.ckpt" in error and "Traceback" not in error, error
+    assert same_weights(unbroken, runs.train(TINY, stopped.directory))
+
+
+def train_with(temporary, directory):
+    """Train in a process whose temporary files lie in the folder `temporary`."""
+    tempfile.tempdir = os.environ["TMPDIR"] = str(temporary)
+    runs.train(TINY, directory)
 
 
 @pytest.mark.slow
-def test_twenty_kills_end_in_the_weights_of_the_unbroken_run(unbroken, tmp_path, monkeypatch):
+def test_twenty_kills_end_in_the_weights_of_the_unbroken_run(unbroken, tmp_path):
+    # another file system than the run's
     temporary = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
-    monkeypatch.setenv("TMPDIR", str(temporary))  # another file system than the run's
     context, draw = multiprocessing.get_context("forkserver"), random.Random(0)
-    context.set_forkserver_preload(["geoclip.training.runs"])
     kills = runs_ended = 0
     while kills < 20:
         folder = tmp_path / str(runs_ended)
-        process, began = context.Process(target=runs.train, args=(TINY, folder)), time.monotonic()
+        process, began = context.Process(target=train_with, args=(temporary, folder)), time.monotonic()
         process.start()
         if runs_ended < 2:  # the first starts the server, the second shows how long a run takes
             process.join()
@@ -576,7 +592,4 @@ def test_twenty_kills_end_in_the_weights_of_the_unbroken_run(unbroken, tmp_path,
             assert same_weights(unbroken, runs.Run(folder, TINY))
             runs_ended += 1
     assert runs.train(TINY, folder).result["steps"] == 30 and same_weights(unbroken, runs.Run(folder, TINY))
-    assert not [
-        left for left in temporary.iterdir() if not left.name.startswith("pymp-")
-    ]  # of the fork server
-    shutil.rmtree(temporary)
+    temporary.rmdir()  # nothing was left in it
