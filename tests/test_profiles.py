@@ -79,13 +79,13 @@ def test_a_benchmark_without_features_is_named_and_the_notebook_runs(tmp_path, m
         (tmp_path / "data" / folder / "features").mkdir(parents=True)
     monkeypatch.setenv("GEOCLIP_DATA", "data")
     started = []
-    monkeypatch.setattr(batch, "run_jobs", lambda jobs: started.extend(jobs) or [])
-    assert batch.reproduce(["04"], Profile.load("paper")) == 0 and len(started) == 1
+    monkeypatch.setattr(notebooks, "run_jobs", lambda jobs: started.extend(jobs) or [])
+    assert notebooks.reproduce(["04"], Profile.load("paper")) == 0 and len(started) == 1
     said = capsys.readouterr().out
     assert "04_ablation_location_encoder: YFCC26k features MISSING" in said
     assert "without it, the benchmark is left out" in said and "Im2GPS3k features" not in said
     (tmp_path / "data/im2gps3k/features").rmdir()
-    assert batch.reproduce(["04"], Profile.load("paper")) == 1
+    assert notebooks.reproduce(["04"], Profile.load("paper")) == 1
     assert "FAILED 04_ablation_location_encoder.ipynb: Im2GPS3k features MISSING" in capsys.readouterr().out
 
 

@@ -13,7 +13,6 @@ import tarfile
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
 
 import numpy as np
 import pandas as pd

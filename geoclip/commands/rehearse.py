@@ -9,6 +9,7 @@ exit status is 1 if something in it is damaged.
 """
 
 import shutil
+import time
 from pathlib import Path
 
 from jsonargparse.typing import NonNegativeInt, PositiveInt

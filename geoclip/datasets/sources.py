@@ -6,7 +6,6 @@ number of processes. Each part is read in chunks of photos with their views.
 
 import hashlib
 import json
-import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
