@@ -6,7 +6,7 @@ They are fitted by maximum likelihood on images with known places that the model
 import dataclasses
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,31 +158,42 @@ def fit(
 
 @torch.inference_mode()
 def fit_neighbours(
-    logits: Float[Tensor, "n k"], latlon: Float[Tensor, "n k 2"], truth: Float[Tensor, "n 2"], fitted_on: str
+    logits: Float[Tensor, "n k"],
+    latlon: Float[Tensor, "n k 2"],
+    truth: Float[Tensor, "n 2"],
+    fitted_on: str,
+    kernels_km: Sequence[float] = KERNELS_KM,
 ) -> Calibration:
     """As `fit`, for scores of k places of each image's own. The background is uniform on the Earth."""
     h = 1 - (earth.unit_sphere(latlon.double()) @ earth.unit_sphere(truth.double())[..., None])[..., 0]
-    likelihood = [_densities(*row) for row in zip(logits, h.clamp_min(0).float(), strict=True)]
+    rows = zip(logits, h.clamp_min(0).float(), strict=True)
+    likelihood = [_densities(*row, kernels_km=kernels_km) for row in rows]
     uniform = torch.full((len(truth),), 1 / (4 * math.pi * earth.EARTH_RADIUS_KM**2), dtype=torch.double)
-    return _most_likely(torch.stack(likelihood), uniform, fitted_on)
+    return _most_likely(torch.stack(likelihood), uniform, fitted_on, kernels_km)
 
 
 def _densities(
-    logits: Float[Tensor, " m"], h: Float[Tensor, " m"], log_count: Tensor | float = 0.0
+    logits: Float[Tensor, " m"],
+    h: Float[Tensor, " m"],
+    log_count: Tensor | float = 0.0,
+    kernels_km: Sequence[float] = KERNELS_KM,
 ) -> Float[Tensor, "t k"]:
     """Density per km² at a place where 1 − cos of the places' distances is h, by temperature and kernel."""
     weight = torch.stack([(logits / temperature + log_count).softmax(0) for temperature in TEMPERATURES])
-    return (weight @ torch.stack([log_kernel(h, km).exp() for km in KERNELS_KM], 1)).double()
+    return (weight @ torch.stack([log_kernel(h, km).exp() for km in kernels_km], 1)).double()
 
 
 def _most_likely(
-    likelihood: Float[Tensor, "n t k"], background: Float[Tensor, " n"], fitted_on: str
+    likelihood: Float[Tensor, "n t k"],
+    background: Float[Tensor, " n"],
+    fitted_on: str,
+    kernels_km: Sequence[float] = KERNELS_KM,
 ) -> Calibration:
     share = torch.tensor(BACKGROUNDS, dtype=torch.double)
     background = background.clamp_min(1e-30)[:, None, None, None]
     nats = ((1 - share) * likelihood[..., None] + share * background).log().mean(0)
     t, k, b = torch.unravel_index(nats.argmax(), nats.shape)
-    best = TEMPERATURES[t], KERNELS_KM[k], BACKGROUNDS[b]
+    best = TEMPERATURES[t], kernels_km[k], BACKGROUNDS[b]
     return Calibration(*best, fitted_on, len(likelihood), nats.max().item())
 
 

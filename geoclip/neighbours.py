@@ -1,6 +1,7 @@
 """Training images as a second gallery: where the images most like a query were taken."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -11,12 +12,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from geoclip import earth
-from geoclip.calibration import FALSE_ALARMS, Calibration, NeighbourFit, fit, fit_neighbours
+from geoclip.calibration import FALSE_ALARMS, KERNELS_KM, Calibration, NeighbourFit, fit, fit_neighbours
 from geoclip.kernels import log_kernel
 from geoclip.posterior import Places
 
 BATCH = 50  # queries whose cosines with all training images are held at once
-SHARES = (0.25, 0.5, 1.0)  # of the neighbours' log density, see fit_fused
+SHARES = (0.5, 1.0, 2.0)  # of the neighbours' log density, see fit_fused
+AREA_KM = 50.0  # a kernel with which neighbours tell the area, and the gallery the place in it
 FLOOR = 1e-3  # part of the neighbours' density that is uniform, so that they rule nothing out
 
 
@@ -90,17 +92,16 @@ def fit_fused(
     truth: Float[Tensor, "n 2"],
     features: str = "",
 ) -> Calibration:
-    """The calibration of the product, with the share of the neighbours, one of SHARES, that makes `truth` most likely.
+    """The calibration of the product, with the neighbours' kernel and share that make `truth` most likely.
 
-    alone: the calibration without neighbours, fitted to the same images. features: as in NeighbourFit.
+    The kernel is the one that suits the neighbours alone, or AREA_KM; the share is one of SHARES. alone: the
+    calibration without neighbours, fitted to the same images. features: as in NeighbourFit.
     """
-    fitted_on = alone.fitted_on or ""
-    by_near, least = fit_neighbours(*near, truth, fitted_on), near[0][:, 0].quantile(FALSE_ALARMS).item()
+    fitted_on, least = alone.fitted_on or "", near[0][:, 0].quantile(FALSE_ALARMS).item()
     fits = []
-    for share in SHARES:
-        how = NeighbourFit(
-            features, alone.temperature, by_near.temperature, by_near.kernel_km, least, share=share
-        )
+    for kernels_km, share in itertools.product((KERNELS_KM, (AREA_KM,)), SHARES):
+        own = fit_neighbours(*near, truth, fitted_on, kernels_km)
+        how = NeighbourFit(features, alone.temperature, own.temperature, own.kernel_km, least, share=share)
         fitted = fit(fused(logits, places, near, how), truth, places, fitted_on, alone.prior)
         fits.append(dataclasses.replace(fitted, neighbours=how))
     return max(fits, key=lambda fitted: fitted.nats or -math.inf)
