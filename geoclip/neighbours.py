@@ -17,7 +17,7 @@ from geoclip.kernels import log_kernel
 from geoclip.posterior import Places
 
 BATCH = 50  # queries whose cosines with all training images are held at once
-SHARES = (0.5, 1.0, 2.0)  # of the neighbours' log density, see fit_fused
+SHARES = (0.25, 1.0, 2.0)  # of the neighbours' log density, see fit_fused
 AREA_KM = 50.0  # a kernel with which neighbours tell the area, and the gallery the place in it
 FLOOR = 1e-3  # part of the neighbours' density that is uniform, so that they rule nothing out
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import tempfile
 import warnings
@@ -240,7 +241,9 @@ def _degrees(value, hemisphere, letters: str, limit: int, what: str) -> float:
     letter = str(hemisphere or "").strip("\0 ").upper()[:1]
     if letter not in tuple(letters):
         raise PhotoError(what, f"hemisphere {hemisphere!r} instead of {letters[0]} or {letters[1]}")
-    total = degrees + minutes / 60 + seconds / 3600  # NaN if a fraction has the denominator 0
+    total = degrees + minutes / 60 + seconds / 3600
+    if math.isnan(total):
+        raise PhotoError(what, "a fraction with the denominator 0")
     # 60 is accepted: some programs round 59.9999 up
     if not (min(degrees, minutes, seconds) >= 0 and max(minutes, seconds) <= 60 and total <= limit):
         raise PhotoError(what, f"{degrees:g}° {minutes:g}′ {seconds:g}″ is out of range")

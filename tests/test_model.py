@@ -195,13 +195,14 @@ def test_the_best_groups_hold_the_best_scores():
 @pytest.mark.slow
 def test_float16_storage_keeps_the_best_places_of_the_official_gallery():
     """As a GPU stores places and multiplies: both factors rounded to float16, sums in float32."""
-    latlon = Gallery.official().latlon.unique(dim=0)[40_000:70_000]  # a band of latitudes, all its places
-    places = gallery.embed(LocationEncoder.pretrained(), latlon)
+    encoder, official = LocationEncoder.pretrained(), Gallery.official()
+    distinct = Gallery(official.latlon.unique(dim=0))
+    places = distinct.embed(encoder)
     query = place_index.synthetic_queries(places, 4000)
     best = gallery.search(query, places, 1)[1][:, 0]
     rounded = gallery.search(query.half().float(), places.half().float(), 1)[1][:, 0]
     # the places that change are metres to a kilometre apart: below the finest threshold of the evaluation
-    apart_km = earth.haversine_km(latlon[best], latlon[rounded])
+    apart_km = earth.haversine_km(distinct.latlon[best], distinct.latlon[rounded])
     assert (best == rounded).double().mean() >= 0.985
     assert (apart_km <= 1).double().mean() >= 0.999
 

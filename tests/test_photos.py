@@ -344,11 +344,8 @@ def test_photos_without_gps(tmp_path):
 @pytest.mark.parametrize(
     ("tags", "reason"),
     [
-        (
-            {"lat": r((0, 0), (0, 0), (0, 0)), "lon": r((0, 0), (0, 0), (0, 0))},
-            "nan° nan′ nan″ is out of range",
-        ),
-        ({"lat": r(33, 51, (2448, 0)), "lon": r(151, 12, 55)}, "latitude: 33° 51′ nan″ is out of range"),
+        ({"lat": r((0, 0), (0, 0), (0, 0)), "lon": r((0, 0), (0, 0), (0, 0))}, "denominator 0"),
+        ({"lat": r(33, 51, (2448, 0)), "lon": r(151, 12, 55)}, "latitude: a fraction with the denominator 0"),
         ({"lat": r(0, 0, 0), "lon": r(0, 0, 0)}, "no fix"),
         ({"lat": r(91, 0, 0), "lon": r(12, 0, 0)}, "latitude: 91° 0′ 0″ is out of range"),
         ({"lat": r(12, 0, 0), "lon": r(180, 0, 1)}, "longitude: .* out of range"),
