@@ -1,7 +1,6 @@
 """Training images as a second gallery: where the images most like a query were taken."""
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -72,16 +71,27 @@ def fused(
     near: as `Neighbours.find` returns them, for the images of all batches of `logits`. Both say the same in part,
     so the sum needs a calibration of its own.
     """
-    found = iter(zip(*near, strict=True))
-    uniform = FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
+    yield from _product(logits, _log_density(places, near, how), how)
+
+
+def _product(
+    logits: Iterable[Float[Tensor, "_ m"]], log_density: Iterable[Float[Tensor, " m"]], how: NeighbourFit
+) -> Iterator[Float[Tensor, "_ m"]]:
+    found = iter(log_density)
     for batch in logits:
-        rows = []
-        for scores, (cosine, latlon) in zip(batch, found, strict=False):
-            h = (1 - places.xyz @ earth.unit_sphere(latlon).T).clamp_min(0).float()
-            weight = (cosine / how.temperature).softmax(0).nan_to_num()  # 0 if all are −inf
-            density = log_kernel(h, how.kernel_km).exp() @ weight
-            rows.append(scores / how.gallery_temperature + how.share * (density + uniform).log())
-        yield torch.stack(rows)
+        rows = zip(batch, found, strict=False)
+        yield torch.stack([scores / how.gallery_temperature + how.share * log for scores, log in rows])
+
+
+def _log_density(
+    places: Places, near: tuple[Float[Tensor, "n k"], Float[Tensor, "n k 2"]], how: NeighbourFit
+) -> Iterator[Float[Tensor, " m"]]:
+    """The neighbours' log density at all gallery places, an image at a time."""
+    uniform = FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
+    for cosine, latlon in zip(*near, strict=True):
+        h = (1 - places.xyz @ earth.unit_sphere(latlon).T).clamp_min(0).float()
+        weight = (cosine / how.temperature).softmax(0).nan_to_num()  # 0 if all are −inf
+        yield (log_kernel(h, how.kernel_km).exp() @ weight + uniform).log()
 
 
 def fit_fused(
@@ -99,9 +109,12 @@ def fit_fused(
     """
     fitted_on, least = alone.fitted_on or "", near[0][:, 0].quantile(FALSE_ALARMS).item()
     fits = []
-    for kernels_km, share in itertools.product((KERNELS_KM, (AREA_KM,)), SHARES):
+    for kernels_km in (KERNELS_KM, (AREA_KM,)):
         own = fit_neighbours(*near, truth, fitted_on, kernels_km)
-        how = NeighbourFit(features, alone.temperature, own.temperature, own.kernel_km, least, share=share)
-        fitted = fit(fused(logits, places, near, how), truth, places, fitted_on, alone.prior)
-        fits.append(dataclasses.replace(fitted, neighbours=how))
+        how = NeighbourFit(features, alone.temperature, own.temperature, own.kernel_km, least)
+        log_density = list(_log_density(places, near, how))
+        for share in SHARES:
+            how = dataclasses.replace(how, share=share)
+            fitted = fit(_product(logits, log_density, how), truth, places, fitted_on, alone.prior)
+            fits.append(dataclasses.replace(fitted, neighbours=how))
     return max(fits, key=lambda fitted: fitted.nats or -math.inf)
