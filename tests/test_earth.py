@@ -102,3 +102,10 @@ def test_bad_coordinates_name_row_and_value(latlon, message):
 def test_180_east_is_180_west():
     assert earth.check_latlon([[0.0, 180.0]]).tolist() == [[0.0, -180.0]]
     assert earth.wrap_lon(torch.tensor([180.0, -180.0, 540.0, 359.0])).tolist() == [-180, -180, -180, -1]
+
+
+def test_coordinates_may_be_reversed_or_read_only_arrays():
+    places = np.array([[48.8, 2.3], [-33.9, 151.2]])
+    places.flags.writeable = False  # as pandas hands out columns of a Parquet file
+    for given in (places, places[::-1], places.T.copy().T):
+        np.testing.assert_array_equal(earth.check_latlon(given), given)
