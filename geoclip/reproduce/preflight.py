@@ -38,7 +38,8 @@ def check(data: Path, encoder: ImageEncoder | None = None, strict: bool = False)
             if file.read() != bytes(1024):
                 problem = f"{tar}: the tar is cut off; download it again"
                 rows.append({"set": str(tar.relative_to(data)), "problems": problem})
-    return pd.DataFrame(rows, columns=["set", "rows", "images", "features", "problems"]).fillna("")
+    columns = ["set", "rows", "images", "features", "problems"]
+    return pd.DataFrame(rows, columns=columns, dtype=object).fillna("")
 
 
 def _of_set(card: benchmarks.Card, data: Path, encoder: ImageEncoder | None, strict: bool) -> dict[str, str]:
