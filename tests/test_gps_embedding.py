@@ -181,7 +181,7 @@ from geoclip.location_encoder import LocationEncoder
 lines = [line.strip() for line in gps_embedding.__doc__.splitlines() if line.startswith("    ")]
 exec("\\n".join(line for line in lines if line.startswith(("encoder", "n =", *sys.argv[1:]))))
 edges = [[90.0, 0], [-90, 0], [90, -180], [0, 180], [0, -180], [45, 180], [-45, -180], [0, 0]]
-places = torch.cat([torch.tensor(edges), earth.sample_sphere(5_000, torch.Generator().manual_seed(0))])
+places = torch.cat([torch.tensor(edges), earth.sample_sphere(20_000, torch.Generator().manual_seed(0))])
 with torch.no_grad():
     torch.save([places, encoder(places)], "expected.pt")
 """
