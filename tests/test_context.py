@@ -316,11 +316,13 @@ def test_what_a_list_of_photos_does_not_say_is_looked_up_on_maps(tmp_path):
         samples.Samples.of(changed(data=str(csv)), ("country", "month"))
 
 
-def test_labels_not_seen_in_training_are_unknown_and_those_never_known_are_refused():
+def test_labels_not_seen_in_training_are_unknown_and_wrong_ones_are_refused():
     classes = labels.classes_of(pd.DataFrame({"climate": [3.0], "city": ["Nice"]}), ("climate", "city"))
     assert len(classes["climate"]) == 30  # fixed, however few occur
     found = labels.encode(pd.DataFrame({"climate": [29.0, np.nan], "city": ["Nowhere", "Nice"]}), classes)
     assert found["climate"].tolist() == [29, labels.UNKNOWN] and found["city"].tolist() == [labels.UNKNOWN, 0]
+    with pytest.raises(ValueError, match="climate, row 1: label 30 is outside 0 … 29"):
+        labels.encode(pd.DataFrame({"climate": [3.0, 30.0], "city": ["Nice", "Nice"]}), classes)
     with pytest.raises(ValueError, match="known for no image"):
         labels.classes_of(pd.DataFrame({"city": [None]}), ("city",))
 

@@ -492,6 +492,8 @@ def test_photos_without_a_map_or_with_a_wrong_label_are_named(photo_set):
     table.assign(S3_Label=[0, 3, *[1] * 10]).to_csv(folder / "made_places365.csv", index=False)
     with pytest.raises(ValueError, match="line 3: S3_Label is '3'"):
         GeocellsTraining.training_set(photo_config(folder, scene=True))
+    with pytest.raises(ValueError, match="row 1: label 7 is outside 0 … 2"):
+        labels.check_labels(torch.tensor([0, 7]), 3, "scene")
 
 
 def test_scene_comes_from_the_probabilities_where_there_is_no_label(photo_set):

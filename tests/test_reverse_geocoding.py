@@ -70,10 +70,12 @@ def test_no_places():
 
 
 @pytest.mark.slow
-def test_the_table_is_cached(tmp_path, monkeypatch):
+def test_the_table_is_cached_and_checked(tmp_path, monkeypatch):
     monkeypatch.setattr(reverse_geocoding.paths, "CACHE", tmp_path)
     first = reverse_geocoding._table()
     [path] = (tmp_path / "towns").iterdir()
+    pd.testing.assert_frame_equal(reverse_geocoding._table(), first, check_exact=True)
+    path.write_bytes(path.read_bytes().replace(b"Paris", b"Pires"))
     pd.testing.assert_frame_equal(reverse_geocoding._table(), first, check_exact=True)
     monkeypatch.setattr(reverse_geocoding.paths, "CACHE", path)  # a file, so no folder can be made
     assert len(reverse_geocoding._table()) == len(first)

