@@ -25,7 +25,7 @@ def check_latlon(latlon, source: str = "coordinates") -> Float[Tensor, "*n 2"]:
     Raises ValueError, with `source`, row and value, for another shape, NaN, `|lat| > 90` or `|lon| > 180`.
     """
     if isinstance(latlon, np.ndarray):  # torch takes no negative strides and no read-only memory
-        latlon = np.require(latlon, requirements="CW")
+        latlon = np.require(latlon, requirements=["C", "W"])
     latlon = torch.as_tensor(latlon)
     latlon = latlon if latlon.is_floating_point() else latlon.float()
     if latlon.ndim == 0 or latlon.shape[-1] != 2:

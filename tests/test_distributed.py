@@ -179,3 +179,5 @@ def test_ranks_divide_each_global_batch():
     for batch in range(4):
         together = [key for share in shares for key in share[batch * 8 : batch * 8 + 8]]
         assert together == order[batch * 32 : batch * 32 + 32]
+    with pytest.raises(ValueError, match="cannot be divided over 3 devices"):
+        EpochSampler(130, 32, seed=4, rank=0, ranks=3)

@@ -18,7 +18,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from geoclip import __main__ as command_line
 from geoclip import earth
@@ -228,22 +227,23 @@ def test_parts_of_configurations_that_cannot_be(make, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"devices": "zero", "accelerator": "cpu"}, "`devices` .* should be an int > 0"),
-        ({"devices": 0}, r"devices=0\)` value is not a valid input"),
-        ({"nodes": 0}, "`num_nodes` must be a positive integer, but got 0"),
+        ({"devices": "zero"}, "devices must be \"auto\" or a number of at least 1, got 'zero'"),
+        ({"devices": 0}, "got 0"),
+        ({"devices": 999}, "devices 999: this machine has"),
+        ({"nodes": 0}, "nodes must be at least 1, got 0"),
         ({"nodes": 3, "devices": 1}, "batch_size 32 cannot be divided over 3 devices"),
-        ({"accelerator": "quantum"}, "invalid accelerator name: `accelerator='quantum'`"),
+        ({"accelerator": "quantum"}, "accelerator must be auto, cpu or gpu, got 'quantum'"),
     ],
 )
 def test_devices_that_are_not_there_are_refused_before_anything_starts(options, message, tmp_path):
-    with pytest.raises((ValueError, TypeError, MisconfigurationException), match=message):
+    with pytest.raises(ValueError, match=message):
         runs.train(TINY, tmp_path / "run", **options)
-    assert not (tmp_path / "run" / "metrics.csv").exists()
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there(tmp_path):
-    with pytest.raises(MisconfigurationException, match="No supported gpu backend found"):
+    with pytest.raises(ValueError, match="accelerator gpu: no GPU was found"):
         runs.train(TINY, tmp_path / "run", accelerator="gpu")
 
 

@@ -42,6 +42,8 @@ class EpochSampler(Sampler):
     def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
         if n < batch_size:
             raise ValueError(f"{n} samples are fewer than one batch of {batch_size}: lower batch_size")
+        if batch_size % ranks:
+            raise ValueError(f"batch_size {batch_size} cannot be divided over {ranks} devices")
         self.n, self.batch_size, self.seed, self.rank, self.ranks = n, batch_size, seed, rank, ranks
         self.epoch = 0
 

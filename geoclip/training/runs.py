@@ -126,9 +126,9 @@ def train(
     directory: folder of the run; by default run_folder(config). resume: continue an interrupted run from its
     last checkpoint; False starts again. progress: show a progress bar, or a line an epoch without a terminal.
     epochs: stop after this many, to be resumed later. devices: processes on each machine; nodes: machines,
-    each started by torchrun or SLURM, on a shared disk; accelerator: these three are the Trainer's own.
+    each started by torchrun or SLURM, on a shared disk.
     """
-    hardware = {"accelerator": accelerator, "devices": devices, "num_nodes": nodes}
+    hardware = check_devices(config, devices, accelerator, nodes)
     run = Run(Path(directory or run_folder(config)), config, kind)
     named = config.data == "blue_marble" or config.data.endswith(".tar")
     if not named and not run.result_file.is_file():
@@ -146,6 +146,28 @@ def train(
         if not run.result_file.is_file():
             fit(run, resume, progress, epochs, hardware)
     return run
+
+
+def check_devices(config: RunConfig, devices: int | str, accelerator: str, nodes: int) -> dict[str, Any]:
+    """Return the Trainer's options of the hardware. Raises ValueError that names an option that cannot be met."""
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"accelerator must be auto, cpu or gpu, got {accelerator!r}")
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise ValueError("accelerator gpu: no GPU was found; use cpu or auto")
+    if nodes < 1:
+        raise ValueError(f"nodes must be at least 1, got {nodes}")
+    if devices != "auto":
+        if not str(devices).isdecimal() or int(devices) < 1:
+            raise ValueError(f'devices must be "auto" or a number of at least 1, got {devices!r}')
+        devices = int(devices)
+        on_gpu = accelerator != "cpu" and torch.cuda.is_available()
+        there = torch.cuda.device_count() if on_gpu else os.cpu_count() or 1
+        if devices > there:
+            raise ValueError(f"devices {devices}: this machine has {there} {'GPUs' if on_gpu else 'cores'}")
+        if config.batch_size % (devices * nodes):
+            ranks = devices * nodes
+            raise ValueError(f"batch_size {config.batch_size} cannot be divided over {ranks} devices")
+    return {"accelerator": accelerator, "devices": devices, "num_nodes": nodes}
 
 
 def check_same_configuration(run: Run) -> None:
@@ -194,8 +216,6 @@ def fit(run: Run, resume: bool, progress: bool, epochs: int | None, hardware: di
             enable_model_summary=False,
             **hardware,
         )
-        if config.batch_size % (ranks := trainer.num_devices * trainer.num_nodes):
-            raise ValueError(f"batch_size {config.batch_size} cannot be divided over {ranks} devices")
         data = run.kind.training_set(config)
         module = run.kind.build(config, data)
         resumed = last_good(run.checkpoint, set_aside=first) if resume else None
