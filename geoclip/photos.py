@@ -232,19 +232,24 @@ def _degrees(value, hemisphere, letters: str, limit: int, what: str) -> float:
     """Signed degrees from an EXIF coordinate (degrees, minutes, seconds) and its hemisphere letter."""
     if value is None:
         raise PhotoError(what, "missing, although the other coordinate is there")
+    parts = list(value) if isinstance(value, tuple | list) else [value]
+    if not 1 <= len(parts) <= 3:
+        raise PhotoError(what, f"{len(parts)} numbers instead of degrees, minutes and seconds")
+    if any(getattr(part, "denominator", 1) == 0 for part in parts):
+        raise PhotoError(what, "a fraction with the denominator 0")
     try:
-        degrees, minutes, seconds = map(float, value)
+        degrees, minutes, seconds = [float(part) for part in parts] + [0.0] * (3 - len(parts))
     except (TypeError, ValueError) as error:
-        raise PhotoError(what, f"{value} instead of degrees, minutes and seconds") from error
+        raise PhotoError(what, f"{parts} instead of numbers") from error
     if isinstance(hemisphere, bytes):
         hemisphere = hemisphere.decode("ascii", "replace")
     letter = str(hemisphere or "").strip("\0 ").upper()[:1]
-    if letter not in tuple(letters):
+    if letter not in letters or not letter:
         raise PhotoError(what, f"hemisphere {hemisphere!r} instead of {letters[0]} or {letters[1]}")
     total = degrees + minutes / 60 + seconds / 3600
-    if math.isnan(total):
-        raise PhotoError(what, "a fraction with the denominator 0")
     # 60 is accepted: some programs round 59.9999 up
     if not (min(degrees, minutes, seconds) >= 0 and max(minutes, seconds) <= 60 and total <= limit):
         raise PhotoError(what, f"{degrees:g}° {minutes:g}′ {seconds:g}″ is out of range")
+    if not math.isfinite(total):
+        raise PhotoError(what, "not a number")
     return -total if letter == letters[1] else total
