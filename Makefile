@@ -35,9 +35,9 @@ help:  ## list the targets
 reproduce: weights  ## run all notebooks, write figures/ and data/results/, print the results (ONLY="03 04", PROFILE=paper)
 	@$(BIN) -m geoclip reproduce $(if $(ONLY),--only $(ONLY)) $(if $(PROFILE),--profile $(PROFILE))
 
-rehearse: weights  ## the paper's path, from addresses to tables, over a miniature world in REHEARSAL (N=120 images a set, ONLY="04 07" notebooks)
+rehearse: weights  ## the paper's path, from addresses to tables, over a miniature world in REHEARSAL (N=120 images a set, DEVICES=2 ranks, ONLY="04 07" notebooks)
 	@$(BIN) -m geoclip rehearse --out '$(or $(REHEARSAL),data/rehearsal)' --images $(or $(N),120) --run \
-	  --jobs $(JOBS) $(if $(ONLY),--only $(ONLY))
+	  --jobs $(JOBS) $(if $(DEVICES),--devices $(DEVICES)) $(if $(ONLY),--only $(ONLY))
 
 # Threads that wait must not spin while another process needs their core.
 test: export OMP_WAIT_POLICY := PASSIVE

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from geoclip import earth, evaluation, paths
-from geoclip.kernels import log_kernel
+from geoclip.kernels import density, log_kernel, softmax
 from geoclip.posterior import Places, Posterior
 
 FALSE_ALARMS = 0.05  # share of familiar images that may be called unlike all training images
@@ -179,8 +179,8 @@ def _densities(
     kernels_km: Sequence[float] = KERNELS_KM,
 ) -> Float[Tensor, "t k"]:
     """Density per km² at a place where 1 − cos of the places' distances is h, by temperature and kernel."""
-    weight = torch.stack([(logits / temperature + log_count).softmax(0) for temperature in TEMPERATURES])
-    return (weight @ torch.stack([log_kernel(h, km).exp() for km in kernels_km], 1)).double()
+    weight = softmax(logits / torch.tensor(TEMPERATURES)[:, None] + log_count)
+    return (weight @ torch.stack([density(km)(h, False)[0] for km in kernels_km]).T).double()
 
 
 def _most_likely(

@@ -12,7 +12,7 @@ from torch.nn.functional import normalize
 
 from geoclip import earth
 from geoclip.calibration import FALSE_ALARMS, KERNELS_KM, Calibration, NeighbourFit, fit, fit_neighbours
-from geoclip.kernels import log_kernel
+from geoclip.kernels import density
 from geoclip.posterior import Places
 
 BATCH = 50  # queries whose cosines with all training images are held at once
@@ -89,9 +89,9 @@ def _log_density(
     """The neighbours' log density at all gallery places, an image at a time."""
     uniform = FLOOR / (4 * math.pi * earth.EARTH_RADIUS_KM**2)
     for cosine, latlon in zip(*near, strict=True):
-        h = (1 - places.xyz @ earth.unit_sphere(latlon).T).clamp_min(0).float()
+        h = (1 - places.xyz @ earth.unit_sphere(latlon).T).clamp_min(0)
         weight = (cosine / how.temperature).softmax(0).nan_to_num()  # 0 if all are −inf
-        yield (log_kernel(h, how.kernel_km).exp() @ weight + uniform).log()
+        yield (density(how.kernel_km)(h, False)[0] @ weight + uniform).log()
 
 
 def fit_fused(

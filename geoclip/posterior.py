@@ -22,7 +22,7 @@ from torch.nn.functional import normalize, pad
 
 from geoclip import earth
 from geoclip.earth import EARTH_RADIUS_KM
-from geoclip.kernels import Profile, density, log_kernel, table
+from geoclip.kernels import Profile, density, log_kernel, softmax, table
 
 PAIRS = 1 << 17  # pairs of a place and a kernel that are computed at once; they fit in a CPU's cache
 HEAVIEST, STARTS, ASCENTS, STEPS = 512, 128, 4, 12  # of a search, see Posterior.answers
@@ -62,7 +62,9 @@ class Posterior:
         if xyz.shape[-2] == 0 or xyz.shape[-2] != log_weight.shape[-1]:
             raise ValueError(f"{log_weight.shape[-1]} weights for {xyz.shape[-2]} places")
         _check_positive(kernel_km=kernel_km)
-        return cls([Layer(xyz if xyz.ndim == 3 else xyz[None], _softmax(log_weight), float(kernel_km))])
+        _check_scores(log_weight)
+        weight = log_weight.softmax(-1, torch.double)
+        return cls([Layer(xyz if xyz.ndim == 3 else xyz[None], weight, float(kernel_km))])
 
     def __len__(self) -> int:
         return max(len(layer.weight) for layer in self.layers)
@@ -276,7 +278,8 @@ class Places:
 
     def _weights(self, logits: Float[Tensor, "n m"]) -> tuple[Tensor, Tensor, Tensor]:
         """Weights of the heaviest places, their indices, and the weights of the cells of the others."""
-        weight = _softmax(logits, torch.float)
+        _check_scores(logits)
+        weight = softmax(logits)
         kept, index = _largest(weight, min(self.keep, len(self.xyz)))
         pooled = torch.zeros(len(weight), len(self.centre)).index_add_(1, self.cell, weight)
         return kept, index, pooled.scatter_add_(1, self.cell[index], -kept).clamp_min(0).double()
@@ -292,13 +295,11 @@ def _check_positive(**values: float) -> None:
             raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
-def _softmax(logits: Tensor, dtype: torch.dtype = torch.double) -> Tensor:
-    top = logits.amax(-1, keepdim=True)  # NaN if one is
-    if not top.isfinite().all():
+def _check_scores(logits: Tensor) -> None:
+    if not logits.amax(-1).isfinite().all():  # the largest is NaN if one is
         raise ValueError(
             "the scores are NaN or infinite: the model's weights or the image's values are damaged"
         )
-    return logits.softmax(-1, dtype)
 
 
 def _largest(weight: Float[Tensor, "n m"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:

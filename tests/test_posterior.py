@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from geoclip import earth, evaluation
+from geoclip import earth, evaluation, kernels
 from geoclip.posterior import Places, Posterior
 
 
@@ -212,6 +212,18 @@ def test_a_level_holds_its_share_of_the_draws():
     assert (density >= least[:, None]).double().mean().item() == pytest.approx(0.9, abs=0.01)
     inside = density[0].argsort()[-100]
     assert posterior.level(places[:, inside]).item() == pytest.approx(100 / density.shape[1], abs=0.01)
+
+
+def test_exponents_that_underflow_are_zero_and_cost_no_accuracy():
+    x = torch.linspace(-120, 0, 2001)
+    found = kernels.fast_exp(x.clone())
+    torch.testing.assert_close(found, torch.where(x > kernels.LEAST, x.exp(), 0.0), atol=1e-18, rtol=1e-6)
+    assert found[found > 0].min() ** 2 > torch.finfo(torch.float32).tiny  # products of two do not underflow
+    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(0)).double() * 30
+    torch.testing.assert_close(kernels.softmax(logits).double(), logits.softmax(1), atol=1e-7, rtol=1e-5)
+    h = x.abs() / 120
+    kernels.density(100.0)(h)
+    assert torch.equal(h, x.abs() / 120)  # it is used again for other kernels
 
 
 def test_mass_by_region():

@@ -23,6 +23,7 @@ def options(add) -> None:
     add("--seed", type=NonNegativeInt, default=0, help="seed of the world")
     add("--port", type=PositiveInt, default=8416, help="port of the loopback server behind the addresses")
     add("--jobs", type=PositiveInt, default=1, help="steps at a time, which share the cores")
+    add("--devices", type=PositiveInt, default=1, help="ranks that embed and train, one per GPU")
     add("--only", nargs="*", metavar="NN", help="numbers of the notebooks to run (default: all that can)")
     add("--check", help="folder of data sets: what is there, missing, damaged, and what it will cost")
     strict = "with --check: a set with another number of rows than published is an error"
@@ -45,7 +46,7 @@ def run(options) -> int:
         print(f"GEOCLIP_DATA={world} makes every command read it")
         return 0
     began = time.monotonic()
-    table = stages.run(world, options.only, options.jobs)
+    table = stages.run(world, options.only, options.jobs, options.devices)
     print(f"\nRehearsal: no number of it is a result\n{table.to_string(index=False)}\n{stages.LEFT_OUT}")
     print(f"{(time.monotonic() - began) / 60:.1f} min; the table is {world / stages.LOG}")
     return int(table["why"].str.startswith(stages.FAILED).any())

@@ -54,21 +54,21 @@ class Step:
     drops: Path | None = None
 
 
-def run(world: Path, only: Sequence[str] | None = None, jobs: int = 1) -> pd.DataFrame:
+def run(world: Path, only: Sequence[str] | None = None, jobs: int = 1, devices: int = 1) -> pd.DataFrame:
     """Run every step, and keep what it printed in logs/ and the table of all steps in LOG, which is returned.
 
     only: numbers of the notebooks to run; None runs all of the plan. jobs: steps at a time, which share the
-    cores. A rerun resumes, because every command does. A step that fails is listed with why it did, and the
-    others go on.
+    cores. devices: ranks that embed and train. A rerun resumes, because every command does. A step that fails is
+    listed with why it did, and the others go on.
     """
-    write_profile(world)
+    write_profile(world, devices)
     results = str(world / "results")
     places = {"GEOCLIP_DATA": str(world), "GEOCLIP_RESULTS": results, "GEOCLIP_FIGURES": results}
     if jobs > 1:
         places["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // jobs))
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTS)
-    planned, rows, lock = list(enumerate(steps(world, only), start=1)), [], threading.Lock()
+    planned, rows, lock = list(enumerate(steps(world, only, devices), start=1)), [], threading.Lock()
     with rehearsal.addresses(world), mock.patch.dict(os.environ, places), ThreadPoolExecutor(jobs) as pool:
         try:
             for commands in PHASES:
@@ -127,7 +127,7 @@ def _run_step(command: list[str], log: Path) -> None:
     runpy.run_module("geoclip", run_name="__main__", alter_sys=True)
 
 
-def plan(world: Path) -> dict[str, Any]:
+def plan(world: Path, devices: int = 1) -> dict[str, Any]:
     """The content of PLAN for a rehearsal in the folder `world`, with shards and batches that fit its size."""
     addresses = len(shards.read_urls(world / rehearsal.ADDRESSES))
     shard_size = min(10_000, max(100, addresses // 40))
@@ -135,14 +135,14 @@ def plan(world: Path) -> dict[str, Any]:
     names = {"WORLD": world, "TARS": f"{world}/rehearsal_shards/{{00000..{tars - 1:05d}}}.tar"}
     names["OURS"] = f"--checkpoint {world}/runs/rehearsal/last.ckpt --gallery official"
     names["SCORES"] = f"{world}/results/evaluate"
-    names |= {"SHARD_SIZE": shard_size, "BATCH": batch}
+    names |= {"SHARD_SIZE": shard_size, "BATCH": batch, "DEVICES": devices}
     names |= {"PHOTO_BATCH": max(16, batch), "QUEUE": max(64, 8 * batch)}
     return yaml.safe_load(Template(PLAN.read_text(encoding="utf-8")).substitute(names))
 
 
-def steps(world: Path, only: Sequence[str] | None = None) -> list[Step]:
+def steps(world: Path, only: Sequence[str] | None = None, devices: int = 1) -> list[Step]:
     """Shards, the features that the profile names, the other steps of the plan, and the notebooks `only`."""
-    planned = plan(world)
+    planned = plan(world, devices)
     towers = {folder: shlex.split(words) for folder, words in planned["towers"].items()}
     profile = read_yaml(world / PROFILE)
     commands = {name: shlex.split(words) for name, words in planned["first"].items()}
@@ -180,9 +180,9 @@ def _step(name: str, words: list[str], world: Path) -> Step:
     return Step(name, words, reads, drops)
 
 
-def write_profile(world: Path) -> None:
+def write_profile(world: Path, devices: int = 1) -> None:
     """Write the paper's profile and training configurations to the world, changed as the plan says."""
-    planned = plan(world)
+    planned = plan(world, devices)
     text = paths.profile("paper").read_text(encoding="utf-8")
     paper = yaml.safe_load(re.sub(r"\b(Im2GPS3k|YFCC26k)\b", r"\1 rehearsal", text))
     for tower in planned["not rehearsed"]:

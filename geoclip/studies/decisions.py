@@ -46,12 +46,13 @@ class Case:
         """Rows of the images that are answered for."""
         return torch.cat([rows for _, rows in self.parts])
 
-    def training(self) -> tuple[Float[Tensor, "t c"], Float[Tensor, "t 2"]]:
-        """Backbone features of the images that the model was trained on, the first view of each, and their places."""
+    def training(self, views: int = 1) -> tuple[Float[Tensor, "t c"], Float[Tensor, "t 2"]]:
+        """Backbone features of `views` views of the images that the model was trained on, and their places."""
         if self.module.config.data == "blue_marble":
-            return tile_features(self.module, "train")
+            return tile_features(self.module, "train", views=views)
         known = FeatureData(self.module.config.data)
-        return known.tensor()[:, 0].float(), known.latlon.double()
+        features = known.tensor()[:, :views].float()
+        return features.flatten(0, 1), known.latlon.double().repeat_interleave(features.shape[1], 0)
 
     def logits(self, rows: Tensor) -> Iterator[Float[Tensor, "_ m"]]:
         """Logits of all gallery places, a batch of images at a time."""
@@ -96,10 +97,10 @@ def _halves(latlon: Float[Tensor, "n 2"], block_deg: float) -> list[tuple[Tensor
 
 @torch.inference_mode()
 def tile_features(
-    module: GeoCLIPTraining, split: str, n: int | None = None
+    module: GeoCLIPTraining, split: str, n: int | None = None, views: int = 1
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n 2"]]:
-    """Backbone features of n tiles of a split, drawn at random, and their places, (lat, lon) degrees."""
-    latlon = blue_marble.splits(module.config.splits)[split]
+    """Backbone features of n tiles drawn at random from `views` of each of a split, and their places in degrees."""
+    latlon = blue_marble.splits(module.config.splits)[split].repeat(views, 1)
     draws = blue_marble.test_augmentation(split, len(latlon))
     rows = torch.randperm(len(latlon), generator=seeded("decisions", split))[:n]
     tiles, tower = module.config.tiles, module.model.image_encoder
