@@ -14,6 +14,8 @@ import torch
 import yaml
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from geoclip import baselines
+from geoclip.baselines.context import ContextTraining
 from geoclip.datasets.embedding import embed
 from geoclip.datasets.sources import Views, open_source
 from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig
@@ -127,6 +129,21 @@ def test_two_ranks_give_the_weights_queue_and_loss_of_one(config, tmp_path, monk
             assert torch.allclose(one[name].float(), two[name].float(), atol=1e-5), name
         for name in ("places", "oldest"):
             assert torch.equal(one[f"queue.{name}"], two[f"queue.{name}"])
+
+
+@pytest.mark.slow
+def test_models_with_captions_train_on_two_ranks(tmp_path):
+    """The text tower is unused after the caption epochs and the heads are unused before."""
+    settings = {"image": {"tower": "conv", "weights": None, "frozen": False}, "tiles": {"pixels": 16}}
+    settings |= {"epochs": 2, "caption_epochs": 1, "batch_size": 32, "hidden": 16, "caption_dim": 16}
+    settings |= {"heads": ["climate", "country"], "caption": "a photo in {country}, {climate} climate"}
+    settings["splits"] = {"train": 128, "val": 32, "test": 32, "gallery": 500}
+    config = baselines.as_config({"model": "context"} | settings)
+    state = trained(config, tmp_path / "run", "two on one machine")
+    new = ContextTraining.build(config, ContextTraining.training_set(config)).state_dict()
+    for part in ("tower", "text", "heads", "coordinates"):
+        names = [name for name in new if name.startswith(f"model.{part}.") and name.endswith("weight")]
+        assert names and all((state[name] - new[name]).abs().max() > 1e-6 for name in names), part
 
 
 @pytest.mark.slow
