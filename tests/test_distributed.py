@@ -140,10 +140,13 @@ def test_models_with_captions_train_on_two_ranks(tmp_path):
     settings["splits"] = {"train": 128, "val": 32, "test": 32, "gallery": 500}
     config = baselines.as_config({"model": "context"} | settings)
     state = trained(config, tmp_path / "run", "two on one machine")
+    one = runs.train(config, tmp_path / "one", ContextTraining, accelerator="cpu", devices=1)
+    weights = torch.load(one.checkpoint, weights_only=True)["state_dict"]
     new = ContextTraining.build(config, ContextTraining.training_set(config)).state_dict()
-    for part in ("tower", "text", "heads", "coordinates"):
-        names = [name for name in new if name.startswith(f"model.{part}.") and name.endswith("weight")]
-        assert names and all((state[name] - new[name]).abs().max() > 1e-6 for name in names), part
+    # single weights with a gradient near 0 may go either way with Adam
+    for name in (name for name in new if name.endswith("weight")):
+        moved, apart = (weights[name] - new[name]).abs().mean(), (weights[name] - state[name]).abs().mean()
+        assert apart < 0.05 * moved, name
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ the context.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from geoclip.image_encoder import CONV_TOWER, TIMM, load_clip
 from geoclip.layers import mlp
 from geoclip.location_encoder import initialise
 from geoclip.training.data import seeded
-from geoclip.training.module import TrainingModule, accuracies
+from geoclip.training.module import TrainingModule, accuracies, gather
 
 DEGREES = torch.tensor([90.0, 180.0])
 LISTED = 5  # classes of a head that are listed with an answer
@@ -143,10 +143,13 @@ class ContextModel(nn.Module):
         lat, lon = (output.float() * DEGREES.to(output.device)).unbind(-1)
         return torch.stack([lat.clamp(-90, 90), earth.wrap_lon(lon)], -1)
 
-    def caption_loss(self, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "n t"]) -> Float[Tensor, ""]:
-        """Return CLIP's symmetric cross-entropy; all equal captions in a batch count as right."""
-        seen = functional.normalize(self.image_projection(self.tower(images)), dim=-1)
-        read = functional.normalize(self.text(tokens), dim=-1)
+    def caption_loss(
+        self, images: Float[Tensor, "n 3 h w"], tokens: Int[Tensor, "n t"], gather: Callable = lambda x: x
+    ) -> Float[Tensor, ""]:
+        """Return CLIP's symmetric cross-entropy; all equal captions in a batch count as right. gather: over ranks."""
+        seen = gather(functional.normalize(self.image_projection(self.tower(images)), dim=-1))
+        read = gather(functional.normalize(self.text(tokens), dim=-1))
+        tokens = gather(tokens)
         logits = (self.logit_scale.exp() * seen @ read.T).float()
         same = (tokens[:, None] == tokens[None]).all(-1).float()
         target = same / same.sum(1, keepdim=True)
@@ -197,7 +200,8 @@ class ContextTraining(TrainingModule):
         """Return the caption loss in its epochs, then distance and context; unknown labels are left out."""
         images, views = batch["image"].flatten(0, 1), self.config.views
         if self.current_epoch < self.config.caption_epochs:
-            loss = self.model.caption_loss(images, batch["caption"].repeat_interleave(views, 0))
+            tokens = batch["caption"].repeat_interleave(views, 0)
+            loss = self.model.caption_loss(images, tokens, lambda rows: gather(rows, self))
             return {"loss": loss, "caption": loss}
         output, logits = self.model(images)
         far = distance(output, batch["latlon"].repeat_interleave(views, 0), self.config.distance)

@@ -196,10 +196,10 @@ def accuracies(found: Float[Tensor, "n 2"], truth: Float[Tensor, "n 2"]) -> dict
     return {name: 100 * (error_km <= km).float().mean() for name, km in evaluation.named_thresholds()}
 
 
-def gather(latlon: Tensor, module: lightning.LightningModule) -> Tensor:
-    """Return the coordinates of all ranks' batches, in the order of the ranks."""
+def gather(rows: Tensor, module: lightning.LightningModule) -> Tensor:
+    """Return the rows of all ranks' batches, in the order of the ranks; each rank's loss has a gradient in all."""
     ranks = module.trainer.world_size if module._trainer is not None else 1
-    return latlon if ranks == 1 else module.all_gather(latlon).flatten(0, 1)
+    return rows if ranks == 1 else module.all_gather(rows, sync_grads=True).flatten(0, 1)
 
 
 def initial_queue(config: TrainConfig, places: Float[Tensor, "n 2"]) -> Float[Tensor, "q 2"]:
