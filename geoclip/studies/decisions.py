@@ -99,7 +99,7 @@ def _halves(latlon: Float[Tensor, "n 2"], block_deg: float) -> list[tuple[Tensor
 def tile_features(
     module: GeoCLIPTraining, split: str, n: int | None = None, views: int = 1
 ) -> tuple[Float[Tensor, "n c"], Float[Tensor, "n 2"]]:
-    """Backbone features of n tiles drawn at random from `views` of each of a split, and their places in degrees."""
+    """Backbone features of n tiles of a split, drawn at random from `views` views of each, and their places."""
     latlon = blue_marble.splits(module.config.splits)[split].repeat(views, 1)
     draws = blue_marble.test_augmentation(split, len(latlon))
     rows = torch.randperm(len(latlon), generator=seeded("decisions", split))[:n]
