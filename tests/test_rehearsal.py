@@ -220,6 +220,10 @@ def test_the_profile_is_the_papers_under_other_names(moved, monkeypatch):
     assert made < {about["make"] for about in small.data.values()}
     steps = {step.name: step for step in stages.steps(moved)}
     assert steps.keys() >= {"shards", "embed dinov3/mp16", "train", "evaluate gws15k", "notebook 04"}
+    two = [
+        step.command for step in stages.steps(moved, (), devices=2) if step.command[0] in ("embed", "train")
+    ]
+    assert two and all(command[command.index("--devices") + 1] == "2" for command in two)
     assert steps["train geocells"].reads == moved / "mp16/mp16_places365.csv"
     assert steps["evaluate osv-mini"].drops == moved / "results/evaluate/rehearsal_osv-mini_unreadable.csv"
     towers = small.notebooks["18_towers"]["parameters"]["TOWERS"]

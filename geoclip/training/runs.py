@@ -167,11 +167,10 @@ def check_devices(config: RunConfig, devices: int | str, accelerator: str, nodes
         if config.batch_size % (devices * nodes):
             ranks = devices * nodes
             raise ValueError(f"batch_size {config.batch_size} cannot be divided over {ranks} devices")
-    found = {"accelerator": accelerator, "devices": devices, "num_nodes": nodes}
     ranks = nodes * (torch.cuda.device_count() if devices == "auto" else int(devices))
-    if ranks > 1 and getattr(config, "caption_epochs", 0):  # captions and heads are trained in turn
-        found["strategy"] = "ddp_find_unused_parameters_true"
-    return found
+    in_turn = ranks > 1 and getattr(config, "caption_epochs", 0)  # captions, then heads
+    strategy = "ddp_find_unused_parameters_true" if in_turn else "auto"
+    return {"accelerator": accelerator, "devices": devices, "num_nodes": nodes, "strategy": strategy}
 
 
 def check_same_configuration(run: Run) -> None:
