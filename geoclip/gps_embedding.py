@@ -19,12 +19,14 @@ checks the coordinates or wraps 180°.
 
 import copy
 import functools
+import math
 from pathlib import Path
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.decomposition import PCA
 from sklearn.utils.validation import check_is_fitted, validate_data
 from torch import Tensor
 from tqdm import tqdm
@@ -32,9 +34,11 @@ from tqdm import tqdm
 from geoclip import earth
 from geoclip.location_encoder import LocationEncoder
 
-LEVELS = ("sum", "each", "concat")
+LEVELS = ("sum", "each", "concat", "best")
 DTYPES = ("float32", "bfloat16", "float16")
 PROGRESS_ABOVE = 100_000  # places
+BEST_FITTED_ON = 4096  # places
+BEST_SECOND = 0.25  # standard deviation of the second level's part of "best", relative to the first's
 
 
 def embed_places(
@@ -58,11 +62,15 @@ def embed_places(
         device: Where to compute; "auto" is the device of a given encoder, else a GPU if there is one.
         dtype: Precision of the MLPs and of the result: float32, bfloat16 or float16. The phase of the Fourier
             features stays in float32. NumPy has no bfloat16, so its arrays are float32 then.
-        levels: "sum" (n, d), as the model uses it; "each" (n, s, d), one embedding for each σ; or "concat"
-            (n, s × d), the same side by side, of which a linear model can read more than of their sum.
+        levels: "sum" (n, d), as the model uses it; "each" (n, s, d), one embedding for each σ; "concat"
+            (n, s × d), the same side by side, of which a linear model can read more than of their sum; or
+            "best" (n, d), principal components of the two smallest σ, 3 d / 4 and d / 4, from which a linear
+            model reads more than from the sum (notebooks 10 and 17). They are fitted in each call, in about
+            a second, on places spread evenly over the Earth, without labels.
         encoder: "released", a checkpoint of `python -m geoclip train`, or a LocationEncoder.
 
-    Raises ValueError, with the row and the value, for coordinates that are missing or out of range.
+    Raises ValueError, with the row and the value, for coordinates that are missing or out of range, and for
+    "best" in half precision or of an encoder with a single σ.
     """
     if levels not in LEVELS:
         raise ValueError(f"levels is {levels!r}; choose from {', '.join(LEVELS)}")
@@ -74,8 +82,11 @@ def embed_places(
     dtype = getattr(torch, name)
     places = check_places(latlon)
     encoder = load_encoder(encoder, device)
+    if levels == "best" and dtype != torch.float32:
+        raise ValueError(f"levels best needs float32, not {name}, whose rounding it would amplify")
+    maps = _best_maps(encoder) if levels == "best" else []
     at, each = next(encoder.parameters()).device, (len(encoder.levels), encoder.config.dim)
-    shape = {"sum": each[1:], "each": each, "concat": (each[0] * each[1],)}[levels]
+    shape = {"sum": each[1:], "each": each, "concat": (each[0] * each[1],), "best": each[1:]}[levels]
     batch_size = batch_size or (512 if at.type == "cpu" else 8192)
     found = torch.empty(len(places), *shape, dtype=dtype, device=places.device)
     with (
@@ -85,12 +96,45 @@ def embed_places(
     ):
         for start in range(0, len(places), batch_size):
             batch = places[start : start + batch_size].to(at, torch.float32)
-            part = encoder(batch) if levels == "sum" else encoder.by_level(batch).movedim(0, 1)
+            if levels == "best":
+                xy = encoder.project(batch)
+                part = sum(encoder.levels[i](xy) @ weight + bias for i, weight, bias in maps)
+            else:
+                part = encoder(batch) if levels == "sum" else encoder.by_level(batch).movedim(0, 1)
             found[start : start + batch_size] = part.reshape(len(batch), *shape)
             bar.update(len(batch))
     if isinstance(latlon, Tensor):
         return found
     return (found.float() if dtype == torch.bfloat16 else found).numpy()
+
+
+@torch.inference_mode()
+def _best_maps(encoder: LocationEncoder) -> list[tuple[int, Tensor, Tensor]]:
+    """(level, weight (d, d), bias (d,)) of the two smallest σ: "best" is the sum of level @ weight + bias.
+
+    Each level's principal components are divided by the square root of their standard deviation: halfway to
+    white, which is too rough where places are few. The last step is a rotation, because a scaler of the columns
+    would otherwise make them white after all.
+    """
+    sigmas, d = encoder.config.sigmas, encoder.config.dim
+    if len(sigmas) < 2:
+        raise ValueError(f"levels best needs an encoder with at least two σ; this one has {sigmas}")
+    turn = np.arange(BEST_FITTED_ON) + 0.5  # a Fibonacci lattice: each place stands for the same area
+    lat = np.degrees(np.arcsin(1 - 2 * turn / BEST_FITTED_ON))
+    lon = turn * 180 * (3 - math.sqrt(5)) % 360 - 180
+    at = next(encoder.parameters()).device
+    xy = encoder.project(torch.from_numpy(np.column_stack([lat, lon])).to(at, torch.float32))
+    order = sorted(range(len(sigmas)), key=sigmas.__getitem__)
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(d, d)))[0] * math.sqrt(d)
+    maps = []
+    for level, scale, rows in zip(order, (1, BEST_SECOND), np.split(rotation, [d - d // 4]), strict=False):
+        pca = PCA(len(rows), svd_solver="covariance_eigh").fit(encoder.levels[level](xy).cpu().double())
+        spread = np.sqrt(pca.explained_variance_)
+        weight = pca.components_.T / np.sqrt(spread) @ rows * scale / math.sqrt(spread.sum())
+        maps.append(
+            (level, *(torch.from_numpy(a).to(at, torch.float32) for a in (weight, -pca.mean_ @ weight)))
+        )
+    return maps
 
 
 def check_places(latlon) -> Float[Tensor, "n 2"]:
@@ -142,9 +186,9 @@ def _released(device: str) -> LocationEncoder:
 
 
 def column_names(encoder: LocationEncoder, levels: str = "sum") -> list[str]:
-    """Names of the columns of "sum", gps_0 …, or of "concat", gps_sigma16_0 …, without σ if there is none."""
+    """Names of the columns: gps_0 … of "sum", gps_best_0 … of "best", gps_sigma16_0 … of "concat" with σ."""
     sigmas = encoder.config.sigmas if levels == "concat" else ()
-    prefixes = [f"gps_sigma{sigma:g}" for sigma in sigmas] or ["gps"]
+    prefixes = [f"gps_sigma{sigma:g}" for sigma in sigmas] or ["gps_best" if levels == "best" else "gps"]
     return [f"{prefix}_{i}" for prefix in prefixes for i in range(encoder.config.dim)]
 
 
@@ -156,7 +200,7 @@ class GPSEmbedding(TransformerMixin, BaseEstimator):
     pipeline keeps the embeddings.
 
     Args:
-        levels: "sum" or "concat", see `embed_places`; so are encoder, batch_size, device and dtype.
+        levels: "sum", "concat" or "best", see `embed_places`; so are encoder, batch_size, device and dtype.
         lat, lon: Columns of a DataFrame; its other columns are not used. An array has exactly these two.
 
     >>> import numpy as np
@@ -187,8 +231,8 @@ class GPSEmbedding(TransformerMixin, BaseEstimator):
 
     def fit(self, X, y=None) -> "GPSEmbedding":
         """Checks the parameters and the places; raises ValueError as `embed_places` does."""
-        if self.levels not in ("sum", "concat"):
-            raise ValueError(f"levels is {self.levels!r}; a transformer takes sum or concat")
+        if self.levels not in ("sum", "concat", "best"):
+            raise ValueError(f"levels is {self.levels!r}; a transformer takes sum, concat or best")
         check_places(self._select(X, reset=True))
         self.names_ = column_names(load_encoder(self.encoder, self.device), self.levels)
         return self
@@ -200,7 +244,7 @@ class GPSEmbedding(TransformerMixin, BaseEstimator):
         return embed_places(X, self.batch_size, self.device, self.dtype, self.levels, self.encoder)
 
     def get_feature_names_out(self, input_features=None) -> np.ndarray:
-        """Names of the columns: gps_0 …, or gps_sigma16_0 … for "concat"."""
+        """Names of the columns: gps_0 …, gps_best_0 … for "best", or gps_sigma16_0 … for "concat"."""
         check_is_fitted(self)
         return np.asarray(self.names_, dtype=object)
 

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import math
 import os
 import pickle
 import subprocess
@@ -45,10 +46,10 @@ def test_arrays_lists_tables_and_tensors_give_the_encoder_s_embedding(small):
 
 
 def test_levels(small):
-    total, each, concat = (
+    total, each, concat, best = (
         embed_places(PLACES, levels=levels, encoder=small) for levels in gps_embedding.LEVELS
     )
-    assert (total.shape, each.shape, concat.shape) == ((4, 8), (4, 3, 8), (4, 24))
+    assert (total.shape, each.shape, concat.shape, best.shape) == ((4, 8), (4, 3, 8), (4, 24), (4, 8))
     np.testing.assert_allclose(each.sum(1), total, atol=1e-6)
     np.testing.assert_array_equal(each.reshape(4, 24), concat)
     assert gps_embedding.column_names(small)[::7] == ["gps_0", "gps_7"]
@@ -59,7 +60,30 @@ def test_levels(small):
     ]
 
 
+@pytest.mark.parametrize("sigmas", [(1.0, 16.0, 256.0), (256.0, 1.0, 16.0)])
+def test_best_holds_the_components_of_the_two_smallest_sigmas_half_whitened(sigmas):
+    config = LocationEncoderConfig(sigmas=sigmas, frequencies=16, width=24, dim=8)
+    encoder = LocationEncoder(config, torch.Generator().manual_seed(0)).eval()
+    latlon = earth.sample_sphere(20_000, torch.Generator().manual_seed(1)).double()
+    found = embed_places(latlon, levels="best", encoder=encoder).double()
+    each = embed_places(latlon, levels="each", encoder=encoder).double()
+    variances = []
+    for sigma, columns, scale in ((1.0, 6, 1.0), (16.0, 2, 0.25)):
+        level = each[:, sigmas.index(sigma)]
+        spread = torch.linalg.svdvals(level - level.mean(0))[:columns] / math.sqrt(len(level))
+        variances.append(8 * scale**2 * spread / spread.sum())
+    # a rotation keeps the variances along the principal directions
+    expected = torch.cat(variances).sort(descending=True).values
+    directions = torch.linalg.eigvalsh(found.T.cov()).flip(0)
+    torch.testing.assert_close(directions, expected, rtol=0.05, atol=0)
+    assert found.mean(0).abs().max() < 0.05
+    alone = torch.cat([embed_places(latlon[i : i + 1], levels="best", encoder=encoder) for i in range(5)])
+    torch.testing.assert_close(found[:5].float(), alone, rtol=0, atol=1e-4)
+    assert gps_embedding.column_names(encoder, "best")[::7] == ["gps_best_0", "gps_best_7"]
+
+
 def test_no_place_and_one_place(small):
+    assert embed_places(np.empty((0, 2)), levels="best", encoder=small).shape == (0, 8)
     assert embed_places(np.empty((0, 2)), encoder=small).shape == (0, 8)
     assert embed_places([[1, 2]], levels="each", encoder=small).shape == (1, 3, 8)
 
@@ -94,6 +118,11 @@ def test_bad_places_are_named(small, latlon, message):
 def test_bad_options_are_named(small, tmp_path):
     with pytest.raises(ValueError, match="levels is 'all'; choose from sum, each, concat"):
         embed_places(PLACES, levels="all", encoder=small)
+    with pytest.raises(ValueError, match="levels best needs float32, not bfloat16"):
+        embed_places(PLACES, levels="best", dtype="bfloat16", encoder=small)
+    one = LocationEncoder(LocationEncoderConfig(sigmas=(1.0,), frequencies=16, width=24, dim=8))
+    with pytest.raises(ValueError, match=r"at least two σ; this one has \(1.0,\)"):
+        embed_places(PLACES, levels="best", encoder=one)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         embed_places(PLACES, batch_size=0, encoder=small)
     with pytest.raises(ValueError, match="dtype is 'int8'; choose from float32, bfloat16, float16"):

@@ -2,7 +2,7 @@
 
 PLACES needs columns of latitude and longitude in degrees. OUT has one row for each row of PLACES, in the same order:
 .npy holds the embeddings alone; .csv and .parquet keep all columns of PLACES and add gps_0, gps_1, … (with --levels
-concat: gps_sigma1_0, …). Rows without valid coordinates have NaN for an embedding; they are
+concat: gps_sigma1_0, …; best: gps_best_0, …). Rows without valid coordinates have NaN for an embedding; they are
 listed in NAME_refused.csv beside OUT, and the exit status is then 1. PLACES is read in parts, so that memory does not
 grow with its length. Embeddings collect in OUT.….partial; run the command again to finish what an interrupted run left.
 """
@@ -22,8 +22,8 @@ def options(add) -> None:
     """The places, the file to write, and the encoder."""
     add("places", help="the CSV of places, such as places.csv")
     add("--out", required=True, help="file to write: .parquet, .npy or .csv")
-    levels = "the sum of the levels, as the model uses it, or the levels side by side"
-    add("--levels", default="sum", choices=["sum", "concat"], help=levels)
+    levels = "the sum of the levels, as the model uses it, the levels side by side, or what a linear model reads best"
+    add("--levels", default="sum", choices=["sum", "concat", "best"], help=levels)
     add("--encoder", default="released", help="released, or a checkpoint of a trained model")
 
 
