@@ -45,6 +45,25 @@ def test_location_encoder_loads_into_ours_with_nothing_missing():
     )
 
 
+def test_weights_below_the_normal_numbers_are_0_and_no_embedding_changes(monkeypatch):
+    import torch
+
+    from geoclip.location_encoder import LocationEncoder
+
+    def small(tensor):
+        return ((tensor != 0) & (tensor.abs() < torch.finfo().smallest_normal)).sum()
+
+    places = torch.tensor([[48.9, 2.3], [-33.9, 151.2], [90.0, 0.0], [0.0, -180.0]])
+    encoder = LocationEncoder.pretrained()
+    assert sum(small(parameter) for parameter in encoder.parameters()) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "masked_fill", lambda tensor, *_: tensor)
+        released = LocationEncoder.pretrained()
+    assert sum(small(parameter) for parameter in released.parameters()) > 90_000
+    with torch.inference_mode():
+        assert torch.equal(encoder(places), released(places))
+
+
 def test_frequencies_have_the_spread_of_their_levels():
     state = pretrained.location_encoder_state()
     for level, sigma in enumerate((1, 16, 256)):
