@@ -98,7 +98,7 @@ def embed_places(
             batch = places[start : start + batch_size].to(at, torch.float32)
             if levels == "best":
                 xy = encoder.project(batch)
-                part = sum(encoder.levels[i](xy) @ weight + bias for i, weight, bias in maps)
+                part = sum(encoder.levels[i](xy).float() @ weight + bias for i, weight, bias in maps)
             else:
                 part = encoder(batch) if levels == "sum" else encoder.by_level(batch).movedim(0, 1)
             found[start : start + batch_size] = part.reshape(len(batch), *shape)
@@ -112,9 +112,9 @@ def embed_places(
 def _best_maps(encoder: LocationEncoder) -> list[tuple[int, Tensor, Tensor]]:
     """(level, weight (d, d), bias (d,)) of the two smallest σ: "best" is the sum of level @ weight + bias.
 
-    Each level's principal components are divided by the square root of their standard deviation: halfway to
-    white, which is too rough where places are few. The last step is a rotation, because a scaler of the columns
-    would otherwise make them white after all.
+    Each level's principal components are divided by the square root of their standard deviation. Whitening, which
+    divides by the standard deviation itself, is too rough where places are few. The rotation at the end keeps a
+    scaler of the columns from whitening them after all.
     """
     sigmas, d = encoder.config.sigmas, encoder.config.dim
     if len(sigmas) < 2:
