@@ -10,6 +10,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from geoclip import paths
 from geoclip.reproduce import report
@@ -67,6 +68,24 @@ def test_figure_is_written_twice_the_same_and_carries_no_date():
     assert (paths.FIGURES / "02_similarity.png").read_bytes() == first
     assert (paths.FIGURES / "02_similarity.pdf").read_bytes() == pdf
     assert b"CreationDate" not in pdf
+
+
+def test_a_picture_is_replaced_if_it_looks_different():
+    path = paths.FIGURES / "02_similarity.png"
+    report.save_figure(figure(), "02_similarity")
+    made = path.read_bytes()
+    for levels, replaced in ((1, False), (2, True)):
+        with Image.open(path) as image:
+            pixels = np.array(image.convert("RGB"))
+        pixels[5, 5, 0] -= levels  # of the white margin
+        Image.fromarray(pixels).save(path)
+        changed = path.read_bytes()
+        report.save_figure(figure(), "02_similarity")
+        assert path.read_bytes() == (made if replaced else changed)
+        path.write_bytes(made)
+    path.write_bytes(made[:200])
+    report.save_figure(figure(), "02_similarity")
+    assert path.read_bytes() == made
 
 
 def test_figures_of_other_parameters_leave_the_accepted_ones_alone(monkeypatch):

@@ -1,5 +1,6 @@
 """What a notebook leaves behind: figures, tables with their provenance, and their comparison with accepted ones."""
 
+import contextlib
 import dataclasses
 import fnmatch
 import importlib.metadata
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from PIL import Image, ImageChops
 
 from geoclip import paths
 
@@ -44,13 +46,24 @@ def provenance(config: object = None, data_hash: str | None = None) -> dict:
 def save_figure(figure, name: str) -> None:
     """Write a matplotlib figure to figures/NAME.png (150 dpi) and NAME.pdf, without dates.
 
-    If the notebook's parameters are not those of the accepted run, they go to data/results/figures instead.
+    If the notebook's parameters are not those of the accepted run, they go to data/results/figures instead. A
+    picture that differs from the one there by a level of colour at most, as between processors, is not replaced.
     """
     folder = paths.RESULTS / "figures" if changed_parameters(name) else paths.FIGURES
     no_dates = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
     for kind, metadata in no_dates.items():
-        with paths.atomic(folder / f"{name}.{kind}") as temporary:
-            figure.savefig(temporary, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
+        path, made = folder / f"{name}.{kind}", io.BytesIO()
+        figure.savefig(made, format=kind, dpi=150, bbox_inches="tight", metadata=metadata)
+        if not (kind == "png" and _alike(made, path)):
+            with paths.atomic(path) as temporary:
+                temporary.write_bytes(made.getvalue())
+
+
+def _alike(made: io.BytesIO, kept: Path) -> bool:
+    with contextlib.suppress(OSError), Image.open(made) as one, Image.open(kept) as other:
+        difference = ImageChops.difference(one.convert("RGB"), other.convert("RGB"))
+        return one.size == other.size and max(high for _, high in difference.getextrema()) <= 1
+    return False
 
 
 def save_results(table: pd.DataFrame, name: str, provenance: Mapping) -> None:
