@@ -69,7 +69,8 @@ papermill {path} out.ipynb -y '{parameter}: {value}'
 REPOSITORY, BRANCH = os.environ.get("GITHUB_REPOSITORY"), os.environ.get("GITHUB_REF_NAME", "main")
 IN_COLAB = ("00", "15")  # they need nothing but what the package index has, and minutes
 COLAB = """\
-[Open in Colab](https://colab.research.google.com/github/{repository}/blob/{branch}/{path}){{.badge}} and first run there
+[Open in Colab](https://colab.research.google.com/github/{repository}/blob/{branch}/{path}){{.badge}} \
+and first run there
 ```ipython
 !git clone --depth 1 https://github.com/{repository} repository && pip install --quiet ./repository
 %cd repository

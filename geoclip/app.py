@@ -93,7 +93,7 @@ class Answerer:
         return Upload(f"tile_{lat:.4f}_{lon:.4f}.png", file.getvalue())
 
     def example(self) -> Upload:
-        """A tile of a test split, near training places or far from them; where there is CLIP, scikit-learn's china.jpg."""
+        """A tile of a test split, near training places or far from them; with CLIP, scikit-learn's china.jpg."""
         from importlib import resources
 
         if self.tiles:

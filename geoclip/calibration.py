@@ -125,7 +125,7 @@ class Calibration:
 
 
 def beside(checkpoint: Path | str, neighbours: bool = False) -> Path:
-    """The file of a checkpoint's calibration: NAME.calibration.json, or NAME.neighbours.json for that with neighbours."""
+    """The file of a checkpoint's calibration: NAME.calibration.json, or NAME.neighbours.json with neighbours."""
     return Path(checkpoint).with_suffix(".neighbours.json" if neighbours else ".calibration.json")
 
 

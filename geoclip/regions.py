@@ -66,7 +66,7 @@ def _contour(posterior: Posterior, least: float, pixel_km: float) -> shapely.Mul
 
 
 def _near(posterior: Posterior) -> Callable[[np.ndarray], np.ndarray]:
-    """Posterior.log_density of one image, for many places (q, 2): kernels further than REACH from a place are left out."""
+    """Posterior.log_density of one image, for many places (q, 2), without kernels further than REACH from a place."""
     from scipy.spatial import KDTree
 
     trees = [KDTree(layer.xyz[0]) for layer in posterior.layers]

@@ -1,6 +1,6 @@
 """Pictures of the page of `make try`, one of each state, and what it takes: `python tests/screenshots.py`.
 
-They are figures/try.png (an answer) and figures/try_STATE.png, of the page as a reader has it, with notebook 03's model.
+They are figures/try.png (an answer) and figures/try_STATE.png, of the page with notebook 03's model.
 The times and the memory are printed.
 """
 
@@ -45,7 +45,7 @@ def main() -> int:
                     page.choose(lat, 20)
                     took.append(time.monotonic() - start)
                 print(
-                    f"from a choice to its answer: median {sorted(took)[len(took) // 2]:.2f} s, at most {max(took):.2f} s"
+                    f"a choice is answered in {sorted(took)[len(took) // 2]:.2f} s (median), {max(took):.2f} s at most"
                 )
                 print(f"memory of the session: {memory_mb(process)[0]:.0f} MB")
         finally:

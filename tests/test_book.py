@@ -123,7 +123,8 @@ def test_open_in_colab_only_where_the_repository_is_known(monkeypatch):
             [],
             [
                 f"someone/geoclip/blob/{conf.BRANCH}/notebooks/{path.name}",
-                "!git clone --depth 1 https://github.com/someone/geoclip repository && pip install --quiet ./repository",
+                "!git clone --depth 1 https://github.com/someone/geoclip repository "
+                "&& pip install --quiet ./repository",
                 "%cd repository",
             ],
         )

@@ -273,7 +273,9 @@ DAMAGE = {
     "truncated": ("features.npy", lambda path: os.truncate(path, path.stat().st_size // 2), "features.npy has changed"),
     "empty features": ("features.npy", lambda path: path.write_bytes(b""), "features.npy has changed"),
     "no features": ("features.npy", lambda path: path.unlink(), "No such file"),
-    "another shape": ("features.npy", lambda path: np.save(path, np.zeros((5, 3, 2), np.float16)), "features.npy has changed"),
+    "another shape": (
+        "features.npy", lambda path: np.save(path, np.zeros((5, 3, 2), np.float16)), "features.npy has changed"
+    ),
     "places": ("latlon.npy", lambda path: flip(path, -1), "latlon.npy has changed"),
     "names": ("ids.txt", lambda path: flip(path, 0), "ids.txt has changed"),
     "half a description": ("shard.json", lambda path: os.truncate(path, 40), "shard.json does not describe"),
@@ -735,7 +737,8 @@ def test_torchrun_and_slurm_are_recognised(monkeypatch):
             torchrun.setenv(name, value)
         assert embedding.rank_and_world() == (3, 8, 1)
     for name, value in {
-        "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "9", "SLURM_LOCALID": "1", "SLURM_JOB_NAME": "embed", "SLURM_NODEID": "1",
+        "SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "2", "SLURM_PROCID": "9", "SLURM_LOCALID": "1",
+        "SLURM_JOB_NAME": "embed", "SLURM_NODEID": "1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     assert embedding.rank_and_world() == (9, 16, 1)

@@ -551,4 +551,5 @@ def changed(whole: bytes, damaged: bytes) -> str:
     """The first bytes that differ, before and after."""
     pairs = zip(whole, damaged, strict=False)
     at = next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(whole), len(damaged)))
-    return f"{len(whole)} → {len(damaged)} bytes, at {at}: {whole[at - 20 : at + 20]!r} → {damaged[at - 20 : at + 20]!r}"
+    around = slice(at - 20, at + 20)
+    return f"{len(whole)} → {len(damaged)} bytes, at {at}: {whole[around]!r} → {damaged[around]!r}"

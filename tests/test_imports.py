@@ -7,8 +7,8 @@ from geoclip import paths
 
 PACKAGE = paths.ROOT / "geoclip"
 CORE = """paths config photos earth pretrained layers location_encoder engines.openvino_tower image_encoder
-gps_queue loss gallery engines.place_index kernels posterior regions predictor model evaluation calibration neighbours decider
-maps""".split()
+gps_queue loss gallery engines.place_index kernels posterior regions predictor model evaluation calibration
+neighbours decider maps""".split()
 UNCERTAIN = "kernels posterior regions calibration neighbours decider".split()
 ORDER = [
     *CORE,

@@ -1,4 +1,4 @@
-"""sweep.py and profiles.py: grids become runs that are resumed, shared and tabulated; every profile fits its commands."""
+"""sweep.py and profiles.py: grids become runs, resumed, shared and tabulated; every profile fits its commands."""
 
 import contextlib
 import json

@@ -80,7 +80,7 @@ def report(fitted, options) -> None:
 
 
 def photos(options, model):
-    """Name, tower features and places of the photos that can be read, drawn at random if there are more than --limit."""
+    """Name, tower features and places of the photos that can be read, at random if there are more than --limit."""
     import torch
 
     from geoclip import predictor

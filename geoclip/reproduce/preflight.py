@@ -1,4 +1,4 @@
-"""What a folder of real data sets holds, before the first run: what is there, missing or damaged, and what it will cost."""
+"""What a folder of real data sets holds, before the first run: what is there, missing or damaged, and its cost."""
 
 import os
 import shlex

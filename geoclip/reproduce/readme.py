@@ -36,7 +36,7 @@ NOTES = (
     "¹ Overhead imagery, a stand-in for photos, on which the whole system trains in a few minutes; the paper has no "
     "such numbers. ² Unavailable without a benchmark's files, and CLIP's weights; notebook 07 fills them in from the "
     "folder that `GEOCLIP_DATA` names, the column *ours* with a model trained on MP-16. ³ Not the paper's: the README "
-    "of the Lightning re-implementation `aninda-ghosh/geo-clip-paper-implementation`, trained on data of its own choice."
+    "of the Lightning re-implementation `aninda-ghosh/geo-clip-paper-implementation`, trained on data of its choice."
 )
 
 
