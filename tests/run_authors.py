@@ -23,9 +23,8 @@ assert Path(geoclip.__file__).is_relative_to(job["package"]), (
     f"{geoclip.__file__} is not the authors' package"
 )
 torch.set_grad_enabled(False)
-torch.set_flush_denormal(
-    True
-)  # their weights hold such numbers, with which some processors take 20 times as long
+# Their weights hold numbers below the normal ones, with which some processors take 20 times as long.
+torch.set_flush_denormal(True)
 model = geoclip.GeoCLIP(clip_path=folder / "clip").eval()
 places = {}
 model.location_encoder.register_forward_hook(lambda _, given, made: places.update({len(given[0]): made}))

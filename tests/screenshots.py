@@ -45,7 +45,8 @@ def main() -> int:
                     page.choose(lat, 20)
                     took.append(time.monotonic() - start)
                 print(
-                    f"a choice is answered in {sorted(took)[len(took) // 2]:.2f} s (median), {max(took):.2f} s at most"
+                    f"from a choice to its answer: median {sorted(took)[len(took) // 2]:.2f} s, "
+                    f"at most {max(took):.2f} s"
                 )
                 print(f"memory of the session: {memory_mb(process)[0]:.0f} MB")
         finally:

@@ -116,7 +116,7 @@ def test_bad_places_are_named(small, latlon, message):
 
 
 def test_bad_options_are_named(small, tmp_path):
-    with pytest.raises(ValueError, match="levels is 'all'; choose from sum, each, concat"):
+    with pytest.raises(ValueError, match="levels is 'all'; choose from sum, each, concat, best"):
         embed_places(PLACES, levels="all", encoder=small)
     with pytest.raises(ValueError, match="levels best needs float32, not bfloat16"):
         embed_places(PLACES, levels="best", dtype="bfloat16", encoder=small)

@@ -35,7 +35,9 @@ MISTAKES = {
     "gps-embed places.csv --out p.npy --levels all": "--levels: invalid choice: 'all'",
     "shards nosuch.csv --places places.csv --out shards": "nosuch.csv: no such file",
     "shards places.csv --places places.csv --out shards": "places.csv, line 1: 'lat,lon' is not an http address",
-    "embed 'shards/{00000..00472}.tar' --out features/x": "shards/00000.tar: no such tar on this machine; 473 of 473",
+    "embed 'shards/{00000..00472}.tar' --out features/x": (
+        "shards/00000.tar: no such tar on this machine; 473 of 473 are missing"
+    ),
     "embed places.csv --out features/x": "places.csv: no column for file",
     "sweep nosuch.ipynb": "there is no notebook 'nosuch.ipynb'",
     "sweep 04 --shard 5/4 --dry-run": "not '5/4'",
