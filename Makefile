@@ -56,6 +56,7 @@ book: $(BOOK_READY)  ## build the book of README, notebooks as committed and API
 	@$(BIN) book/build.py
 
 bench: weights  ## measure speed beside the authors' package (minutes); the table is data/results/11_bench.csv
+	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[int8]'
 	$(BIN) bench.py
 
 accept: weights  ## make the results of notebook NB the expected ones: make accept NB=04

@@ -325,7 +325,7 @@ function render({ model, el }) {
     $(".regions").textContent = found ? found.regions.map((region) =>
       `${100 * region.probability} % within ${whole(region.area_km2)} km²`).join(", ") + ". "
       + found.countries.filter((c) => c.probability >= 0.01).map((c) => `${c.country} ${whole(100 * c.probability)} %`)
-        .join(", ").replace(/.$/, "$&.") : "";
+        .join(", ").replace(/^.+$/, "On land in $&.") : "";
     $(".notes").textContent = found ? found.notes.join(" ") : "";
     for (const button of el.querySelectorAll(".downloads button, .near")) button.disabled = !found;
     if (!found) return globe.draw();

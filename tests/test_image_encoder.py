@@ -1,6 +1,7 @@
 """The one preprocessing of each tower equals what open_clip and torchvision make of the same image."""
 
 import functools
+import sys
 
 import numpy as np
 import open_clip
@@ -46,6 +47,13 @@ def test_statistics_follow_the_tower_and_not_clip():
     assert Preprocessing.of(ImageEncoderConfig("timm/vit_tiny_patch16_224", None)).pixels == 224
     with pytest.raises(ValueError, match="no tower 'timm/vit_of_nobody'"):
         Preprocessing.of(ImageEncoderConfig("timm/vit_of_nobody"))
+
+
+@pytest.mark.parametrize("weights", ["openai", None, "/no/such/clip.safetensors"])
+def test_the_papers_tower_is_described_without_open_clip(weights, monkeypatch):
+    expected = Preprocessing.of(ImageEncoderConfig("ViT-L-14-quickgelu", "metaclip_400m"))
+    monkeypatch.setitem(sys.modules, "open_clip", None)  # importing it takes seconds, and fails here
+    assert Preprocessing.of(ImageEncoderConfig("ViT-L-14-quickgelu", weights)) == expected
 
 
 def test_a_timm_tower_embeds_and_is_the_same_each_time():

@@ -247,7 +247,8 @@ def as_text(photo: dict) -> str:
     if photo.get("unfamiliar"):
         lines.append("far from anything it was trained on")
     if photo.get("countries"):
-        lines.append(", ".join(f"{c['country']} {c['probability']:.0%}" for c in photo["countries"]))
+        likely = (f"{c['country']} {c['probability']:.0%}" for c in photo["countries"])
+        lines.append("on land in " + ", ".join(likely))
     if photo["truth"]:
         lines.append("EXIF says {lat:.4f}, {lon:.4f}".format(**photo["truth"]))
     return "\n".join(f"  {line}" for line in lines)

@@ -6,7 +6,7 @@ import pandas as pd
 
 from geoclip import paths
 from geoclip.datasets import blue_marble
-from geoclip.evaluation import ACCURACY_COLUMNS, THRESHOLDS_KM
+from geoclip.evaluation import ACCURACY_COLUMNS
 
 START = "<!-- results: written by `python -m geoclip readme` from data/expected/07_benchmarks.csv -->"
 END = "<!-- end of results -->"
@@ -31,8 +31,7 @@ COLUMNS = {
     "floor": ("gallery", "random floor", NEEDS_COORDINATES),
 }
 NOTES = (
-    f"Percent within {' / '.join(f'{km:,}' for km in THRESHOLDS_KM)} km. Ceiling: the gallery's nearest place; floor: "
-    "a random place of the gallery; both follow from coordinates.\n\n"
+    "Ceiling: the gallery's nearest place; floor: a random place of the gallery; both follow from coordinates.\n\n"
     "¹ Overhead imagery, a stand-in for photos, on which the whole system trains in a few minutes; the paper has no "
     "such numbers. ² Unavailable without a benchmark's files, and CLIP's weights; notebook 07 fills them in from the "
     "folder that `GEOCLIP_DATA` names, the column *ours* with a model trained on MP-16. ³ Not the paper's: the README "
