@@ -1,6 +1,6 @@
 """The page of `make try`: a globe, an image, and where the model thinks that it was taken.
 
-notebooks/try/try.ipynb shows it, through Voilà or in JupyterLab; app.js draws it. Where CLIP's weights are, it
+notebooks/try/try.ipynb shows it, through Voilà or in JupyterLab; app.js draws it. If CLIP's weights are present, it
 answers for photos and texts. Elsewhere it answers for tiles of the Blue Marble, around any place that is
 clicked. Both go the way of `python -m geoclip predict`. Uploads stay in this process's memory.
 """
