@@ -56,8 +56,7 @@ class Preprocessing:
             known = timm.models.get_pretrained_cfg(timm_name(config.tower))
             data = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
             return cls(data["input_size"][-1], data["interpolation"], tuple(data["mean"]), tuple(data["std"]))
-        known = config.weights == "openai" or config.weights is None or is_file_name(config.weights)
-        if config.tower == pretrained.CLIP_TOWER and known:
+        if config.tower == pretrained.CLIP_TOWER:  # the same for all its weights
             # without importing open_clip, which takes seconds
             return cls(224, "bicubic", OPENAI_MEAN, OPENAI_STD)
         import open_clip
@@ -322,12 +321,9 @@ def clip_file(tower: str, weights: str | None) -> Path | None:
     """The local file that a CLIP tower's weights come from; None for an open_clip tag or random weights."""
     if weights == "openai" and tower == pretrained.CLIP_TOWER:
         return pretrained.clip_file()
-    return pretrained.clip_at(weights) if weights and is_file_name(weights) else None
-
-
-def is_file_name(weights: str) -> bool:
-    """Return whether the weights of a CLIP tower are a file's, and not an open_clip tag."""
-    return "/" in weights or bool(Path(weights).suffix)
+    if weights and ("/" in weights or Path(weights).suffix):
+        return pretrained.clip_at(weights)
+    return None
 
 
 def load_clip(tower: str, weights: str | None) -> nn.Module:

@@ -11,7 +11,15 @@ from PIL import Image
 from torchvision import transforms
 
 from geoclip import photos
-from geoclip.image_encoder import ImageEncoder, ImageEncoderConfig, Preprocessing, load_clip, tower_hash
+from geoclip.image_encoder import (
+    OPENAI_MEAN,
+    OPENAI_STD,
+    ImageEncoder,
+    ImageEncoderConfig,
+    Preprocessing,
+    load_clip,
+    tower_hash,
+)
 
 SIZES = [(64, 48), (333, 517), (224, 224), (225, 1000), (1000, 223)]
 
@@ -49,11 +57,16 @@ def test_statistics_follow_the_tower_and_not_clip():
         Preprocessing.of(ImageEncoderConfig("timm/vit_of_nobody"))
 
 
-@pytest.mark.parametrize("weights", ["openai", None, "/no/such/clip.safetensors"])
-def test_the_papers_tower_is_described_without_open_clip(weights, monkeypatch):
-    expected = Preprocessing.of(ImageEncoderConfig("ViT-L-14-quickgelu", "metaclip_400m"))
+def test_the_papers_tower_is_described_without_open_clip(monkeypatch):
+    name = "ViT-L-14-quickgelu"
+    for tag in open_clip.list_pretrained_tags_by_model(name):
+        released = open_clip.get_pretrained_cfg(name, tag)
+        assert (released["mean"], released["std"]) == (OPENAI_MEAN, OPENAI_STD)
+        assert (released["interpolation"], released["resize_mode"]) == ("bicubic", "shortest")
     monkeypatch.setitem(sys.modules, "open_clip", None)  # importing it takes seconds, and fails here
-    assert Preprocessing.of(ImageEncoderConfig("ViT-L-14-quickgelu", weights)) == expected
+    assert Preprocessing.of(ImageEncoderConfig(name, "/a/clip.safetensors")) == Preprocessing(
+        224, "bicubic", OPENAI_MEAN, OPENAI_STD
+    )
 
 
 def test_a_timm_tower_embeds_and_is_the_same_each_time():
