@@ -25,6 +25,7 @@ def drawn(temperature, kernel_km, n=150, m=1000):
     return logits, earth.destination(places.latlon[index], *move.T), places
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("temperature", "kernel_km"), [(0.5, 8.0), (2.0, 64.0)])
 def test_the_fit_finds_what_the_places_were_drawn_with(temperature, kernel_km):
     logits, truth, places = drawn(temperature, kernel_km)

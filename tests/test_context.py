@@ -82,6 +82,7 @@ def test_loss_is_distance_and_the_mean_of_the_heads():
     assert set(found) == {"loss", "distance", *SMALL.heads}
 
 
+@pytest.mark.slow
 def test_unknown_labels_are_left_out_and_are_not_class_0():
     module, batch = batch_of(SMALL)
     blank = dict(batch, country=torch.full_like(batch["country"], labels.UNKNOWN))

@@ -383,6 +383,7 @@ def test_unreadable_photos_are_left_out_and_accuracy_is_logged_each_epoch(photo_
     assert logged.tolist() == pytest.approx([100 * hits.mean().item()])
 
 
+@pytest.mark.slow
 def test_photos_are_answered_with_their_maps_by_the_chosen_cells(photo_set, tmp_path, capsys):
     folder, _ = photo_set
     config = photo_config(folder, seg_channels=3, seg_images=str(folder / "maps"))

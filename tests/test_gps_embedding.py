@@ -148,6 +148,7 @@ def test_the_released_encoder_is_the_default():
     torch.testing.assert_close(embed_places(latlon), expected, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_docstring_s_pipeline_runs():
     done = doctest.testmod(gps_embedding)
     assert done.attempted > 5 and done.failed == 0
@@ -188,6 +189,7 @@ def test_scikit_learn_s_own_checks():
     }
 
 
+@pytest.mark.slow
 def test_a_fitted_pipeline_holds_no_weights():
     pipeline = make_pipeline(GPSEmbedding(), Ridge()).fit(PLACES, [1, 2, 3, 4])
     text = pickle.dumps(pipeline)

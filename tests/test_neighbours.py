@@ -57,6 +57,7 @@ def test_neighbours_add_the_log_of_their_density():
         assert found[0, i].item() == pytest.approx(logit + math.log(density), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_neighbours_count_less_the_less_they_tell():
     generator = torch.Generator().manual_seed(0)
     places, n = Places(earth.sample_sphere(300, generator)), 60

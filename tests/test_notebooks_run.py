@@ -84,6 +84,7 @@ def test_accept_keeps_results_and_parameters_and_leaves_no_stamps(folder):
     assert [file.read_bytes() for file in (path, table, parameters)] == before
 
 
+@pytest.mark.slow
 def test_accept_changes_nothing_when_a_cell_fails(folder):
     path = write(
         folder, "95_ours", "VALUE = 1  # a number", HELD.replace("NUMBER", "95"), "raise ValueError('late')"

@@ -67,6 +67,7 @@ def test_a_planted_gps_signal_is_found_and_a_shuffled_one_is_not(made, tmp_path)
         assert (row.map_macro > 4 * base) == (data is made)
 
 
+@pytest.mark.slow
 def test_gps_and_visual_together_know_more_than_either_unless_the_places_are_shuffled(tmp_path):
     for planted in (True, False):
         root = nus_wide_synthetic.write(tmp_path / str(planted), n=1500, concepts=4, planted=planted)
@@ -89,6 +90,7 @@ def test_photos_without_a_concept_can_be_left_out(made):
     assert row.chance > made.labels.mean()
 
 
+@pytest.mark.slow
 def test_one_seed_gives_one_table(made):
     one, two = (label_probes.probe_labels(made, earth.unit_sphere, config=QUICK, seeds=n) for n in (2, 3))
     pd.testing.assert_frame_equal(one, two[:2])

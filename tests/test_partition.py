@@ -81,6 +81,7 @@ def test_dropped_places_lie_in_sparse_cells(gallery, fine):
             assert held == (parents(leaves, CONFIG.lvl_min) == cell).sum()
 
 
+@pytest.mark.slow
 def test_finer_partitions_nest_in_coarser_ones(gallery, fine):
     coarse = partition(gallery, PartitionConfig(img_max=5000))
     assert len(coarse) < len(fine)

@@ -179,6 +179,7 @@ def test_text_is_located_like_an_image(model, tower):
     assert embedded.norm().item() == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_texts_are_located_from_the_command_line(model, tower, tmp_path, capsys, monkeypatch):
     config = ImageEncoderConfig(tower=tower, weights=None, hidden=24, dim=16)
     reader = geoclip(config, torch.Generator().manual_seed(1), model.gallery)

@@ -163,6 +163,7 @@ def test_more_training_places_help_and_the_last_size_is_the_probe(places, harmon
         probes.probe(harmonics, quarters, places, "accuracy", config=config, sizes=[1201])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The least populated class")
 def test_held_out_prediction_sees_no_place_of_the_block():
     """Places and answers coincide, so a model that saw a place's block would give its class back exactly."""

@@ -38,6 +38,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_seed_gives_one_world(world, tmp_path):
     assert contents(rehearsal.make(tmp_path / "again", N, port=0)) == contents(world)
     before = contents(world)
@@ -162,6 +163,7 @@ def test_check_names_what_is_damaged_and_goes_on(damaged, capsys):
     assert "yfcc4k (nothing)" in said and "MP-16 features: MISSING" in said
 
 
+@pytest.mark.slow
 def test_the_steps_name_what_is_damaged_and_the_rest_goes_on(damaged, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GEOCLIP_DATA", str(damaged))
 

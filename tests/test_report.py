@@ -70,6 +70,7 @@ def test_figure_is_written_twice_the_same_and_carries_no_date():
     assert b"CreationDate" not in pdf
 
 
+@pytest.mark.slow
 def test_a_picture_is_replaced_if_it_looks_different():
     path = paths.FIGURES / "02_similarity.png"
     report.save_figure(figure(), "02_similarity")

@@ -26,6 +26,7 @@ def test_interval_is_scipys():
     assert (low, high) == pytest.approx((expected.low, expected.high))
 
 
+@pytest.mark.slow
 def test_interval_covers_in_95_of_100():
     draws = np.random.default_rng(0).normal(7, 2, size=(4000, 3))
     ends = np.array([t_interval(row) for row in draws])

@@ -37,6 +37,7 @@ def file(name, data, number=0, part=0, parts=1, size=None):
     }, data  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decision", ["argmax", "mode", "disc:25"])
 def test_a_click_is_answered_as_predict_answers_the_tile(checkpoint, decision, tmp_path, monkeypatch, capsys):
     settings = {"kind": "settings", "decision": decision, "top_k": 3}
@@ -88,6 +89,7 @@ def test_each_file_that_cannot_be_used_gets_its_sentence(checkpoint):
     assert [entry["file"] for entry in failed] == ["liar.jpg", "ninth.jpg", "good.jpg"], "since the last drop"
 
 
+@pytest.mark.slow
 def test_photos_and_texts_where_there_is_clip(tiny_clip, tmp_path, monkeypatch, capsys):
     checkpoint = made_checkpoint(tmp_path / "clip.ckpt", tiny_clip)
     data, again = photo(PARIS), {"kind": "settings", "decision": "mode", "top_k": 2}
