@@ -1,6 +1,6 @@
 """Measure speed beside the authors' package and beside the limits of the machine.
 
-    make bench                                  a CPU: about a quarter of an hour on two cores
+    make bench                                  a CPU: 15 to 60 minutes on two cores
     .venv/bin/python bench.py --device cuda     a GPU
     .venv/bin/python bench.py --only search     one group of measurements
 
