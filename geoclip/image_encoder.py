@@ -56,8 +56,7 @@ class Preprocessing:
             known = timm.models.get_pretrained_cfg(timm_name(config.tower))
             data = timm.data.resolve_data_config(pretrained_cfg=known.to_dict())
             return cls(data["input_size"][-1], data["interpolation"], tuple(data["mean"]), tuple(data["std"]))
-        if config.tower == pretrained.CLIP_TOWER:  # the same for all its weights
-            # without importing open_clip, which takes seconds
+        if config.tower == pretrained.CLIP_TOWER:  # with any weights; importing open_clip would take seconds
             return cls(224, "bicubic", OPENAI_MEAN, OPENAI_STD)
         import open_clip
 

@@ -420,6 +420,8 @@ def test_the_command_line_trains_and_says_where(unbroken, tmp_path, capsys):
     assert command_line.main([*command, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr().out
     assert "10 steps" in said and str(tmp_path / "run" / "last.ckpt") in said
+    assert command_line.main([*command, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    assert "ended before: --resume false trains it again" in capsys.readouterr().out
     assert command_line.main([*command, "--queue", "3"]) == 2
     assert "larger than the queue of 3" in capsys.readouterr().err
 

@@ -49,10 +49,9 @@ def run(options) -> None:
     chosen = config.from_namespace(options, kind.config_class, config.config_parser(kind.config_class))
     hardware = {name: options[name] for name in ("devices", "accelerator", "nodes")}
     run = runs.train(chosen, options.out, kind, options.resume, progress=True, **hardware)
-    if rank_zero_only.rank > 0:  # the first process reports for all
-        return
-    print(f"{run.result['steps']} steps in {run.result['seconds']} s; checkpoint {run.checkpoint}")
-    print(f"evaluate it with: python -m geoclip {shlex.join(evaluation_of(run))}")
+    if rank_zero_only.rank == 0:  # reports for all
+        print(f"{run.result['steps']} steps in {run.result['seconds']} s; checkpoint {run.checkpoint}")
+        print(f"evaluate it with: python -m geoclip {shlex.join(evaluation_of(run))}")
 
 
 def evaluation_of(run) -> list[str]:

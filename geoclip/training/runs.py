@@ -145,6 +145,8 @@ def train(
         check_same_configuration(run)
         if not run.result_file.is_file():
             fit(run, resume, progress, epochs, hardware)
+        elif progress:
+            print(f"{run.directory} holds this run, which ended before: --resume false trains it again")
     return run
 
 
