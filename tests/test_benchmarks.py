@@ -94,6 +94,7 @@ def test_the_metric_agrees_with_the_geodesic(answered, official):
     assert ours["geoscore"] == pytest.approx(geodesic["geoscore"], abs=10)
 
 
+@pytest.mark.slow
 def test_the_metric_agrees_with_the_authors_own_function(answered, official):
     pytest.importorskip("geopy", reason="the authors' evaluation measures with geopy")
     file = pretrained.authors_package() / "geoclip" / "train" / "eval.py"
@@ -293,6 +294,7 @@ def test_your_own_photos_with_ten_crops(made_benchmark, checkpoint, tmp_path):
     assert not results[0][1]["predicted_lat"].equals(results[1][1]["predicted_lat"])
 
 
+@pytest.mark.slow
 def test_the_embedded_tiles(checkpoint, tmp_path, tile_errors):
     out = tmp_path / "tiles.csv"
     assert command_line.main(["evaluate", "--checkpoint", str(checkpoint), "--out", str(out)]) == 0
@@ -371,6 +373,7 @@ def test_a_calibration_is_fitted_on_a_benchmark(made_benchmark, checkpoint, monk
     assert "Im2GPS3k: 9 images are too few to fit a calibration on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_benchmark_without_its_images_says_where_to_put_them(made_benchmark, tmp_path, monkeypatch, capsys):
     (tmp_path / "im2gps3k_places365.csv").write_bytes(
         (made_benchmark / "im2gps3k_places365.csv").read_bytes()

@@ -89,6 +89,7 @@ def test_blocked_is_far_from_training(splits):
     assert evaluation.summarize(evaluation.ceiling(splits["blocked"], splits["gallery"]))["acc_25km"] > 90
 
 
+@pytest.mark.slow
 def test_a_seed_fixes_splits_and_tiles(splits):
     blue_marble.splits.cache_clear()
     again = blue_marble.splits(SplitConfig())

@@ -45,6 +45,7 @@ def test_a_true_place_in_the_gallery_is_left_out_of_the_fit():
     assert fitted.kernel_km > 50  # not 2 km, as if the gallery held every place that is asked for
 
 
+@pytest.mark.slow
 def test_neighbours_are_fitted_with_places_of_their_own():
     generator = torch.Generator().manual_seed(0)
     latlon = earth.sample_sphere(150 * 8, generator).double().view(150, 8, 2)

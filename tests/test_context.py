@@ -136,6 +136,7 @@ def test_captions_of_a_clip_tower_start_in_its_own_space(tiny_clip):
         assert torch.allclose(module.model.caption_loss(images, tokens), by_hand, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_context_is_answered_and_scored(tmp_path, capsys):
     module, _ = batch_of(SMALL)
     module.eval()

@@ -135,6 +135,7 @@ def test_number_of_workers_and_ranks_does_not_change_the_features(photos, tmp_pa
     assert listed[0].count("\n") == 5 and len(set(listed)) == 1
 
 
+@pytest.mark.slow
 def test_tars_local_and_over_http(tmp_path, encoder):
     folder = tmp_path / "tars"
     folder.mkdir()
@@ -254,6 +255,7 @@ def test_options_below_their_least_value_are_refused_by_name(tmp_path, capsys):
         assert f"error: --{option}: must be " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_random_weights_are_the_same_each_time():
     torch.manual_seed(1)
     towers = [load_clip("ViT-S-32-alt", None) for _ in range(2)]
@@ -668,6 +670,7 @@ def test_ten_crops_are_those_of_prediction(photos, tmp_path, encoder):
         Views(number=8, ten_crop=True)
 
 
+@pytest.mark.slow
 def test_a_benchmark_is_embedded_by_its_name(tmp_path, monkeypatch, capsys):
     """Im2GPS's metadata with a photo for each of its rows, as GEOCLIP_DATA holds them."""
     columns = "IMG_ID,AUTHOR,LAT,LON,S3_Label,S16_Label,S365_Label,Prob_indoor,Prob_natural,Prob_urban"
@@ -705,6 +708,7 @@ def test_a_benchmark_is_embedded_by_its_name(tmp_path, monkeypatch, capsys):
     assert f"Im2GPS: {n - 7} of {n} expected" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_draft_decoding_changes_less_than_a_level(tmp_path):
     x, y = np.meshgrid(np.linspace(0, 40, 2400), np.linspace(0, 25, 1600))
     large = Image.fromarray(

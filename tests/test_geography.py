@@ -68,6 +68,7 @@ def test_rasters_are_read_as_their_packages_read_them():
     assert geography.climate(corners).tolist() == [None, "EF", None]
 
 
+@pytest.mark.slow
 def test_land_and_sea_of_known_places():
     places = np.array(
         [[-82.0, 0.0], [48.86, 2.35], [0.0, -30.0], [-23.7, 133.9], [40.0, -150.0], [48.85, 2.34]]

@@ -36,6 +36,7 @@ def embed(places, name, *options):
     return command_line.main(["gps-embed", str(places), "--out", str(out), *options]), out
 
 
+@pytest.mark.slow
 def test_a_csv_keeps_its_rows_and_columns_and_lists_what_it_refused(places, capsys, monkeypatch):
     monkeypatch.setattr(gps_embed, "ROWS", 3)
     status, out = embed(places, "out.csv")
@@ -52,6 +53,7 @@ def test_a_csv_keeps_its_rows_and_columns_and_lists_what_it_refused(places, caps
     assert f"refused: {places}, line 3: Latitude is '91'" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("levels", "columns"), [("concat", "gps_sigma"), ("best", "gps_best_")])
 def test_npy_and_parquet_hold_the_same_embeddings(places, levels, columns):
     places.write_text("lat,lon,id\n1,2,a\n3,4,b\n")
@@ -94,6 +96,7 @@ def test_a_single_row(places):
 TEN = "lat,lon\n" + "".join(f"{i},{i}\n" for i in range(8)) + "nan,8\n9,9\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["npy", "csv"])
 def test_an_interrupted_run_is_continued_but_not_with_other_places(places, kind, monkeypatch, capsys):
     monkeypatch.setattr(gps_embed, "ROWS", 2)
@@ -174,6 +177,7 @@ def test_killed_at_any_moment_and_run_again_it_leaves_the_same_file(places, kind
     )
 
 
+@pytest.mark.slow
 def test_parquet_without_pyarrow_says_what_to_install(places, capsys, monkeypatch):
     original = builtins.__import__
 

@@ -69,6 +69,7 @@ def test_makefile_installs_what_environment_yml_installs():
     )
 
 
+@pytest.mark.slow
 def test_constraints_pin_everything_that_is_needed():
     installed = ["book"] if importlib.util.find_spec("sphinx") else []  # `make book` installs it
     missing = needed([*EXTRAS, *installed]) - set(pinned())

@@ -141,6 +141,7 @@ def test_an_unknown_command_is_named(capsys):
     assert "no command 'nosuch'; choose from accept, " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error():
     code = (
         "import sys; from geoclip import __main__ as m\n"

@@ -132,6 +132,7 @@ def test_a_pixel_shows_the_mean_of_its_points_on_land():
     assert pixels.image(np.ones(len(pixels.latlon))).max() == 1
 
 
+@pytest.mark.slow
 def test_heat_map_is_brightest_at_its_query():
     query = np.array([-33.9, 151.2])
     axes = maps.earth_axes(maps.figure(), filled=False)

@@ -235,6 +235,7 @@ def test_the_conv_tower_needs_training_and_learns():
     assert torch.allclose(encoder(images[:1]), encoder(images)[:1], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_clip_tower_is_frozen_and_its_head_is_the_paper_s():
     encoder = ImageEncoder(ImageEncoderConfig(tower="RN50-quickgelu", weights=None))
     assert encoder.feature_dim == 1024

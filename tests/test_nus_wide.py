@@ -58,6 +58,7 @@ def test_what_differs_from_the_published_subset_is_said(root):
     assert "3 concepts are listed; NUS-WIDE has 81" in notes and "the published subset has 41,173" in notes
 
 
+@pytest.mark.slow
 def test_a_planted_gps_signal_is_found_and_a_shuffled_one_is_not(made, tmp_path):
     shuffled = nus_wide.read(nus_wide_synthetic.write(tmp_path, n=2500, concepts=6, planted=False))
     for data, low, high in ((made, 0.4, 0.9), (shuffled, 0.03, 0.15)):

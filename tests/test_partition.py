@@ -37,6 +37,7 @@ def s2_cells(cells: Partition) -> list:
     return [s2geometry.S2CellId.FromToken(token) for token in cells.tokens]
 
 
+@pytest.mark.slow
 def test_official_gallery_every_kept_place_is_in_exactly_one_cell_of_allowed_size(gallery, fine):
     """Counted with the S2 library's own `contains`, which the partition does not use."""
     leaves = leaf_ids(gallery)
@@ -66,6 +67,7 @@ def test_official_gallery_cells_do_not_overlap_and_are_as_large_as_allowed(galle
             assert held.sum() > CONFIG.img_max
 
 
+@pytest.mark.slow
 def test_dropped_places_lie_in_sparse_cells(gallery, fine):
     lost = gallery[fine.label(gallery).numpy() < 0]
     assert 0 < len(lost) < 0.05 * len(gallery)

@@ -281,6 +281,7 @@ def test_decompression_bomb(tmp_path, monkeypatch, limit):
         open_photo(path)
 
 
+@pytest.mark.slow
 def test_a_large_photo_is_no_bomb_and_no_warning(tmp_path):
     path = tmp_path / "large.png"
     Image.new("L", (10_000, 9_500)).save(path)  # 95 megapixels: Pillow warns, phones make them

@@ -23,6 +23,7 @@ def query(places):
     return place_index.synthetic_queries(places, 200)
 
 
+@pytest.mark.slow
 def test_all_lists_give_the_exact_answer_and_few_give_most_of_it(places, query, tmp_path):
     path = tmp_path / "places.faiss"
     whole = PlaceIndex(places, path, probes=10**6)
@@ -66,6 +67,7 @@ def replace_by_another(path):
     path.with_name("other.faiss").replace(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

@@ -119,6 +119,7 @@ def test_rotating_the_earth_rotates_the_answers():
     torch.testing.assert_close(one.region(0.5)[1], other.region(0.5)[1], rtol=0.1, atol=0)
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_the_batch():
     generator = torch.Generator().manual_seed(0)
     places = Places(earth.sample_sphere(3001, generator), keep=256, pooled_km=1000)

@@ -422,6 +422,7 @@ def test_table_names_place_probability_and_truth(files, checkpoint, capsys):
     assert "not calibrated" in printed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decision", ["mode", "disc:25", "median", "geoscore"])
 def test_a_decision_answers_with_distinct_places_regions_and_countries(files, checkpoint, capsys, decision):
     options = ["--checkpoint", checkpoint, "--decision", decision, "--top-k", "3", "--format", "json"]
@@ -454,6 +455,7 @@ def test_geojson_has_regions_and_places_in_lon_lat(files, checkpoint, capsys):
     assert [f["geometry"]["type"] for f in json.loads(capsys.readouterr().out)["features"]] == ["Point"] * 2
 
 
+@pytest.mark.slow
 def test_a_calibrated_checkpoint_answers_by_its_posterior(files, checkpoint, capsys, tmp_path):
     own = tmp_path / "run" / "last.ckpt"
     own.parent.mkdir()
@@ -536,6 +538,7 @@ def test_training_features_enter_the_posterior_and_tell_unfamiliar_photos(
     assert "but `calibrate` was given other, 0" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_neighbours_by_the_photographer_of_the_photo_are_left_out(checkpoint, capsys, tmp_path):
     own, csv, features = tmp_path / "last.ckpt", tmp_path / "train.csv", str(tmp_path / "features")
     shutil.copy(checkpoint, own)
@@ -581,6 +584,7 @@ def test_too_few_images_to_calibrate_on(checkpoint, capsys):
     assert "20 images are too few to fit a calibration on" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_maps_are_written(files, checkpoint, tmp_path, capsys):
     one, many, dense = (tmp_path / f"{name}.png" for name in ("one", "many", "dense"))
     assert main(["predict", str(files / "b.jpg"), "--checkpoint", checkpoint, "--map", str(one)]) == 0
@@ -665,6 +669,7 @@ def test_an_empty_folder_is_listed_and_the_photos_are_answered(files, checkpoint
     assert f"no photos: {empty}: the folder holds no photos" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_any_file_name_is_answered_and_drawn(checkpoint, capsys, tmp_path):
     for name in ("a $\\frac{ b$.png", os.fsdecode(b"caf\xe9.png"), "two\nlines.png"):
         folder = tmp_path / str(len(name))

@@ -45,6 +45,7 @@ def test_location_encoder_loads_into_ours_with_nothing_missing():
     )
 
 
+@pytest.mark.slow
 def test_weights_below_the_normal_numbers_are_0_and_no_embedding_changes(monkeypatch):
     import torch
 
@@ -100,6 +101,7 @@ def test_a_corrupt_wheel_is_refused_by_name_and_both_hashes(own_cache):
     assert not (own_cache / "geoclip-1.3.0").exists(), "a file of a corrupt wheel was unpacked"
 
 
+@pytest.mark.slow
 def test_changed_code_of_the_authors_is_never_handed_out(own_cache):
     path = pretrained.authors_package() / "geoclip/model/GeoCLIP.py"
     released = path.read_text()
@@ -121,6 +123,7 @@ def test_a_pickle_in_the_place_of_weights_is_not_executed(monkeypatch, tmp_path)
     assert not ran.exists()
 
 
+@pytest.mark.slow
 def test_offline_says_what_is_missing_where_it_goes_and_what_still_works(tmp_path, monkeypatch):
     monkeypatch.setattr(pretrained, "AUTHORS", tmp_path / "authors")
     nowhere = tmp_path / "nowhere"
@@ -136,6 +139,7 @@ def test_offline_says_what_is_missing_where_it_goes_and_what_still_works(tmp_pat
     assert left in ([], [".lock"])
 
 
+@pytest.mark.slow
 def test_another_wheel_of_that_name_is_not_accepted_from_the_index(tmp_path, monkeypatch):
     links = tmp_path / "links"
     links.mkdir()
@@ -153,6 +157,7 @@ def test_another_wheel_of_that_name_is_not_accepted_from_the_index(tmp_path, mon
     assert not (tmp_path / "authors" / pretrained.WHEEL).exists()
 
 
+@pytest.mark.slow
 def test_two_at_once_download_once(tmp_path, monkeypatch):
     source = pretrained.authors_wheel()
     monkeypatch.setattr(pretrained, "AUTHORS", tmp_path / "authors")

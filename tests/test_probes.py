@@ -255,6 +255,7 @@ def test_a_remembered_encoder_encodes_places_once(places):
     np.testing.assert_allclose(probes.embed(kept, places), probes.embed(encoder, places), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_compare_embeds_shared_places_once_and_answers_as_probe_does(places, quarters):
     at = places.double().numpy()
 

@@ -81,6 +81,7 @@ def test_the_list_of_mp16_joins_its_places(world):
     assert set(places["scene"]) == set(benchmarks.SCENES)
 
 
+@pytest.mark.slow
 def test_addresses_answer_as_their_fault_says(world, monkeypatch):
     monkeypatch.setattr(rehearsal, "SLOW_S", 0.05)
     names = shards.read_urls(world / rehearsal.ADDRESSES)["url"].str.rsplit("/", n=1).str[1]
@@ -338,6 +339,7 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_tables(tmp_path):
         assert (worlds[1] / path).read_bytes() == (worlds[0] / path).read_bytes(), path
 
 
+@pytest.mark.slow
 def test_evaluate_counts_a_part_and_refuses_it_if_it_has_to_be_whole(world, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("GEOCLIP_DATA", str(world))
     command = ["evaluate", "--benchmark", "gws15k", "--coordinates-only", "--out", str(tmp_path / "part.csv")]

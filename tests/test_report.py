@@ -58,6 +58,7 @@ def figure(text="12.3 km", shift=0.0):
     return drawn
 
 
+@pytest.mark.slow
 def test_figure_is_written_twice_the_same_and_carries_no_date():
     report.save_figure(figure(), "02_similarity")
     first = (paths.FIGURES / "02_similarity.png").read_bytes()
@@ -89,6 +90,7 @@ def test_a_picture_is_replaced_if_it_looks_different():
     assert path.read_bytes() == made
 
 
+@pytest.mark.slow
 def test_figures_of_other_parameters_leave_the_accepted_ones_alone(monkeypatch):
     accepted_parameters(CITIES={"Paris": [48.9, 2.4]})
     shell = types.SimpleNamespace(user_ns={"CITIES": {"Paris": (48.9, 2.4)}})

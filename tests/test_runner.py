@@ -72,6 +72,7 @@ def fitted(monkeypatch):
     return trained
 
 
+@pytest.mark.slow
 def test_models_trained_on_photos_answer_the_benchmarks_that_are_there(mp16, tmp_path, monkeypatch, capsys):
     """By every way that they have; a photo that is not there is a miss, and its benchmark is called a part."""
     monkeypatch.setattr(paths, "CACHE", tmp_path / "cache")

@@ -143,6 +143,7 @@ def test_photos_are_saved_and_failures_are_told_apart_and_counted(tmp_path, caps
     assert "truncated" in (tmp_path / "features" / "unreadable.csv").read_text()
 
 
+@pytest.mark.slow
 def test_private_addresses_are_refused_also_after_redirects(tmp_path, monkeypatch):
     with server() as (private, asked), server(f"{private}/0.jpg") as (trusted, _):
         port = int(trusted.rpartition(":")[2])

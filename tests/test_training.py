@@ -415,6 +415,7 @@ def test_too_few_samples_and_data_that_are_not_there(tmp_path):
         runs.train(dataclasses.replace(TINY, data="mine.csv"), tmp_path / "none")
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_and_says_where(unbroken, tmp_path, capsys):
     command = ["train", "--config", str(unbroken.directory / "config.yaml")]
     assert command_line.main([*command, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0

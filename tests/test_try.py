@@ -60,6 +60,7 @@ def test_a_click_is_answered_as_predict_answers_the_tile(checkpoint, decision, t
     assert len(answer["places"]) == len(answer["near"]) == 3 and answer["notes"]
 
 
+@pytest.mark.slow
 def test_the_regions_hold_their_part_of_the_draws(checkpoint):
     _, [(answer, _)] = talk(checkpoint, ({"kind": "place", "lat": 10.0, "lon": 20.0},))
     level = np.array(answer["draws"])[:, 2]
@@ -112,6 +113,7 @@ def test_photos_and_texts_where_there_is_clip(tiny_clip, tmp_path, monkeypatch, 
     assert answer["file"] == "a desert" and len(answer["places"]) == 5 and not picture
 
 
+@pytest.mark.slow
 def test_a_failure_is_said_on_the_page(checkpoint):
     page, sent = talk(Path("nosuch.ckpt"), ({"kind": "place", "lat": 0.0, "lon": 0.0},))
     assert page.state["said"] == "The model could not be loaded: no checkpoint at nosuch.ckpt."
@@ -146,6 +148,7 @@ def test_a_command_that_fails_ends_with_its_last_line():
         asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_an_example_is_a_tile_of_the_test_places_or_a_photo(checkpoint, tiny_clip, tmp_path):
     answerer = app.Answerer(checkpoint)
     answer, _ = answerer.ask(answerer.example())
