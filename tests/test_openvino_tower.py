@@ -19,6 +19,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture
 def encoder(tiny_clip):
     torch.manual_seed(0)  # open_clip draws from the global state
+    image_encoder._report_once.cache_clear()  # another test may have been told already
     return ImageEncoder(ImageEncoderConfig(tiny_clip, None)).eval()
 
 
