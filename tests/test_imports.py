@@ -25,7 +25,7 @@ ORDER = [
 ]
 LONG: dict[str, str] = {}  # module: why it is longer than 400 lines
 # The package may only shrink: lower these numbers with it. The aim is 7,500 lines, of which 2,300 in the core.
-MOST_LINES, MOST_CORE_LINES = 13_937, 2_641
+MOST_LINES, MOST_CORE_LINES = 13_937, 2_640
 
 
 def modules():
