@@ -8,6 +8,7 @@ BIN := $(VENV)/bin/python
 READY := $(VENV)/geoclip-ready
 JOBS ?= 2
 BOOK_READY := $(VENV)/geoclip-book-ready
+INT8_READY := $(VENV)/geoclip-int8-ready
 
 # Relative paths in GEOCLIP_* become absolute: notebooks run in another folder.
 absolute = $(shell case '$($(1))' in (/*) echo '$($(1))';; (*) echo '$(CURDIR)/$($(1))';; esac)
@@ -55,8 +56,7 @@ try: weights  ## open a page in the browser: click on a globe, see a tile, and w
 book: $(BOOK_READY)  ## build the book of README, notebooks as committed and API: book/_build/html/index.html
 	@$(BIN) book/build.py
 
-bench: weights  ## measure speed beside the authors' package (minutes); the table is data/results/11_bench.csv
-	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[int8]'
+bench: weights $(INT8_READY)  ## measure speed beside the authors' package (minutes); the table is data/results/11_bench.csv
 	$(BIN) bench.py
 
 accept: weights  ## make the results of notebook NB the expected ones: make accept NB=04
@@ -82,9 +82,10 @@ $(READY): pyproject.toml constraints.txt | python
 	  $(BIN) -c 'import matplotlib.font_manager'
 	@touch $@
 
-$(BOOK_READY): pyproject.toml constraints.txt | $(READY)
-	@echo "Installing Sphinx and what else the book needs (once)"
-	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[book]'
+# An extra of pyproject.toml: geoclip-book-ready installs "book".
+$(VENV)/geoclip-%-ready: pyproject.toml constraints.txt | $(READY)
+	@echo "Installing what \"$*\" needs (once)"
+	@$(BIN) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$*]'
 	@touch $@
 
 weights: $(READY)

@@ -35,9 +35,9 @@ class Card:
 
     name: str
     title: str
-    what: str = ""
-    source: str = ""
-    licence: str = ""
+    what: str
+    source: str
+    licence: str
     csv: str = ""  # its path in GEOCLIP_DATA, or "" for a folder with a reader of its own
     n: int | None = None  # the published number of rows, if a source gives it
     sha256: str | None = None  # of the CSV
