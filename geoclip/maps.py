@@ -304,7 +304,7 @@ def _numbered(axes: GeoAxes, top_k) -> Line2D:
     places = axes.projection.transform_points(PLATE, top_k[:, 1], top_k[:, 0])
     for rank, (x, y, _) in reversed(list(enumerate(places, start=1))):
         axes.plot(x, y, "o", ms=7, mfc="white", mec="black", mew=0.7, zorder=5 - rank / 100)
-        how = {"ha": "center", "va": "center_baseline", "fontsize": 5.5}
+        how = {"ha": "center", "va": "center_baseline", "fontsize": 5.5, "annotation_clip": True}
         axes.annotate(str(rank), (x, y), **how, zorder=5.005 - rank / 100)
     label = f"best {len(top_k)}" if len(top_k) > 1 else "best"
     return Line2D([], [], marker="o", ls="", ms=6, mfc="white", mec="black", mew=0.7, label=label)

@@ -210,3 +210,11 @@ def test_colours_get_darker_in_order_so_that_a_map_can_be_read_in_grey():
     for colours in (maps.ERROR_COLOURS, maps.CATEGORIES[:5]):
         assert np.all(np.diff(lightness(colours)) < -0.05)
     assert len(set(maps.CATEGORIES)) == 8
+
+
+def test_answers_far_outside_a_region_leave_its_map_as_it_is(tmp_path):
+    figure = maps.figure(9.0, 3.4)
+    axes = maps.region_axes(figure, (25.5, 51.5), 400, (1, 3, 3))
+    pixels = maps.grid(axes, 10)
+    maps.similarity(axes, pixels, pixels.latlon[:, 0], top_k=[[25.5, 51.5], [32.9, 13.2]])
+    figure.savefig(tmp_path / "map.png")  # a collapsed layout is a warning, and so an error here
